@@ -1,0 +1,1 @@
+"""The adapters that come with gpt-xp: one file, one array library."""

@@ -1,0 +1,40 @@
+"""What shape a GPT-2 has, and the shapes that are known by name."""
+
+from dataclasses import dataclass
+
+from gpt_xp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The hyperparameters of a GPT-2; frozen and hashable, so that it can be a static argument of `jax.jit`.
+
+    The names are those of OpenAI's `hparams.json`. `eos_token_id` ends a generation only where the tokenizer
+    has no `<|endoftext|>` of its own. Raises `ConfigError` for sizes that cannot be.
+    """
+
+    n_vocab: int = 50257
+    n_ctx: int = 1024
+    n_embd: int = 768
+    n_head: int = 12
+    n_layer: int = 12
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads: it must be a multiple of it"
+            )
+
+
+# Radford et al. 2019, table 2; the parameter counts in the names are those OpenAI corrected later.
+SIZES = {
+    "124M": GPT2Config(n_embd=768, n_head=12, n_layer=12, eos_token_id=50256),
+    "355M": GPT2Config(n_embd=1024, n_head=16, n_layer=24, eos_token_id=50256),
+    "774M": GPT2Config(n_embd=1280, n_head=20, n_layer=36, eos_token_id=50256),
+    "1558M": GPT2Config(n_embd=1600, n_head=25, n_layer=48, eos_token_id=50256),
+}

@@ -1,0 +1,41 @@
+"""Every error that a user can meet, one class each, under `GptXpError`.
+
+Each message says what was wrong, what was expected, and what to do. The command line turns them into one
+line on stderr and exit code 1; anything else that escapes is a bug in gpt-xp.
+"""
+
+
+class GptXpError(Exception):
+    """The parent of all errors that gpt-xp raises on purpose."""
+
+
+class ConfigError(GptXpError):
+    """A config that does not describe GPT-2's mathematics, or contradicts itself."""
+
+
+class CheckpointError(GptXpError):
+    """A checkpoint on disk that cannot be read, does not fit its config, or cannot be written."""
+
+
+class ModelNotFoundError(GptXpError):
+    """A model name or directory that leads nowhere."""
+
+
+class TokenizerError(GptXpError):
+    """Tokenizer files that do not fit each other, or text that has no tokens."""
+
+
+class PromptError(GptXpError):
+    """A prompt, or token ids, that the model cannot take: too long, empty, out of range."""
+
+
+class SettingError(GptXpError, ValueError):
+    """An option of generation or sampling with a value that makes no sense."""
+
+
+class BackendError(GptXpError):
+    """A backend, device or dtype that is unknown, not installed, or not usable here."""
+
+
+class DeviceMemoryError(GptXpError):
+    """The device has too little memory for what was asked; the message names sizes."""
