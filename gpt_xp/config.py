@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_xp.errors import ConfigError
+from gpt_xp.errors import ConfigError, PromptError
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class GPT2Config:
             raise ConfigError(
                 f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads: it must be a multiple of it"
             )
+
+    def check_length(self, n_seq: int) -> None:
+        """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp a bad position silently."""
+        if not 1 <= n_seq <= self.n_ctx:
+            raise PromptError(f"{n_seq} tokens were given, and this model takes 1 to {self.n_ctx} (n_ctx) at a time")
 
 
 # Radford et al. 2019, table 2; the parameter counts in the names are those OpenAI corrected later.
