@@ -1,3 +1,40 @@
-"""GPT-2, written once against the Python array API standard."""
+"""GPT-2, written once against the Python array API standard.
+
+    model = gpt_xp.load(backend="numpy")
+    print(model.generate("ROMEO:").text)
+
+`gpt_xp.gpt2` and `gpt_xp.lm_loss` are the model as pure functions, for any array library.
+"""
 
 __version__ = "0.1.0"
+
+from gpt_xp.api import Model, load, save
+from gpt_xp.backend import Backend, BackendInfo, backends
+from gpt_xp.cache import KVCache, new_cache
+from gpt_xp.config import SIZES, GPT2Config
+from gpt_xp.errors import GptXpError
+from gpt_xp.generation import Generation, Piece, Stats
+from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
+from gpt_xp.tokenizer import Tokenizer
+
+__all__ = [
+    "SIZES",
+    "Backend",
+    "BackendInfo",
+    "GPT2Config",
+    "Generation",
+    "GptXpError",
+    "KVCache",
+    "Model",
+    "Piece",
+    "Stats",
+    "Tokenizer",
+    "backends",
+    "gpt2",
+    "hidden_states",
+    "lm_loss",
+    "load",
+    "new_cache",
+    "save",
+    "unembed",
+]

@@ -1,0 +1,97 @@
+"""CuPy, on CUDA GPUs. Written from its documentation and run without a GPU only: see README."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpt_xp._typing import Array
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
+from gpt_xp.errors import BackendError
+
+FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
+
+
+def info() -> BackendInfo:
+    """Return CuPy's version and GPUs; raises `BackendError` where it is not installed."""
+    cupy = import_library("cupy", FIX)
+    try:
+        devices = tuple(_device_info(cupy, index) for index in range(_count(cupy)))
+    except BackendError as error:
+        problem, _, fix = str(error).partition(": ")
+        return BackendInfo("cupy", cupy.__version__, problem=problem, fix=fix)
+    return BackendInfo("cupy", cupy.__version__, devices)
+
+
+def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
+    """Return the CuPy backend on `device` ("cuda:1"; default "cuda:0")."""
+    cupy = import_library("cupy", FIX)
+    index = _find_device(cupy, device)
+    name = f"cuda:{index}"
+    check_dtype("cupy", name, dtype, ("float32", "float64", "float16"))
+    if threads is not None:
+        raise BackendError("cupy computes on the GPU and has no threads to set: leave --threads out")
+    if os.environ.get("CUPY_TF32", "0") != "0":
+        raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
+    import array_api_compat.cupy as xp
+
+    def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
+        with cupy.cuda.Device(index):
+            return cupy.asarray(array, dtype=dtype)
+
+    def peak_memory() -> int:
+        with cupy.cuda.Device(index):
+            return int(cupy.get_default_memory_pool().total_bytes())
+
+    return Backend(
+        name="cupy",
+        version=cupy.__version__,
+        device=name,
+        dtype=dtype,
+        xp=xp,
+        asarray=asarray,
+        to_numpy=cupy.asnumpy,
+        compile=functools.partial(_on_device, cupy, index),
+        synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
+        device_memory=_device_info(cupy, index).memory,
+        peak_memory=peak_memory,  # the pool never shrinks on its own, so what it holds is its peak
+    )
+
+
+def _on_device(
+    cupy: Any, index: int, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Nothing is compiled, but CuPy makes new arrays on the thread's current device, which the user may have set."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with cupy.cuda.Device(index):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _count(cupy: Any) -> int:
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendError(
+            f"cupy {cupy.__version__} finds no CUDA device ({error}): "
+            "install an NVIDIA driver, or take another backend"
+        ) from None
+
+
+def _find_device(cupy: Any, name: str | None) -> int:
+    count = _count(cupy)
+    kind, _, index = (name or "cuda:0").partition(":")
+    if kind in ("cuda", "gpu") and (index or "0").isdecimal() and int(index or 0) < count:
+        return int(index or 0)
+    names = ", ".join(f"cuda:{i}" for i in range(count))
+    raise BackendError(f"cupy has no device {name!r} here, only {names}")
+
+
+def _device_info(cupy: Any, index: int) -> DeviceInfo:
+    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    return DeviceInfo(f"cuda:{index}", properties["name"].decode(), int(properties["totalGlobalMem"]))

@@ -1,0 +1,177 @@
+"""JAX, on CPUs, GPUs and TPUs, with every step compiled by XLA."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gpt_xp._typing import Array
+from gpt_xp.backend import (
+    Backend,
+    BackendInfo,
+    DeviceInfo,
+    check_dtype,
+    import_library,
+    peak_process_memory,
+    physical_memory,
+)
+from gpt_xp.errors import BackendError
+
+FIX = "pip install 'gpt-xp[jax]' (with an NVIDIA GPU: 'gpt-xp[jax-cuda13]' or 'gpt-xp[jax-cuda12]')"
+BLOCK = 128  # the shortest window, and the length of a piece of a prompt
+SHORT = 16  # a shorter piece for short prompts
+
+
+def info() -> BackendInfo:
+    """Return JAX's version and devices; raises `BackendError` where it is not installed."""
+    jax = import_library("jax", FIX)
+    return BackendInfo("jax", jax.__version__, tuple(_device_info(device) for device in _all_devices(jax)))
+
+
+def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
+    """Return the JAX backend on `device` ("cpu", "gpu", "cuda:1"; default: JAX's first)."""
+    if threads is not None:
+        _limit_threads(threads)
+    jax = import_library("jax", FIX)
+    where = _find_device(jax, device)
+    on_cpu = where.platform == "cpu"
+    # XLA's CPU compiler widens 16-bit products to float32: slower than float32, and not what was asked for.
+    half = () if on_cpu else ("bfloat16", "float16")
+    check_dtype("jax", _name(where), dtype, ("float32", "float64", *half))
+    scope = functools.partial(_scope, jax, dtype)
+
+    def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
+        with scope():
+            # Cast on the device: NumPy alone knows no bfloat16.
+            moved = jax.device_put(array, where)
+            return moved if dtype is None else moved.astype(dtype)
+
+    return Backend(
+        name="jax",
+        version=jax.__version__,
+        device=_name(where),
+        dtype=dtype,
+        xp=jax.numpy,
+        asarray=asarray,
+        to_numpy=np.asarray,
+        compile=functools.partial(_compile, jax, scope),
+        synchronize=lambda array: array.block_until_ready(),
+        window=window,
+        slots=lambda n, n_ctx: -(-n_ctx // BLOCK) * BLOCK,  # one size, or each would be compiled anew
+        pad=lambda n, total: SHORT if total <= SHORT else BLOCK,
+        samples_on_host=on_cpu,
+        is_out_of_memory=lambda error: "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError),
+        device_memory=_device_info(where).memory,
+        peak_memory=functools.partial(_peak_memory, where),
+        compile_seconds=_stopwatch(jax),
+        keep_compiled=functools.partial(_keep_compiled, jax),
+    )
+
+
+def window(n: int) -> int:
+    """Round up to 128, 256, 512, ...: one compiled program for each, and none looks at twice what it must."""
+    size = BLOCK
+    while size < n:
+        size *= 2
+    return size
+
+
+@contextlib.contextmanager
+def _scope(jax: Any, dtype: str) -> Iterator[None]:
+    """float32 means float32 (the default on GPUs is TF32), and float64 is allowed where it was asked for."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        if dtype == "float64":
+            stack.enter_context(jax.enable_x64(True))
+        yield
+
+
+def _compile(
+    jax: Any,
+    scope: Callable[[], contextlib.AbstractContextManager[None]],
+    function: Callable[..., Any],
+    static: tuple[str, ...] = (),
+    donate: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with scope():
+            return jitted(*args, **kwargs)
+
+    return call
+
+
+def _all_devices(jax: Any) -> list[Any]:
+    found = list(jax.devices())
+    return found if found[0].platform == "cpu" else found + list(jax.devices("cpu"))
+
+
+def _find_device(jax: Any, name: str | None) -> Any:
+    """Return the device called "cuda:1", or the first of a platform called "cuda", "gpu", "tpu" or "cpu"."""
+    if name is None:
+        return jax.devices()[0]
+    platform, _, index = name.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError):
+        names = ", ".join(_name(device) for device in _all_devices(jax))
+        cause = "" if platform == "cpu" else f"; for an NVIDIA GPU, {FIX}"
+        raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None
+
+
+def _name(device: Any) -> str:
+    if device.platform == "cpu" and device.id == 0:
+        return "cpu"
+    return f"{'cuda' if device.platform == 'gpu' else device.platform}:{device.id}"
+
+
+def _device_info(device: Any) -> DeviceInfo:
+    if device.platform == "cpu":
+        return DeviceInfo(_name(device), f"{os.cpu_count()} cores", physical_memory())
+    stats = device.memory_stats() or {}
+    return DeviceInfo(_name(device), device.device_kind, stats.get("bytes_limit"))
+
+
+def _peak_memory(device: Any) -> int | None:
+    stats = device.memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else peak_process_memory()
+
+
+def _limit_threads(threads: int) -> None:
+    """XLA sizes its pool of threads once, when it starts, by the variable NPROC."""
+    import sys
+
+    started = "jax" in sys.modules and os.environ.get("NPROC") != str(threads)
+    if started:
+        raise BackendError(
+            f"jax cannot change its number of threads once it is loaded: set NPROC={threads} before Python starts"
+        )
+    os.environ["NPROC"] = str(threads)
+
+
+@functools.cache
+def _stopwatch(jax: Any) -> Callable[[], float]:
+    """Count the seconds that JAX reports as spent on tracing and compiling."""
+    spent = [0.0]
+
+    def listen(event: str, duration: float, **details: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: spent[0]
+
+
+def _keep_compiled(jax: Any) -> None:
+    """Keep compiled programs in the user's cache folder, unless the user has chosen a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        import platformdirs
+
+        folder = platformdirs.user_cache_path("gpt-xp") / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

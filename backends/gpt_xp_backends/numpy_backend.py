@@ -1,0 +1,54 @@
+"""NumPy, on the CPU."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+import threadpoolctl
+
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physical_memory
+from gpt_xp.errors import BackendError
+
+
+def info() -> BackendInfo:
+    """NumPy is always there."""
+    device = DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory())
+    return BackendInfo("numpy", np.__version__, (device,))
+
+
+def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
+    """Return the NumPy backend; `threads` limits those of its BLAS while gpt-xp computes."""
+    if device not in (None, "cpu"):
+        raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
+    check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
+    return Backend(
+        name="numpy",
+        version=np.__version__,
+        device="cpu",
+        dtype=dtype,
+        xp=xp,
+        asarray=lambda array, dtype=None: np.asarray(array, dtype=dtype),
+        to_numpy=np.asarray,
+        compile=_within_threads(threads),
+        device_memory=physical_memory(),
+    )
+
+
+def _within_threads(threads: int | None) -> Callable[..., Callable[..., Any]]:
+    controller = threadpoolctl.ThreadpoolController() if threads else None
+
+    def compile(
+        function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        if controller is None:
+            return function
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            with controller.limit(limits=threads):
+                return function(*args, **kwargs)
+
+        return limited
+
+    return compile

@@ -1,0 +1,266 @@
+"""The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpt_xp import checkpoint, generation
+from gpt_xp._typing import Params
+from gpt_xp.backend import Backend, get_backend
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
+from gpt_xp.generation import Engine, Generation, Piece, Prompt
+from gpt_xp.hub import find_model
+from gpt_xp.sampling import Sampling
+from gpt_xp.streaming import check_stops
+from gpt_xp.tokenizer import Tokenizer
+
+Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
+
+
+class Model:
+    """GPT-2 on one backend.
+
+    `params` is a nested dict of arrays (NumPy's, or the backend's own), and `backend` a name or a `Backend`. Without a
+    tokenizer, prompts are token ids and there is no text. Raises `ConfigError` where the parts do not fit each other,
+    `BackendError` where the backend cannot be used, `DeviceMemoryError` where the params do not fit the device.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: GPT2Config,
+        tokenizer: Tokenizer | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
+        if tokenizer is not None and max(tokenizer.decoder) >= config.n_vocab:
+            raise ConfigError(
+                f"the tokenizer has ids up to {max(tokenizer.decoder)}, and the model's vocabulary ends at "
+                f"{config.n_vocab - 1}: they belong to different models"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.backend = get_backend(backend)
+        self.backend.keep_compiled()
+        self._bytes = sum(leaf.size for leaf in _leaves(params)) * _ITEM_SIZE[self.backend.dtype]
+        with self._memory_errors(batch=0):
+            self.params: Params = _map(lambda leaf: self.backend.asarray(leaf, self.backend.dtype), params)
+        self._engine = Engine(self.params, config, tokenizer, self.backend)
+
+    def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
+        """Return the logits after each token, a NumPy array [n_seq, n_vocab] or [batch, n_seq, n_vocab].
+
+        `token_ids` is [n_seq] or [batch, n_seq] of ints. float32, or float64 for a float64 model. Raises `PromptError`
+        for ids outside the vocabulary and more than `n_ctx` of them.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise PromptError(
+                f"token_ids must be whole numbers in an array [n_seq] or [batch, n_seq], not {ids.dtype} {ids.shape}"
+            )
+        self._check_ids(ids)
+        self.config.check_length(ids.shape[-1])
+        rows = ids[None] if ids.ndim == 1 else ids
+        with self._memory_errors(batch=len(rows)):
+            logits = np.concatenate(list(self._engine.logits(rows)), axis=1)
+        return logits[0] if ids.ndim == 1 else logits
+
+    def generate(
+        self,
+        prompt: Text | Sequence[Text],
+        *,
+        max_tokens: int | None = 40,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        num_samples: int = 1,
+    ) -> Any:
+        """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
+
+        A prompt is text or token ids; an empty one begins with the end-of-text token. With `num_samples`, the samples
+        of the first prompt come first, then those of the second. `max_tokens` None goes on to the end of the context.
+        `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos` goes on after the end token, and keeps
+        it. See `sampling.Sampling` for the filters.
+
+        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for other
+        arguments that make no sense, `DeviceMemoryError`.
+        """
+        pieces = self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, ignore_eos=ignore_eos, num_samples=num_samples,
+        )  # fmt: skip
+        results = [piece.result for piece in pieces if piece.result is not None]
+        return results[0] if _is_one(prompt) and num_samples == 1 else results
+
+    def stream(
+        self,
+        prompt: Text | Sequence[Text],
+        *,
+        max_tokens: int | None = 40,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        num_samples: int = 1,
+    ) -> Iterator[Piece]:
+        """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
+
+        The last piece of each row has no text and carries the `result`. Arguments and errors are those of `generate`,
+        and are checked before this returns.
+        """
+        called = time.perf_counter()
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(32) if seed is None else seed,
+        )  # fmt: skip
+        stops = check_stops(stop)
+        if stops and self.tokenizer is None:
+            raise SettingError("a stop string needs a tokenizer, and this model has none")
+        _check_count("max_tokens", max_tokens)
+        _check_count("num_samples", num_samples)
+        texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
+        prompts = [Prompt(ids, sample) for ids in map(self._encode, texts) for sample in range(num_samples)]
+        return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, called)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
+        save(self, directory)
+
+    def _guarded(self, prompts: list[Prompt], *arguments: Any) -> Iterator[Piece]:
+        if prompts:
+            with self._memory_errors(batch=len(prompts)):
+                yield from self._engine.run(prompts, *arguments)
+
+    def _encode(self, prompt: Text) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PromptError("this model has no tokenizer: give token ids instead of text")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+                raise PromptError(f"a prompt is text or a list of token ids (whole numbers), not {prompt!r}")
+        if not ids:
+            if self._engine.eos is None:
+                raise PromptError("an empty prompt begins with the end-of-text token, and this model has none")
+            ids = [self._engine.eos]
+        if len(ids) > self.config.n_ctx:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, and the context of this model holds {self.config.n_ctx}: "
+                f"shorten it by {len(ids) - self.config.n_ctx}"
+            )
+        self._check_ids(np.asarray(ids))
+        return ids
+
+    def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
+        # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
+        wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
+        if wrong.size:
+            raise PromptError(f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {self.config.n_vocab - 1}")
+
+    @contextlib.contextmanager
+    def _memory_errors(self, batch: int) -> Iterator[None]:
+        """Say what was too large when the device runs out of memory."""
+        try:
+            yield
+        except Exception as error:
+            if not self.backend.is_out_of_memory(error):
+                raise
+            config, backend = self.config, self.backend
+            cache = 2 * batch * config.n_layer * config.n_ctx * config.n_embd * _ITEM_SIZE[backend.dtype]
+            needs = f"the params take {_size(self._bytes)} in {backend.dtype}"
+            if batch:
+                needs += f" and the cache for {batch} {'row' if batch == 1 else 'rows'} up to {_size(cache)}"
+            has = f", and the device has {_size(backend.device_memory)} in all" if backend.device_memory else ""
+            raise DeviceMemoryError(
+                f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
+                "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
+            ) from error
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    backend: str | Backend | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Return the model called `name`: a directory, or a bundled model (None: "shakespeare").
+
+    `backend` is a name of `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), `device` one of its devices,
+    `dtype` "float32", "float64", or where the backend computes in it "float16" or "bfloat16"; `threads` limits those
+    of the CPU. On NumPy the params are mapped from the file, not copied, where it is stored in `dtype`.
+
+    Raises `ModelNotFoundError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
+    `DeviceMemoryError`.
+    """
+    directory = find_model(name)
+    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)
+    config = checkpoint.read_config(directory)
+    tokenizer = Tokenizer.from_directory(directory)
+    # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
+    params = checkpoint.read_params(directory, config, dtype=None)
+    return Model(params, config, tokenizer, chosen)
+
+
+def save(model: Model, directory: str | Path) -> None:
+    """Write `model` to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
+
+    This is the layout that transformers reads, and `gpt_xp.load`. bfloat16 is written as float32. All files are
+    written aside and renamed at the end. Raises `CheckpointError` where they cannot be.
+    """
+    to_numpy, xp = model.backend.to_numpy, model.backend.xp
+    if model.backend.dtype == "bfloat16":  # NumPy has no such dtype, and float32 holds it exactly
+        params = _map(lambda leaf: to_numpy(xp.astype(leaf, xp.float32)), model.params)
+    else:
+        params = _map(to_numpy, model.params)
+    checkpoint.save_checkpoint(directory, params, model.config, model.tokenizer)
+
+
+_ITEM_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _is_one(prompt: Any) -> bool:
+    """Whether this is one prompt (text, or token ids), not a list of prompts."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Integral))
+
+
+def _check_count(name: str, value: object) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+    if not whole and not (value is None and name == "max_tokens"):
+        raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _map(function: Any, tree: Any) -> Any:
+    """Apply `function` to each array of nested dicts and lists."""
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_map(function, value) for value in tree]
+    return function(tree)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    _map(found.append, tree)
+    return found
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,182 @@
+"""What a backend is, how one is found, and how one is chosen.
+
+A backend is one array library on one device in one dtype, as a small record of what the standard does not cover:
+moving arrays between host and device, compiling, synchronizing. All the mathematics stays in `model.py`.
+
+An adapter is a module with two functions, named by an entry point of the group `gpt_xp.backends`:
+
+    create(device: str | None, dtype: str, threads: int | None) -> Backend
+    info() -> BackendInfo
+
+Importing an adapter must not import its library. CONTRIBUTING shows one being written.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from gpt_xp._typing import Array, Namespace
+from gpt_xp.errors import BackendError
+
+
+class Compile(Protocol):
+    """Make a function faster, with the named arguments static (hashable) or donated (consumed)."""
+
+    def __call__(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return a function that computes the same."""
+
+
+def _as_it_is(
+    function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    return function
+
+
+def _no_memory_error(error: BaseException) -> bool:
+    return isinstance(error, MemoryError)
+
+
+def peak_process_memory() -> int | None:
+    """The most memory, in bytes, that this process has held so far; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kilobytes
+
+
+def physical_memory() -> int | None:
+    """The memory of this machine in bytes; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One array library, on one device, in one dtype. The defaults suit a library that computes at once."""
+
+    name: str
+    version: str
+    device: str  # as the library names it: "cpu", "cuda:0"
+    dtype: str  # of the params: "float32", "float64", "float16", "bfloat16"
+    xp: Namespace
+    asarray: Callable[..., Array]  # (numpy array, dtype: str | None = None) -> array on the device
+    to_numpy: Callable[[Array], "np.ndarray[Any, Any]"]
+
+    compile: Compile = _as_it_is
+    synchronize: Callable[[Array], None] = lambda array: None
+    # How many slots of the cache to look at when n are in use; a compiler wants few different answers.
+    window: Callable[[int], int] = lambda n: n
+    # How many slots to make for n tokens in a model of context n_ctx.
+    slots: Callable[[int, int], int] = lambda n, n_ctx: n
+    # To how many tokens a piece of n, out of a prompt of `total`, is padded on the right.
+    pad: Callable[[int, int], int] = lambda n, total: n
+    # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.1: there, logits are sampled by NumPy.
+    samples_on_host: bool = False
+
+    is_out_of_memory: Callable[[BaseException], bool] = _no_memory_error
+    device_memory: int | None = None  # bytes in all
+    peak_memory: Callable[[], int | None] = peak_process_memory
+    compile_seconds: Callable[[], float] = lambda: 0.0  # spent so far in this process
+    keep_compiled: Callable[[], None] = lambda: None  # called by `Model`: keep compiled programs on disk
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device that a backend can compute on: its name, what it is, and its memory in bytes (None: not known)."""
+
+    name: str
+    kind: str
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One line of `gpt_xp.backends()`: `problem` and `fix` are None where the backend can be used."""
+
+    name: str
+    version: str | None = None
+    devices: tuple[DeviceInfo, ...] = ()
+    problem: str | None = None
+    fix: str | None = None
+
+
+def backends() -> list[BackendInfo]:
+    """What backends there are, installed or not; this imports the libraries of those that are."""
+    return [_info(entry) for entry in _entries().values()]
+
+
+def get_backend(
+    name: str | Backend | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> Backend:
+    """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy); a `Backend` is returned as it is.
+
+    Raises `BackendError` when the name, device or dtype is unknown, or the library is not installed.
+    """
+    if isinstance(name, Backend):
+        if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
+            raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
+        return name
+    name = name or os.environ.get("GPT_XP_BACKEND") or "numpy"
+    entries = _entries()
+    if name not in entries:
+        known = closest_first(name, entries)
+        raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads must be at least 1, not {threads}")
+    return cast(Backend, entries[name].load().create(device=device, dtype=dtype, threads=threads))
+
+
+def closest_first(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known` with the likeliest meanings of a mistyped `word` first."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
+    return close + [name for name in names if name not in close]
+
+
+def import_library(module: str, fix: str) -> ModuleType:
+    """Import an array library; `BackendError` with `fix` where it is missing. Other errors are let through."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the library is there, and something that it needs is not
+            raise
+        raise BackendError(f"{module} is not installed: {fix}") from None
+
+
+def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:
+    """Raise `BackendError` unless `dtype` is one that the backend really computes in on that device."""
+    names = list(known)
+    if dtype not in names:
+        raise BackendError(f"{backend} does not compute in {dtype} on {device}, only in {', '.join(names)}{why}")
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
+
+
+def _info(entry: EntryPoint) -> BackendInfo:
+    try:
+        return cast(BackendInfo, entry.load().info())
+    except BackendError as error:  # from import_library: what is missing, and the command that mends it
+        problem, _, fix = str(error).partition(": ")
+        return BackendInfo(entry.name, problem=problem, fix=fix or None)

@@ -1,0 +1,332 @@
+"""Generation: prefill, then decode one token at a time, for any number of prompts at once.
+
+Prefill runs a prompt through the model in pieces, so that activations stay in the processor's cache and attention
+never builds a matrix of context x context; decode runs one token per row and step. Both are the same function,
+`last_logits`, which a backend may compile.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpt_xp._typing import Array, Namespace, Params
+from gpt_xp.backend import Backend
+from gpt_xp.cache import KVCache, new_cache
+from gpt_xp.config import GPT2Config
+from gpt_xp.model import gpt2, hidden_states, unembed
+from gpt_xp.noise import gumbel_noise
+from gpt_xp.sampling import Choice, Sampling, choose
+from gpt_xp.streaming import TextStream
+from gpt_xp.tokenizer import Tokenizer
+
+PIECE = 128  # tokens of a prompt that are computed together
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call of `generate` did, over all its rows. Seconds are wall time.
+
+    `prefill_seconds` and `decode_seconds` (after the first token) leave out compiling, which `compile_seconds` counts;
+    `time_to_first_token` counts everything from the call on.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    peak_memory_bytes: int | None = None
+    backend: str = ""
+    device: str = ""
+    dtype: str = ""
+    rows: int = 1
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Prompt tokens per second of prefill."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Generated tokens, but the first of each row, per second of decode; None if there are none."""
+        later = self.generated_tokens - self.rows
+        return later / self.decode_seconds if self.decode_seconds and later > 0 else None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation.
+
+    `text` is the continuation alone and ends before a stop string; `token_ids` holds every generated id but that of
+    the end token, with a natural `logprobs` and a `margins` entry each (see `sampling.Choice`). `finish_reason` is
+    "eos" (the end token), "stop" (a stop string), "max_tokens", or "context" (no room is left).
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stream: new `text` of row `index`; the last piece of a row carries its whole `result`."""
+
+    text: str
+    index: int = 0
+    result: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a batch: its token ids, and which of the samples of that prompt it is."""
+
+    token_ids: Sequence[int]
+    sample: int = 0
+
+
+@dataclass
+class Row:
+    """A prompt while it is being continued."""
+
+    prompt: Prompt
+    stream: TextStream
+    limit: int  # how many tokens may be generated
+    limit_reason: str
+    eos: int | None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, token: int, logprob: float, margin: float) -> str:
+        """Add a token; return the text that it releases, and set `finish_reason` if it is the last."""
+        text = ""
+        if token == self.eos:
+            self.finish_reason = "eos"
+        else:
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            self.margins.append(margin)
+            text = self.stream.push(token)
+            if len(self.token_ids) == self.limit:
+                self.finish_reason = self.limit_reason
+        if self.finish_reason:
+            text += self.stream.finish()
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        self.text += text
+        return text
+
+    def result(self, stats: Stats) -> Generation:
+        """Return the finished continuation."""
+        assert self.finish_reason is not None
+        return Generation(self.text, self.token_ids, self.logprobs, self.margins, self.finish_reason, stats)
+
+
+def last_logits(
+    params: Params,
+    tokens: Array,
+    cache: KVCache,
+    count: int | Array,
+    config: GPT2Config,
+    window: int,
+    xp: Namespace,
+) -> tuple[Array, KVCache]:
+    """Logits [batch, n_vocab] after the first `count` of tokens [batch, n_seq]; those behind are padding."""
+    x, after = hidden_states(params, tokens, config, cache, window, xp)  # [batch, n_seq, n_embd]
+    assert after is not None
+    logits = unembed(x[:, count - 1, :], params["wte"], xp)
+    # Padding was written into the cache too. Nobody looks at it, and the next token overwrites it.
+    return logits, after._replace(position=cache.position + count)
+
+
+class Clock:
+    """Adds up the seconds of each phase, with compiling apart."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.prefill = self.decode = self.compile = 0.0
+        self._compiled = backend.compile_seconds
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `phase`."""
+        compiled, begin = self._compiled(), time.perf_counter()
+        yield
+        compiling = self._compiled() - compiled
+        self.compile += compiling
+        setattr(self, phase, getattr(self, phase) + time.perf_counter() - begin - compiling)
+
+
+class Engine:
+    """A model on its backend: the compiled steps, and the loop around them."""
+
+    def __init__(self, params: Params, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
+        self.params, self.config, self.tokenizer, self.backend = params, config, tokenizer, backend
+        self.eos = config.eos_token_id if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        compile = functools.partial(backend.compile, static=("config", "window"), donate=("cache",))
+        self._new_cache = backend.compile(functools.partial(new_cache, xp=backend.xp), static=("config", "n_slots"))
+        self._last_logits = compile(functools.partial(last_logits, xp=backend.xp))
+        self._all_logits = compile(functools.partial(gpt2, xp=backend.xp))
+        self._choose = choose if backend.samples_on_host else backend.compile(functools.partial(choose, xp=backend.xp))
+        self._allowed = self._allowed_ids()
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        max_tokens: int | None,
+        stops: Sequence[str],
+        ignore_eos: bool,
+        called: float,
+    ) -> Iterator[Piece]:
+        """Continue all prompts together, yielding text as it comes and, at the end, each row's result.
+
+        `called` is the `time.perf_counter()` at which the user's call began.
+        """
+        rows = [self._row(prompt, max_tokens, stops, ignore_eos) for prompt in prompts]
+        n_new = max(row.limit for row in rows)
+        clock = Clock(self.backend)
+        with clock.measure("prefill"):
+            logits, cache, used = self.prefill([prompt.token_ids for prompt in prompts], n_new)
+            choice = self._sample(logits, rows, sampling, step=0)
+        time_to_first_token = time.perf_counter() - called
+        yield from _take(rows, choice)
+        for step in range(1, n_new):
+            if all(row.finish_reason for row in rows):
+                break
+            with clock.measure("decode"):
+                logits, cache, used = self.decode(choice.token, cache, used)
+                choice = self._sample(logits, rows, sampling, step)
+            yield from _take(rows, choice)
+        stats = Stats(
+            rows=len(rows),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            generated_tokens=sum(len(row.token_ids) for row in rows),
+            compile_seconds=clock.compile,
+            prefill_seconds=clock.prefill,
+            decode_seconds=clock.decode,
+            time_to_first_token=time_to_first_token,
+            peak_memory_bytes=self.backend.peak_memory(),
+            backend=self.backend.name,
+            device=self.backend.device,
+            dtype=self.backend.dtype,
+        )
+        for index, row in enumerate(rows):
+            yield Piece("", index, row.result(stats))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple[Array, KVCache, int]:
+        """Run the prompts; return logits [batch, n_vocab] after the last token of each, the cache, and its used slots.
+
+        The cache has room for `n_new` more tokens of each row.
+        """
+        tokens, cache, total = self._begin(prompts, n_new)
+        for begin in range(0, total, PIECE):
+            piece, window = self._piece(tokens, begin, cache)
+            logits, cache = self._last_logits(
+                self.params, piece, cache, min(PIECE, total - begin), config=self.config, window=window
+            )
+        return logits, cache, total
+
+    def decode(self, token: Any, cache: KVCache, used: int) -> tuple[Array, KVCache, int]:
+        """Run one more token [batch] of each row; return as `prefill` does."""
+        used += 1
+        window = min(self.backend.window(used), cache.n_slots)
+        tokens = self.backend.asarray(np.asarray(token, dtype=np.int32)[:, None])
+        logits, cache = self._last_logits(self.params, tokens, cache, 1, config=self.config, window=window)
+        return logits, cache, used
+
+    def logits(self, token_ids: Sequence[Sequence[int]]) -> Iterator["np.ndarray[Any, Any]"]:
+        """Yield the logits at all positions, [batch, piece, n_vocab] on the host, piece by piece."""
+        tokens, cache, total = self._begin(token_ids, n_new=0)
+        for begin in range(0, total, PIECE):
+            piece, window = self._piece(tokens, begin, cache)
+            logits, cache = self._all_logits(self.params, piece, self.config, cache=cache, window=window)
+            wide = self.backend.xp.astype(logits, getattr(self.backend.xp, self._result_dtype), copy=False)
+            yield self.backend.to_numpy(wide)[:, : min(PIECE, total - begin)]
+
+    @property
+    def _result_dtype(self) -> str:
+        return "float64" if self.backend.dtype == "float64" else "float32"
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], n_new: int
+    ) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
+        """Pad the prompts on the left to one length, and make a cache for them: tokens [batch, total], cache, total."""
+        total = max(len(prompt) for prompt in prompts)
+        tokens = np.zeros((len(prompts), total), dtype=np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[total - len(prompt) :] = prompt
+        start = self.backend.asarray(np.asarray([total - len(prompt) for prompt in prompts], dtype=np.int32))
+        n_slots = self.backend.slots(min(total + n_new, self.config.n_ctx), self.config.n_ctx)
+        cache = self._new_cache(config=self.config, like=self.params["wpe"], n_slots=n_slots, start=start)
+        return tokens, cache, total
+
+    def _piece(self, tokens: "np.ndarray[Any, Any]", begin: int, cache: KVCache) -> tuple[Array, int]:
+        """Return the piece of tokens [batch, total] that begins at `begin`, on the device, and its window."""
+        piece = tokens[:, begin : begin + PIECE]
+        padding = self.backend.pad(piece.shape[1], tokens.shape[1]) - piece.shape[1]
+        piece = np.pad(piece, ((0, 0), (0, padding)))
+        window = min(self.backend.window(begin + piece.shape[1]), cache.n_slots)
+        return self.backend.asarray(piece), window
+
+    def _row(self, prompt: Prompt, max_tokens: int | None, stops: Sequence[str], ignore_eos: bool) -> Row:
+        # The last token needs no room: nothing is computed from it.
+        room = self.config.n_ctx - len(prompt.token_ids) + 1
+        limit, reason = (room, "context") if max_tokens is None or max_tokens > room else (max_tokens, "max_tokens")
+        return Row(prompt, TextStream(self.tokenizer, stops), limit, reason, None if ignore_eos else self.eos)
+
+    def _sample(self, logits: Array, rows: Sequence[Row], sampling: Sampling, step: int) -> Choice:
+        """Choose the next token of each row; the `Choice` holds NumPy arrays."""
+        host = self.backend.samples_on_host
+        asarray = np.asarray if host else self.backend.asarray
+        numbers = sampling.numbers
+        noise = seen = None
+        if numbers["temperature"] is not None:
+            noise = asarray(self._noise(rows, sampling.seed, step))
+        if numbers["repetition_penalty"] is not None:
+            seen = asarray(self._seen(rows))
+        choice = self._choose(
+            self.backend.to_numpy(logits) if host else logits,
+            noise=noise,
+            seen=seen,
+            allowed=None if self._allowed is None else asarray(self._allowed),
+            **numbers,
+        )
+        return choice if host else Choice(*map(self.backend.to_numpy, choice))
+
+    def _noise(self, rows: Sequence[Row], seed: int, step: int) -> "np.ndarray[Any, Any]":
+        return np.stack([gumbel_noise(seed, row.prompt.sample, step, self.config.n_vocab) for row in rows])
+
+    def _seen(self, rows: Sequence[Row]) -> "np.ndarray[Any, Any]":
+        """Which tokens each row holds so far: [batch, n_vocab] bool."""
+        seen = np.zeros((len(rows), self.config.n_vocab), dtype=np.bool_)
+        for mark, row in zip(seen, rows, strict=True):
+            mark[list(row.prompt.token_ids)] = True
+            mark[row.token_ids] = True
+        return seen
+
+    def _allowed_ids(self) -> "np.ndarray[Any, Any] | None":
+        """Which ids may be sampled [n_vocab]: those that have a token; None if all have."""
+        if self.tokenizer is None or len(self.tokenizer.decoder) == self.config.n_vocab:
+            return None
+        allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
+        allowed[list(self.tokenizer.decoder)] = True
+        return allowed
+
+
+def _take(rows: Sequence[Row], choice: Choice) -> Iterator[Piece]:
+    for index, row in enumerate(rows):
+        if row.finish_reason is None:
+            text = row.take(int(choice.token[index]), float(choice.logprob[index]), float(choice.margin[index]))
+            if text:
+                yield Piece(text, index)

@@ -1,0 +1,24 @@
+"""The randomness of sampling: the same numbers on every backend, and in a batch of any size.
+
+Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") is a function of a key and a counter, with
+no state to carry along. The key is (seed, sample) and the counter is (block, step, 0, 0), so the noise of a token
+depends on nothing but the seed, which sample of its prompt this is, the step, and the token's id.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def gumbel_noise(seed: int, sample: int, step: int, n_vocab: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return [n_vocab] float32 draws of the standard Gumbel distribution (Gumbel 1954).
+
+    Adding them to logits and taking the largest samples from their softmax. They are computed in float64 on the host,
+    from 32 bits each, and rounded once.
+    """
+    raw = np.random.Philox(key=[seed, sample], counter=[0, step, 0, 0]).random_raw((n_vocab + 1) // 2)
+    bits = raw.astype("<u8").view("<u4")[:n_vocab]
+    # The middle of one of 2^32 equal parts: never 0 or 1. The large draws come from small numbers, where
+    # floating point is finest, so that even one token in billions gets its share.
+    uniform = (bits + 0.5) * 2.0**-32
+    return (-np.log(-np.log1p(-uniform))).astype(np.float32)

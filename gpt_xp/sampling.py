@@ -1,0 +1,162 @@
+"""From logits to the next token, in the array API.
+
+Sampling is argmax(logits / temperature + Gumbel noise), with what the filters refuse set to the smallest number.
+Compared with walking along the cumulated probabilities, a difference in the last bit of one logit can then change
+the draw only where two tokens are all but tied, so backends that agree up to rounding draw the same tokens.
+
+Filters come in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, device
+
+from gpt_xp._typing import Array, Namespace
+from gpt_xp.errors import SettingError
+from gpt_xp.model import at_least_float32, softmax
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. Raises `SettingError` for values that make no sense.
+
+    `temperature` 0 takes the likeliest token (greedy), and `top_k`, `top_p` and `min_p` then change nothing; the
+    repetition penalty still does. None (and 0 for `top_k`) turns a filter off. `seed` is 0 to 2^64 - 1.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy)")
+        _check("top_k", self.top_k, _whole, "a whole number of at least 0 (0 is off)")
+        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1 (1 is off)")
+        _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
+        _check("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0 (1 is off)")
+        _check("seed", self.seed, lambda x: _whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The arguments of `choose`, with None for what is off: off is another program to JAX, a value is not."""
+        greedy = self.temperature == 0
+        return {
+            "temperature": None if greedy else float(self.temperature),
+            "top_k": None if greedy or not self.top_k else self.top_k,
+            "top_p": None if greedy or self.top_p in (None, 1) else self.top_p,
+            "min_p": None if greedy or not self.min_p else self.min_p,
+            "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
+        }
+
+
+class Choice(NamedTuple):
+    """The next token of each row, [batch] each.
+
+    `logprob` is the natural log of its probability under the model itself, before any filter or temperature.
+    `margin` says by how much it beat the second choice, in units of logits: below the rounding error of the logits,
+    another backend may rightly choose the other.
+    """
+
+    token: Array  # int
+    logprob: Array  # float32, or float64 for float64 logits
+    margin: Array
+
+
+def choose(
+    logits: Array,
+    noise: Array | None = None,
+    seen: Array | None = None,
+    allowed: Array | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    xp: Namespace = None,
+) -> Choice:
+    """Choose from logits [batch, n_vocab]; the likeliest where `temperature` is None.
+
+    `noise` [batch, n_vocab] is Gumbel noise; `seen` [batch, n_vocab] says which tokens the text so far holds;
+    `allowed` [n_vocab] which ids have a token at all. Ties go to the lowest id.
+    """
+    xp = xp or array_namespace(logits)
+    logits = at_least_float32(logits, xp)
+    scores = logits
+    lowest = float(xp.finfo(scores.dtype).min)
+    if allowed is not None:
+        scores = xp.where(allowed, scores, lowest)
+    if repetition_penalty is not None:
+        scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
+    if temperature is not None:
+        # With the maximum taken off first, no temperature overflows.
+        scores = (scores - xp.max(scores, axis=-1, keepdims=True)) / temperature
+        scores = keep_likeliest(scores, top_k, top_p, min_p, xp) + noise
+
+    token = xp.argmax(scores, axis=-1)  # [batch]
+    ids = xp.arange(scores.shape[-1], dtype=token.dtype, device=device(token))
+    best = xp.max(scores, axis=-1)
+    second = xp.max(xp.where(ids == token[:, None], lowest, scores), axis=-1)
+    margin = (best - second) * (1 if temperature is None else temperature)
+    return Choice(token, log_probability(logits, token, xp), margin)
+
+
+def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
+    """Make every token less likely: positive scores divided, negative ones multiplied (Keskar et al. 2019, CTRL)."""
+    return xp.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def keep_likeliest(
+    scores: Array, top_k: int | None, top_p: float | None, min_p: float | None, xp: Namespace
+) -> Array:
+    """Set to the smallest number all scores [batch, n_vocab] that a filter refuses.
+
+    top-k (Fan et al. 2018) keeps the k largest; top-p (Holtzman et al. 2020) the fewest whose probabilities sum to p;
+    min-p (Nguyen et al. 2024) those at least p times as likely as the likeliest.
+    """
+    if top_k is not None or top_p is not None:
+        ordered = xp.sort(scores, axis=-1, descending=True)  # [batch, n_vocab]
+        rank = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(scores))
+        keep = xp.broadcast_to(rank < (scores.shape[-1] if top_k is None else top_k), scores.shape)
+        if top_p is not None:
+            probs = softmax(xp.where(keep, ordered, float(xp.finfo(scores.dtype).min)), xp)
+            keep = keep & (xp.cumulative_sum(probs, axis=-1) - probs < top_p)
+        scores = keep_largest(scores, ordered, xp.sum(xp.astype(keep, xp.int32), axis=-1, keepdims=True), xp)
+    if min_p is not None:
+        likely = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True)) >= min_p
+        scores = xp.where(likely, scores, float(xp.finfo(scores.dtype).min))
+    return scores
+
+
+def keep_largest(scores: Array, ordered: Array, count: Array, xp: Namespace) -> Array:
+    """Keep exactly `count` [batch, 1] scores of each row, those of the lowest ids among equals."""
+    threshold = xp.take_along_axis(ordered, count - 1, axis=-1)  # [batch, 1]
+    above = xp.astype(scores > threshold, xp.int32)
+    equal = xp.astype(scores == threshold, xp.int32)
+    room = count - xp.sum(above, axis=-1, keepdims=True)
+    keep = (above == 1) | ((equal == 1) & (xp.cumulative_sum(equal, axis=-1) <= room))
+    return xp.where(keep, scores, float(xp.finfo(scores.dtype).min))
+
+
+def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:
+    """The log of the softmax of `logits` [batch, n_vocab] at one token per row [batch]."""
+    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
+    chosen = xp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
+    return chosen - xp.log(xp.sum(xp.exp(shifted), axis=-1))
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and x >= 0
+
+
+def _check(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if value is None and name not in ("temperature", "seed"):
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
+        raise SettingError(f"{name} must be {expected}, not {value!r}")
