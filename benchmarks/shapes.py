@@ -1,0 +1,47 @@
+"""Models of a given shape with random weights, for timing."""
+
+import tempfile
+from typing import Any
+
+
+def random_params(config: Any, seed: int = 0) -> Any:
+    """Return float32 params of the given shape: weights of standard deviation 0.02, as GPT-2 is initialized."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    n = config.n_embd
+
+    def weight(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    def linear(n_in: int, n_out: int) -> Any:
+        return {"w": weight(n_in, n_out), "b": weight(n_out)}
+
+    def norm() -> Any:
+        return {"g": 1 + weight(n), "b": weight(n)}
+
+    return {
+        "wte": weight(config.n_vocab, n),
+        "wpe": weight(config.n_ctx, n),
+        "blocks": [
+            {
+                "ln_1": norm(),
+                "attn": {"c_attn": linear(n, 3 * n), "c_proj": linear(n, n)},
+                "ln_2": norm(),
+                "mlp": {"c_fc": linear(n, 4 * n), "c_proj": linear(4 * n, n)},
+            }
+            for _ in range(config.n_layer)
+        ],
+        "ln_f": norm(),
+    }
+
+
+def transformers_model(params: Any, config: Any) -> Any:
+    """Return transformers' GPT2LMHeadModel with the same weights, through a checkpoint that gpt-xp writes."""
+    import transformers
+
+    import gpt_xp
+
+    with tempfile.TemporaryDirectory() as directory:
+        gpt_xp.Model(params, config, backend="numpy").save(directory)
+        return transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
