@@ -1,0 +1,451 @@
+"""Directories on disk <-> params and config, in the layout that `transformers` writes and the Hub serves.
+
+A directory holds `config.json` and `model.safetensors`, or shards of it listed in `model.safetensors.index.json`.
+The tensors have the names of OpenAI's variables (openai/gpt-2 `src/model.py`) as transformers' `GPT2LMHeadModel`
+spells them: `transformer.h.0.attn.c_attn.weight`, [in, out] like OpenAI's own, so that nothing is transposed.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from gpt_xp._typing import Params
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
+from gpt_xp.safetensors_file import FLOATS, NumpyArray, SafetensorsFile, open_regular, open_safetensors, parse_json
+
+_WEIGHTS = "model.safetensors"
+_DTYPES = ("float16", "float32", "float64")
+
+# The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
+_MATHEMATICS: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_END_OF_TEXT = 50256  # transformers' default for eos_token_id
+
+# Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # a plain name: no index may lead out of its directory
+_MAX_JSON_BYTES = 10_000_000  # of a config or an index; real ones have some thousand
+_MAX_SIZE = 2**31 - 1  # token ids and positions are int32
+_MAX_FAULTS = 6  # shown in one message
+
+
+class SavesItself(Protocol):
+    """A tokenizer, as far as `save_checkpoint` knows it."""
+
+    def save(self, directory: str) -> object:
+        """Write the tokenizer's files into an existing directory."""
+
+
+def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
+    """The config in a directory's `config.json`, refused unless it describes GPT-2's mathematics.
+
+    An entry that is absent has transformers' default. Of several `eos_token_id` the first is taken; one outside the
+    vocabulary, which no model can choose, becomes None. Raises `ModelNotFoundError` where there is no such directory,
+    `CheckpointError` where the file is missing, unreadable or malformed, and `ConfigError` for another model.
+    """
+    path = os.path.join(directory, "config.json")
+    with _reading(directory):
+        if not _exists(path):
+            raise CheckpointError(
+                f"{directory} has no config.json: a checkpoint is a directory with config.json and {_WEIGHTS}, "
+                f"as transformers' save_pretrained writes it"
+            )
+        entries = _read_json(path)
+    try:
+        return _config_from(entries)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_params(directory: str | os.PathLike[str], config: GPT2Config, dtype: str | None = "float32") -> Params:
+    """The parameters in a directory, as a nested dict of read-only NumPy arrays.
+
+    `dtype` is "float16", "float32", "float64", or None: each tensor as stored, bfloat16 as float32. With E = n_embd:
+
+        {"wte": [n_vocab, E], "wpe": [n_ctx, E], "blocks": [block, ...], "ln_f": {"g": [E], "b": [E]}}
+
+    and each of the n_layer blocks is
+
+        {"ln_1": {"g": [E], "b": [E]}, "attn": {"c_attn": {"w": [E, 3E], "b": [3E]}, "c_proj": {"w": [E, E], "b": [E]}},
+         "ln_2": {"g": [E], "b": [E]}, "mlp": {"c_fc": {"w": [E, 4E], "b": [4E]}, "c_proj": {"w": [4E, E], "b": [E]}}}
+
+    An array is mapped from the file where that holds `dtype` at an aligned place, and read into aligned memory where
+    not. A file that is mapped must not be written to; `save_checkpoint` replaces it, and the arrays stay as they were.
+    Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the files are damaged,
+    unreadable or do not fit `config`, `BackendError` for another dtype, `DeviceMemoryError` where memory runs out.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise BackendError(f"dtype {dtype!r} cannot be read; take one of {', '.join(_DTYPES)}")
+    with _reading(directory), ExitStack() as stack:
+        files = _open_weights(directory, stack)
+        tensors = _by_name(files)
+        _drop_tied_head(tensors)
+        stored = {name: file.tensors[full_name] for name, (file, full_name) in tensors.items()}
+        _check_tensors(
+            f"the weights in {directory}",
+            {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()},
+            _shapes(config, len(stored)),
+            FLOATS,
+        )
+
+        def read(name: str, shape: tuple[int, ...]) -> NumpyArray:
+            file, full_name = tensors[name]
+            return file.read(full_name, dtype)
+
+        return _params(config, read)
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str], params: Params, config: GPT2Config, tokenizer: SavesItself | None = None
+) -> None:
+    """Write params (NumPy arrays of float16, float32 or float64), config and tokenizer as transformers would.
+
+    The directory is made if need be. All files are written aside and only then take their names, so a failure leaves
+    a former checkpoint whole, and arrays mapped from it stay as they were (Windows refuses to replace a mapped file).
+    Raises `CheckpointError` where params and config do not fit, before anything is written, where writing fails, and
+    where the directory has a `tokenizer.json` that would be read in place of the tokenizer given.
+    """
+    tensors = _named_arrays(params, config)
+    entries = _config_entries(config, str(tensors["transformer.wte.weight"].dtype))
+    with _writing(directory):
+        os.makedirs(directory, exist_ok=True)
+        with TemporaryDirectory(prefix=".saving-", dir=directory) as aside:
+            if tokenizer is not None:
+                _save_tokenizer(tokenizer, aside, directory)
+            _write_json(os.path.join(aside, "config.json"), entries)
+            _write_weights(os.path.join(aside, _WEIGHTS), tensors)
+            _move_all(aside, directory)
+
+
+# --- config.json --------------------------------------------------------------------------------------------------
+
+
+def _config_from(entries: dict[str, Any]) -> GPT2Config:
+    if (model_type := entries.get("model_type")) != "gpt2":
+        raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded")
+    for key, allowed in _MATHEMATICS.items():
+        _require(key, entries.get(key, allowed[0]), allowed)
+    n_vocab = _size(entries, "vocab_size")
+    n_embd = _size(entries, "n_embd")
+    _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
+    return GPT2Config(
+        n_vocab=n_vocab,
+        n_ctx=_size(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
+        n_embd=n_embd,
+        n_head=_size(entries, "n_head"),
+        n_layer=_size(entries, "n_layer"),
+        eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
+    )
+
+
+def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
+    # The types too: in Python 1 == True.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        choices = " or ".join(json.dumps(choice) for choice in allowed)
+        raise ConfigError(
+            f"{key} is {json.dumps(value):.80}, and GPT-2 as OpenAI published it, the one model that gpt-xp computes, "
+            f"has {choices}; take another checkpoint"
+        )
+
+
+def _size(entries: dict[str, Any], key: str) -> int:
+    if key not in entries:
+        raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected")
+    value = entries[key]
+    if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+        raise ConfigError(f"{key} is {json.dumps(value):.80}; a whole number from 1 to {_MAX_SIZE} was expected")
+    return value
+
+
+def _eos_token_id(entry: object, n_vocab: int) -> int | None:
+    ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    if any(type(i) is not int for i in ids):
+        raise ConfigError(f"eos_token_id is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
+    return ids[0] if ids and 0 <= ids[0] < n_vocab else None
+
+
+def _config_entries(config: GPT2Config, dtype: str) -> dict[str, Any]:
+    """What transformers needs to know; it has the same defaults for all that is not here."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.n_vocab,
+        "n_positions": config.n_ctx,
+        "n_ctx": config.n_ctx,  # the old name, which other programs still read
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "n_inner": None,
+        "bos_token_id": config.eos_token_id,
+        "eos_token_id": config.eos_token_id,
+        **{key: allowed[0] for key, allowed in _MATHEMATICS.items()},
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+# --- params and names -----------------------------------------------------------------------------------------------
+
+
+def _params(config: GPT2Config, leaf: Callable[[str, tuple[int, ...]], Any]) -> Params:
+    """The params tree with `leaf(name, shape)` in each place: the one list of names, for reading and writing."""
+    n_embd = config.n_embd
+
+    def norm(name: str) -> Params:
+        return {"g": leaf(f"{name}.weight", (n_embd,)), "b": leaf(f"{name}.bias", (n_embd,))}
+
+    def linear(name: str, n_in: int, n_out: int) -> Params:
+        return {"w": leaf(f"{name}.weight", (n_in, n_out)), "b": leaf(f"{name}.bias", (n_out,))}
+
+    def block(name: str) -> Params:
+        return {
+            "ln_1": norm(f"{name}.ln_1"),
+            "attn": {
+                "c_attn": linear(f"{name}.attn.c_attn", n_embd, 3 * n_embd),
+                "c_proj": linear(f"{name}.attn.c_proj", n_embd, n_embd),
+            },
+            "ln_2": norm(f"{name}.ln_2"),
+            "mlp": {
+                "c_fc": linear(f"{name}.mlp.c_fc", n_embd, 4 * n_embd),
+                "c_proj": linear(f"{name}.mlp.c_proj", 4 * n_embd, n_embd),
+            },
+        }
+
+    return {
+        "wte": leaf("wte.weight", (config.n_vocab, n_embd)),
+        "wpe": leaf("wpe.weight", (config.n_ctx, n_embd)),
+        "blocks": [block(f"h.{i}") for i in range(config.n_layer)],
+        "ln_f": norm("ln_f"),
+    }
+
+
+def _shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ...]]:
+    # Before a list is made of as many layers as a config may claim.
+    if config.n_layer > n_tensors:
+        raise CheckpointError(
+            f"the config has {config.n_layer} layers, but there are only {n_tensors} tensors; "
+            f"take weights and config of one GPT-2"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    _params(config, shapes.__setitem__)
+    return shapes
+
+
+def _check_tensors(
+    what: str,
+    found: dict[str, tuple[tuple[int, ...], str]],  # name: (shape, dtype)
+    expected: dict[str, tuple[int, ...]],
+    dtypes: Iterable[str],
+) -> None:
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    for name, (shape, dtype) in found.items():
+        if name not in expected:
+            faults.append(f"{name!r:.80} is no tensor of this GPT-2")
+        elif shape != expected[name]:
+            faults.append(f"{name} is {list(shape)!s:.80} instead of {list(expected[name])}")
+        elif dtype not in dtypes:
+            faults.append(f"{name} is {dtype} instead of one of {', '.join(dtypes)}")
+    if faults:
+        shown = "; ".join(faults[:_MAX_FAULTS])
+        more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+        raise CheckpointError(f"{what} do not fit the config: {shown}{more}. Take weights and config of one GPT-2")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _open_weights(directory: str | os.PathLike[str], stack: ExitStack) -> list[SafetensorsFile]:
+    path = os.path.join(directory, _WEIGHTS)
+    if _exists(path):
+        return [stack.enter_context(open_safetensors(path))]
+    if _exists(f"{path}.index.json"):
+        return _open_shards(directory, f"{path}.index.json", stack)
+    if any(_exists(os.path.join(directory, name)) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        raise CheckpointError(
+            f"{directory} has its weights only in pytorch_model.bin, a pickle, which can run any code when it is "
+            f"opened. Convert it where you trust it: GPT2LMHeadModel.from_pretrained({str(directory)!r})"
+            f'.save_pretrained("new-directory"), with GPT2LMHeadModel from transformers'
+        )
+    raise CheckpointError(
+        f"{directory} has no weights that gpt-xp knows: {_WEIGHTS}, or shards of it with {_WEIGHTS}.index.json, "
+        f"was expected, as transformers' save_pretrained writes it"
+    )
+
+
+def _open_shards(directory: str | os.PathLike[str], index: str, stack: ExitStack) -> list[SafetensorsFile]:
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch or save it again")
+    files: dict[str, SafetensorsFile] = {}
+    for name, shard in shard_of.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"{index} places {name!r:.80} in {shard!r:.80}; the plain name of a .safetensors file was expected"
+            )
+        if shard not in files:
+            path = os.path.join(directory, shard)
+            if not _exists(path):
+                raise CheckpointError(f"{directory} lacks {shard}, which its index names; fetch that file")
+            files[shard] = stack.enter_context(open_safetensors(path))
+        if name not in files[shard].tensors:
+            raise CheckpointError(
+                f"{index} places {name!r:.80} in {shard}, where it is not; fetch or save the checkpoint again"
+            )
+    return list(files.values())
+
+
+def _by_name(files: list[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, str]]:
+    """Names as OpenAI's model has them -> the file and the name in the file. Published files lack the prefix."""
+    tensors: dict[str, tuple[SafetensorsFile, str]] = {}
+    for file in files:
+        for full_name in file.tensors:
+            name = full_name.removeprefix("transformer.")
+            if _BUFFER.fullmatch(name):
+                continue
+            if name in tensors:
+                raise CheckpointError(
+                    f"{name!r:.80} is in {tensors[name][0].path} and again in {file.path}; only one was expected"
+                )
+            tensors[name] = (file, full_name)
+    return tensors
+
+
+def _drop_tied_head(tensors: dict[str, tuple[SafetensorsFile, str]]) -> None:
+    """Forget an `lm_head.weight` that repeats `wte.weight`, by which GPT-2 multiplies in its stead."""
+    if "lm_head.weight" not in tensors or "wte.weight" not in tensors:
+        return
+    (file, head), (wte_file, wte) = tensors["lm_head.weight"], tensors["wte.weight"]
+    a, b = file.tensors[head], wte_file.tensors[wte]
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or file.raw(head) != wte_file.raw(wte):
+        raise CheckpointError(
+            f"lm_head.weight in {file.path} differs from wte.weight, and GPT-2 has one matrix for both; "
+            f"take a checkpoint with tied embeddings"
+        )
+    del tensors["lm_head.weight"]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open_regular(path) as file:
+        text = file.read(_MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no such file is; fetch it again")
+    return parse_json(text, path)
+
+
+def _exists(path: str) -> bool:
+    # os.path.exists would also say no to a directory that may not be searched.
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _reading(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """First of all see that the directory is one; then say failures of the machine in our own words."""
+    try:
+        if not _is_directory(directory):
+            raise ModelNotFoundError(f"{str(directory)!r} is no directory; a checkpoint's directory was expected")
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {directory} ({error}); check the files and their permissions") from error
+    except MemoryError as error:
+        raise DeviceMemoryError(f"not enough memory to read {directory} ({error}); try a smaller dtype") from error
+
+
+def _is_directory(path: str | os.PathLike[str]) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return False
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
+    """Names as transformers spells them -> contiguous arrays, once it is sure that they fit the config."""
+    found = {path: np.asarray(leaf) for path, leaf in _leaves(params)}
+    _shapes(config, len(found))
+    wanted = dict(_leaves(_params(config, lambda name, shape: (name, shape))))
+    _check_tensors(
+        "the params",
+        {path: (array.shape, str(array.dtype)) for path, array in found.items()},
+        {path: shape for path, (_, shape) in wanted.items()},
+        _DTYPES,
+    )
+    # save_file writes memory as it lies: a transposed array would be written untransposed.
+    return {f"transformer.{name}": np.ascontiguousarray(found[path]) for path, (name, _) in wanted.items()}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of dicts and lists, with their paths: "blocks.0.ln_1.g"."""
+    if not isinstance(tree, dict | list):
+        yield path, tree
+        return
+    for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from _leaves(branch, f"{path}.{key}" if path else str(key))
+
+
+def _save_tokenizer(tokenizer: SavesItself, aside: str, directory: str | os.PathLike[str]) -> None:
+    tokenizer.save(aside)
+    # A tokenizer refuses a directory in which another file would be read first, but it sees only the one aside.
+    if _exists(os.path.join(directory, "tokenizer.json")) and "tokenizer.json" not in os.listdir(aside):
+        raise CheckpointError(
+            f"{directory} has a tokenizer.json, which would be read in place of the tokenizer to be saved there; "
+            f"remove it, save to another directory, or save without a tokenizer"
+        )
+
+
+def _write_json(path: str, entries: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(entries, file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def _write_weights(path: str, tensors: dict[str, NumpyArray]) -> None:
+    with open(path, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})  # without it transformers refuses the file
+    os.chmod(path, mode)  # save_file lets the owner alone read; the user's umask decides
+
+
+def _move_all(aside: str, directory: str | os.PathLike[str]) -> None:
+    for name in os.listdir(aside):
+        with open(os.path.join(aside, name), "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave a name without its bytes
+    # The weights first: they are the file that may be impossible to replace, on Windows while it is mapped.
+    for name in sorted(os.listdir(aside), key=lambda name: name != _WEIGHTS):
+        os.replace(os.path.join(aside, name), os.path.join(directory, name))
+
+
+@contextmanager
+def _writing(directory: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot save to {directory} ({error}); every file that was there is still whole. Check the space and the "
+            f"permissions, or save to another directory"
+        ) from error

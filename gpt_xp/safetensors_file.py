@@ -1,0 +1,175 @@
+"""One safetensors file: its tensors, mapped into memory or read into aligned memory.
+
+The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes of little-endian header length, that
+many bytes of JSON giving each tensor's dtype, shape and place, then the tensors' bytes one after the other.
+The `safetensors` library checks the file; the header is parsed here once more because the library does not
+tell where in the file a tensor lies, and a map needs that.
+"""
+
+import json
+import math
+import mmap
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from gpt_xp.errors import CheckpointError
+
+NumpyArray = npt.NDArray[Any]
+
+# NumPy has no bfloat16: it is read as 16 bits and widened.
+_ON_DISK: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+FLOATS = tuple(_ON_DISK)
+
+_ALIGNMENT = 64  # a cache line, and the widest vector register
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header says of one tensor: the format's name of its dtype ("F32"), its shape and its place."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in bytes, from the beginning of the file
+    end: int
+
+
+class SafetensorsFile:
+    """An open safetensors file, made by `open_safetensors`; `tensors` maps names to what is stored."""
+
+    def __init__(self, path: str, file: BufferedReader, mapping: mmap.mmap) -> None:
+        self.path = path
+        self.tensors = _parse_header(path, mapping)
+        self._file = file
+        self._mapping = mapping
+
+    def read(self, name: str, dtype: npt.DTypeLike | None = None) -> NumpyArray:
+        """One floating-point tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
+
+        Mapped, not copied, where the file holds that very dtype at an aligned place; such an array outlives the
+        closing of the file and its replacement by another under the same name. Raises `CheckpointError` where a value
+        is too large for `dtype`, or the file has become shorter.
+        """
+        tensor = self.tensors[name]
+        on_disk = _ON_DISK[tensor.dtype]
+        stored: np.dtype[Any] = np.dtype(np.float32) if tensor.dtype == "BF16" else on_disk
+        wanted: np.dtype[Any] = stored if dtype is None else np.dtype(dtype)
+        # NumPy copies a misaligned matrix at every product, 3-4 times slower: better once, here. The published
+        # GPT-2 files are misaligned throughout, their headers being of odd length.
+        if wanted == on_disk and tensor.start % on_disk.itemsize == 0:
+            n_values = math.prod(tensor.shape)
+            return np.frombuffer(self._mapping, on_disk, n_values, tensor.start).reshape(tensor.shape)
+        array = self._read_aligned(tensor, on_disk)
+        if tensor.dtype == "BF16":
+            array = _widen(array)
+        if array.dtype != wanted:
+            array = self._convert(name, array, wanted)
+        array.flags.writeable = False  # like a mapped one, so that no caller comes to depend on the alignment
+        return array
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of one tensor as they lie in the file, mapped."""
+        tensor = self.tensors[name]
+        return memoryview(self._mapping)[tensor.start : tensor.end]
+
+    def _read_aligned(self, tensor: StoredTensor, on_disk: np.dtype[Any]) -> NumpyArray:
+        # Read, not copied out of the map: the map's pages would count as resident memory a second time.
+        array = _aligned_empty(tensor.shape, on_disk)
+        self._file.seek(tensor.start)
+        if self._file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+            raise CheckpointError(f"{self.path} became shorter while it was read; load it again")
+        return array
+
+    def _convert(self, name: str, array: NumpyArray, dtype: np.dtype[Any]) -> NumpyArray:
+        converted = _aligned_empty(array.shape, dtype)
+        try:
+            with np.errstate(over="raise", under="ignore", invalid="ignore"):
+                converted[...] = array
+        except FloatingPointError as error:
+            raise CheckpointError(
+                f"{self.path}: {name} holds values too large for {dtype}; ask for a wider dtype"
+            ) from error
+        return converted
+
+
+@contextmanager
+def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
+    """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, `OSError` as `open` does."""
+    with open_regular(path) as file:
+        _check(path)
+        yield SafetensorsFile(path, file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def open_regular(path: str) -> BufferedReader:
+    """Open a file for reading bytes; a directory, or a pipe that would be waited on, is a `CheckpointError`."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
+    return open(path, "rb")
+
+
+def parse_json(text: bytes, path: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises `CheckpointError` for anything else, and for a name that is there twice."""
+
+    def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        [(name, count)] = Counter(name for name, _ in members).most_common(1) or [("", 0)]
+        if count > 1:
+            raise ValueError(f"the name {name!r:.80} is there {count} times")
+        return dict(members)
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # ValueError: malformed, not UTF-8, a number of 5000 digits
+        raise CheckpointError(f"{path} holds malformed JSON ({error}); fetch or save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {value!r:.80}; fetch or save it again")
+    return value
+
+
+def _check(path: str) -> None:
+    """Let the library compare header and file: lengths, dtypes, shapes, places without gap or overlap."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no safetensors file ({error!s:.200}); fetch or save it again"
+        ) from error
+
+
+def _parse_header(path: str, mapping: mmap.mmap) -> dict[str, StoredTensor]:
+    data_start = 8 + int.from_bytes(mapping[:8], "little")
+    header = parse_json(mapping[8:data_start], path)
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(data_start + n for n in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _widen(bfloat16: NumpyArray) -> NumpyArray:
+    """Float32 from bfloat16, which is the upper half of the float32 of the same value."""
+    bits = _aligned_empty(bfloat16.shape, np.dtype(np.uint32))
+    bits[...] = bfloat16
+    bits <<= 16
+    return bits.view(np.float32)
