@@ -56,12 +56,13 @@ class KVCache(NamedTuple):
         """Put the keys and values [batch, n_head, n_seq, d_head] of the next `n_seq` tokens into one layer."""
         n_seq = k.shape[2]
         first = self.position % self.n_slots
+        room = self.n_slots - (first if isinstance(first, int) else 0)
+        if n_seq > room:
+            raise PromptError(
+                f"{n_seq} tokens were given, and the cache has room for {room} before its ring begins again: "
+                "make it larger, or pass fewer tokens at a time"
+            )
         if isinstance(first, int):
-            if n_seq > self.n_slots - first:
-                raise PromptError(
-                    f"{n_seq} tokens do not fit into the cache's slots {first} to {self.n_slots - 1}: "
-                    "make a larger cache, or pass fewer tokens at a time"
-                )
             slots = slice(first, first + n_seq)
         elif n_seq == 1:
             slots = first[None]

@@ -18,7 +18,7 @@ from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.backend import Backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
-from gpt_xp.model import gpt2, hidden_states, unembed
+from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.sampling import Choice, Sampling, choose
 from gpt_xp.streaming import TextStream
@@ -155,6 +155,14 @@ def last_logits(
     return logits, after._replace(position=cache.position + count)
 
 
+def all_logits(
+    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
+) -> tuple[Array, KVCache]:
+    """Logits [batch, n_seq, n_vocab] in at least float32, which NumPy has."""
+    logits, cache = gpt2(params, tokens, config, cache, window, xp)
+    return at_least_float32(logits, xp), cache
+
+
 class Clock:
     """Adds up the seconds of each phase, with compiling apart."""
 
@@ -181,7 +189,7 @@ class Engine:
         compile = functools.partial(backend.compile, static=("config", "window"), donate=("cache",))
         self._new_cache = backend.compile(functools.partial(new_cache, xp=backend.xp), static=("config", "n_slots"))
         self._last_logits = compile(functools.partial(last_logits, xp=backend.xp))
-        self._all_logits = compile(functools.partial(gpt2, xp=backend.xp))
+        self._all_logits = compile(functools.partial(all_logits, xp=backend.xp))
         self._choose = choose if backend.samples_on_host else backend.compile(functools.partial(choose, xp=backend.xp))
         self._allowed = self._allowed_ids()
 
@@ -255,13 +263,8 @@ class Engine:
         tokens, cache, total = self._begin(token_ids, n_new=0)
         for begin in range(0, total, PIECE):
             piece, window = self._piece(tokens, begin, cache)
-            logits, cache = self._all_logits(self.params, piece, self.config, cache=cache, window=window)
-            wide = self.backend.xp.astype(logits, getattr(self.backend.xp, self._result_dtype), copy=False)
-            yield self.backend.to_numpy(wide)[:, : min(PIECE, total - begin)]
-
-    @property
-    def _result_dtype(self) -> str:
-        return "float64" if self.backend.dtype == "float64" else "float32"
+            logits, cache = self._all_logits(self.params, piece, cache, config=self.config, window=window)
+            yield self.backend.to_numpy(logits)[:, : min(PIECE, total - begin)]
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], n_new: int

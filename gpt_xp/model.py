@@ -146,8 +146,8 @@ def hidden_states(
     """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
     xp = xp or array_namespace(tokens, params["wte"])
     batch = xp.reshape(tokens, (-1, tokens.shape[-1]))  # [n_seq] or [batch, n_seq] -> [batch, n_seq]
-    config.check_length(batch.shape[1])
     if cache is None:
+        config.check_length(batch.shape[1])
         slots = xp.arange(batch.shape[1], dtype=xp.int32, device=device(tokens))
         positions = xp.broadcast_to(slots, batch.shape)  # [batch, n_seq]
         mask = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
