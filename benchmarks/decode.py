@@ -45,7 +45,9 @@ def main() -> None:
     contenders = {
         "floor": floor(params, config, options.context),
         "gpt-xp numpy greedy": gpt_xp_step(params, config, prompt, options.steps, temperature=0.0),
-        "gpt-xp numpy sampled": gpt_xp_step(params, config, prompt, options.steps, temperature=0.8, top_k=40, top_p=0.95),
+        "gpt-xp numpy sampled": gpt_xp_step(
+            params, config, prompt, options.steps, temperature=0.8, top_k=40, top_p=0.95
+        ),
     }
     try:
         contenders["transformers"] = transformers_step(params, config, prompt, options.threads)

@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpt_xp import checkpoint, generation
+from gpt_xp import checkpoint
 from gpt_xp._typing import Params
 from gpt_xp.backend import Backend, get_backend
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
-from gpt_xp.generation import Engine, Generation, Piece, Prompt
+from gpt_xp.generation import Engine, Piece, Prompt
 from gpt_xp.hub import find_model
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
@@ -39,9 +39,9 @@ class Model:
         tokenizer: Tokenizer | None = None,
         backend: str | Backend | None = None,
     ) -> None:
-        if tokenizer is not None and max(tokenizer.decoder) >= config.n_vocab:
+        if tokenizer is not None and tokenizer.n_vocab > config.n_vocab:
             raise ConfigError(
-                f"the tokenizer has ids up to {max(tokenizer.decoder)}, and the model's vocabulary ends at "
+                f"the tokenizer has ids up to {tokenizer.n_vocab - 1}, and the model's vocabulary ends at "
                 f"{config.n_vocab - 1}: they belong to different models"
             )
         self.config = config
@@ -171,7 +171,9 @@ class Model:
         # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
         wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
         if wrong.size:
-            raise PromptError(f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {self.config.n_vocab - 1}")
+            raise PromptError(
+                f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {self.config.n_vocab - 1}"
+            )
 
     @contextlib.contextmanager
     def _memory_errors(self, batch: int) -> Iterator[None]:

@@ -21,32 +21,24 @@ from safetensors.numpy import save_file
 from gpt_xp._typing import Params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
+from gpt_xp.hf_config import config_entries, config_from
 from gpt_xp.safetensors_file import FLOATS, NumpyArray, SafetensorsFile, open_regular, open_safetensors, parse_json
 
 _WEIGHTS = "model.safetensors"
 _DTYPES = ("float16", "float32", "float64")
 
-# The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
-_MATHEMATICS: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-_END_OF_TEXT = 50256  # transformers' default for eos_token_id
-
 # Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # a plain name: no index may lead out of its directory
 _MAX_JSON_BYTES = 10_000_000  # of a config or an index; real ones have some thousand
-_MAX_SIZE = 2**31 - 1  # token ids and positions are int32
 _MAX_FAULTS = 6  # shown in one message
 
 
 class SavesItself(Protocol):
     """A tokenizer, as far as `save_checkpoint` knows it."""
+
+    def check_place(self, directory: str | os.PathLike[str]) -> object:
+        """Raise `CheckpointError` where files in `directory` would be read in place of those that `save` writes."""
 
     def save(self, directory: str) -> object:
         """Write the tokenizer's files into an existing directory."""
@@ -68,7 +60,7 @@ def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
             )
         entries = _read_json(path)
     try:
-        return _config_from(entries)
+        return config_from(entries)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -119,89 +111,19 @@ def save_checkpoint(
     The directory is made if need be. All files are written aside and only then take their names, so a failure leaves
     a former checkpoint whole, and arrays mapped from it stay as they were (Windows refuses to replace a mapped file).
     Raises `CheckpointError` where params and config do not fit, before anything is written, where writing fails, and
-    where the directory has a `tokenizer.json` that would be read in place of the tokenizer given.
+    where the directory has the `tokenizer.json` of another tokenizer, which would be read in place of the one given.
     """
     tensors = _named_arrays(params, config)
-    entries = _config_entries(config, str(tensors["transformer.wte.weight"].dtype))
+    entries = config_entries(config, str(tensors["transformer.wte.weight"].dtype))
     with _writing(directory):
         os.makedirs(directory, exist_ok=True)
         with TemporaryDirectory(prefix=".saving-", dir=directory) as aside:
             if tokenizer is not None:
-                _save_tokenizer(tokenizer, aside, directory)
+                tokenizer.check_place(directory)
+                tokenizer.save(aside)
             _write_json(os.path.join(aside, "config.json"), entries)
             _write_weights(os.path.join(aside, _WEIGHTS), tensors)
             _move_all(aside, directory)
-
-
-# --- config.json --------------------------------------------------------------------------------------------------
-
-
-def _config_from(entries: dict[str, Any]) -> GPT2Config:
-    if (model_type := entries.get("model_type")) != "gpt2":
-        raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded")
-    for key, allowed in _MATHEMATICS.items():
-        _require(key, entries.get(key, allowed[0]), allowed)
-    n_vocab = _size(entries, "vocab_size")
-    n_embd = _size(entries, "n_embd")
-    _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
-    return GPT2Config(
-        n_vocab=n_vocab,
-        n_ctx=_size(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
-        n_embd=n_embd,
-        n_head=_size(entries, "n_head"),
-        n_layer=_size(entries, "n_layer"),
-        eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
-    )
-
-
-def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
-    # The types too: in Python 1 == True.
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        choices = " or ".join(json.dumps(choice) for choice in allowed)
-        raise ConfigError(
-            f"{key} is {json.dumps(value):.80}, and GPT-2 as OpenAI published it, the one model that gpt-xp computes, "
-            f"has {choices}; take another checkpoint"
-        )
-
-
-def _size(entries: dict[str, Any], key: str) -> int:
-    if key not in entries:
-        raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected")
-    value = entries[key]
-    if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-        raise ConfigError(f"{key} is {json.dumps(value):.80}; a whole number from 1 to {_MAX_SIZE} was expected")
-    return value
-
-
-def _eos_token_id(entry: object, n_vocab: int) -> int | None:
-    ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
-    if any(type(i) is not int for i in ids):
-        raise ConfigError(f"eos_token_id is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
-    return ids[0] if ids and 0 <= ids[0] < n_vocab else None
-
-
-def _config_entries(config: GPT2Config, dtype: str) -> dict[str, Any]:
-    """What transformers needs to know; it has the same defaults for all that is not here."""
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.n_vocab,
-        "n_positions": config.n_ctx,
-        "n_ctx": config.n_ctx,  # the old name, which other programs still read
-        "n_embd": config.n_embd,
-        "n_head": config.n_head,
-        "n_layer": config.n_layer,
-        "n_inner": None,
-        "bos_token_id": config.eos_token_id,
-        "eos_token_id": config.eos_token_id,
-        **{key: allowed[0] for key, allowed in _MATHEMATICS.items()},
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "dtype": dtype,
-    }
 
 
 # --- params and names -----------------------------------------------------------------------------------------------
@@ -406,16 +328,6 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield from _leaves(branch, f"{path}.{key}" if path else str(key))
-
-
-def _save_tokenizer(tokenizer: SavesItself, aside: str, directory: str | os.PathLike[str]) -> None:
-    tokenizer.save(aside)
-    # A tokenizer refuses a directory in which another file would be read first, but it sees only the one aside.
-    if _exists(os.path.join(directory, "tokenizer.json")) and "tokenizer.json" not in os.listdir(aside):
-        raise CheckpointError(
-            f"{directory} has a tokenizer.json, which would be read in place of the tokenizer to be saved there; "
-            f"remove it, save to another directory, or save without a tokenizer"
-        )
 
 
 def _write_json(path: str, entries: dict[str, Any]) -> None:

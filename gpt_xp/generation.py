@@ -185,7 +185,9 @@ class Engine:
 
     def __init__(self, params: Params, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
         self.params, self.config, self.tokenizer, self.backend = params, config, tokenizer, backend
-        self.eos = config.eos_token_id if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.eos = (
+            config.eos_token_id if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        )
         compile = functools.partial(backend.compile, static=("config", "window"), donate=("cache",))
         self._new_cache = backend.compile(functools.partial(new_cache, xp=backend.xp), static=("config", "n_slots"))
         self._last_logits = compile(functools.partial(last_logits, xp=backend.xp))
@@ -258,7 +260,7 @@ class Engine:
         logits, cache = self._last_logits(self.params, tokens, cache, 1, config=self.config, window=window)
         return logits, cache, used
 
-    def logits(self, token_ids: Sequence[Sequence[int]]) -> Iterator["np.ndarray[Any, Any]"]:
+    def logits(self, token_ids: Any) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the logits at all positions, [batch, piece, n_vocab] on the host, piece by piece."""
         tokens, cache, total = self._begin(token_ids, n_new=0)
         for begin in range(0, total, PIECE):
@@ -266,9 +268,7 @@ class Engine:
             logits, cache = self._all_logits(self.params, piece, cache, config=self.config, window=window)
             yield self.backend.to_numpy(logits)[:, : min(PIECE, total - begin)]
 
-    def _begin(
-        self, prompts: Sequence[Sequence[int]], n_new: int
-    ) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
+    def _begin(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
         """Pad the prompts on the left to one length, and make a cache for them: tokens [batch, total], cache, total."""
         total = max(len(prompt) for prompt in prompts)
         tokens = np.zeros((len(prompts), total), dtype=np.int32)
@@ -325,10 +325,10 @@ class Engine:
 
     def _allowed_ids(self) -> "np.ndarray[Any, Any] | None":
         """Which ids may be sampled [n_vocab]: those that have a token; None if all have."""
-        if self.tokenizer is None or len(self.tokenizer.decoder) == self.config.n_vocab:
+        if self.tokenizer is None or len(self.tokenizer) == self.config.n_vocab:
             return None
         allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
-        allowed[list(self.tokenizer.decoder)] = True
+        allowed[list(self.tokenizer.ids)] = True
         return allowed
 
 

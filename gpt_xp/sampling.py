@@ -44,7 +44,7 @@ class Sampling:
         _check("seed", self.seed, lambda x: _whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
 
     @property
-    def numbers(self) -> dict[str, float | None]:
+    def numbers(self) -> dict[str, Any]:
         """The arguments of `choose`, with None for what is off: off is another program to JAX, a value is not."""
         greedy = self.temperature == 0
         return {
@@ -112,9 +112,7 @@ def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
     return xp.where(scores > 0, scores / penalty, scores * penalty)
 
 
-def keep_likeliest(
-    scores: Array, top_k: int | None, top_p: float | None, min_p: float | None, xp: Namespace
-) -> Array:
+def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p: float | None, xp: Namespace) -> Array:
     """Set to the smallest number all scores [batch, n_vocab] that a filter refuses.
 
     top-k (Fan et al. 2018) keeps the k largest; top-p (Holtzman et al. 2020) the fewest whose probabilities sum to p;
@@ -153,7 +151,7 @@ def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:
 
 
 def _whole(x: Any) -> bool:
-    return isinstance(x, Integral) and x >= 0
+    return isinstance(x, Integral) and int(x) >= 0
 
 
 def _check(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:

@@ -124,16 +124,11 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
 
-        Special tokens other than `<|endoftext|>` are also named in `added_tokens.json`. Raises `CheckpointError`,
-        and leaves no temporary file, if the files cannot be written, or if the directory has a `tokenizer.json`,
-        which would be read in their place.
+        Special tokens other than `<|endoftext|>` are also named in `added_tokens.json`. Raises `CheckpointError`, and
+        leaves no temporary file, if the files cannot be written, or as `check_place` does.
         """
         folder = Path(directory)
-        if (folder / TOKENIZER_JSON).exists():
-            raise CheckpointError(
-                f"{folder / TOKENIZER_JSON} would be read in place of the tokenizer to be saved there: "
-                "remove it, or choose another directory"
-            )
+        self.check_place(folder)
         vocabulary = {token: id for id, token in sorted(self.decoder.items())}
         added = {token: id for token, id in vocabulary.items() if token in self.special_tokens - {EOS}}
         files = {
@@ -146,6 +141,20 @@ class Tokenizer:
             _write_all(folder, files)
         except OSError as error:
             raise CheckpointError(f"the tokenizer cannot be written to {folder}: {error}") from error
+
+    def check_place(self, directory: str | os.PathLike[str]) -> None:
+        """Raises `CheckpointError` if a `tokenizer.json` of another tokenizer would be read in place of this one."""
+        path = Path(directory) / TOKENIZER_JSON
+        if path.exists():
+            try:
+                there = type(self)(*_read_tokenizer_json(path))
+            except TokenizerError:
+                there = None
+            if there is None or (there.encoder, there.merges) != (self.encoder, self.merges):
+                raise CheckpointError(
+                    f"{path} would be read in place of the tokenizer to be saved there, and is another: "
+                    "remove it, or choose another directory"
+                )
 
     def __len__(self) -> int:
         """How many tokens there are; `n_vocab` is larger where the ids have gaps."""

@@ -595,6 +595,10 @@ def test_memory_that_runs_out_is_a_domain_error(tmp_path, monkeypatch):
 class TwoFiles:
     """A tokenizer, as far as saving goes."""
 
+    def check_place(self, directory):
+        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+            raise CheckpointError("another tokenizer")
+
     def save(self, directory):
         for name in ("vocab.json", "merges.txt"):
             with open(os.path.join(directory, name), "w") as file:
@@ -625,7 +629,7 @@ def test_what_is_saved_is_read_again(tmp_path, dtype):
 
 def test_a_tokenizer_that_would_not_be_read_is_not_saved(tmp_path):
     (tmp_path / "tokenizer.json").write_text("another")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json, which would be read in place"):
+    with pytest.raises(CheckpointError, match="another tokenizer"):
         save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     assert listing(tmp_path) == ["tokenizer.json"]
     save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG)

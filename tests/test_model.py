@@ -96,9 +96,7 @@ def test_a_token_sees_no_later_token(backend: Backend) -> None:
     config, params, tokens = CONFIGS["prime"], on(backend, small_params("prime")), small_tokens("prime")
     changed = tokens.copy()
     changed[:, 17:] = (changed[:, 17:] + 1) % config.n_vocab
-    before, after = (
-        backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(ids), config)) for ids in (tokens, changed)
-    )
+    before, after = (backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(ids), config)) for ids in (tokens, changed))
     assert_values(after[:, :17], before[:, :17], TOLERANCE["same", "float32"])
     assert np.abs(after[:, 17:] - before[:, 17:]).min(axis=-1).max() > 0
 

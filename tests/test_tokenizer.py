@@ -714,6 +714,15 @@ def test_save_beside_a_tokenizer_json(tmp_path, shakespeare):
     assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
+def test_save_beside_its_own_tokenizer_json(tmp_path):
+    merges = [("a", "b")]
+    write_tokenizer_json(tmp_path, byte_vocabulary("ab"), merges)
+    Tokenizer.from_directory(tmp_path).save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["merges.txt", "tokenizer.json", "vocab.json"]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json would be read in place"):
+        Tokenizer(byte_vocabulary("ba"), [("b", "a")]).save(tmp_path)
+
+
 @pytest.mark.parametrize("failing", ["write", "replace"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, shakespeare, failing):
     Tokenizer(ODD_VOCABULARY, ODD_MERGES).save(tmp_path)

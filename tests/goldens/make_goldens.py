@@ -29,8 +29,14 @@ def transformers_model(config: Any, params: Any) -> Any:
 
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=config.n_vocab, n_positions=config.n_ctx, n_embd=config.n_embd, n_head=config.n_head,
-            n_layer=config.n_layer, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+            vocab_size=config.n_vocab,
+            n_positions=config.n_ctx,
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            n_layer=config.n_layer,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
         )  # fmt: skip
     )
     model = model.double().eval()

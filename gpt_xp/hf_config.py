@@ -1,0 +1,88 @@
+"""The entries of transformers' `config.json` <-> GPT2Config, for models that compute what GPT-2 computes."""
+
+import json
+from typing import Any
+
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import ConfigError
+
+# The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
+_MATHEMATICS: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_END_OF_TEXT = 50256  # transformers' default for eos_token_id
+_MAX_SIZE = 2**31 - 1  # token ids and positions are int32
+
+
+def config_from(entries: dict[str, Any]) -> GPT2Config:
+    """Return the config that the entries describe. Raises `ConfigError` where that is not GPT-2's mathematics."""
+    if (model_type := entries.get("model_type")) != "gpt2":
+        raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded")
+    for key, allowed in _MATHEMATICS.items():
+        _require(key, entries.get(key, allowed[0]), allowed)
+    n_vocab = _size(entries, "vocab_size")
+    n_embd = _size(entries, "n_embd")
+    _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
+    return GPT2Config(
+        n_vocab=n_vocab,
+        n_ctx=_size(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
+        n_embd=n_embd,
+        n_head=_size(entries, "n_head"),
+        n_layer=_size(entries, "n_layer"),
+        eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
+    )
+
+
+def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
+    # The types too: in Python 1 == True.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        choices = " or ".join(json.dumps(choice) for choice in allowed)
+        raise ConfigError(
+            f"{key} is {json.dumps(value):.80}, and GPT-2 as OpenAI published it, the one model that gpt-xp computes, "
+            f"has {choices}; take another checkpoint"
+        )
+
+
+def _size(entries: dict[str, Any], key: str) -> int:
+    if key not in entries:
+        raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected")
+    value = entries[key]
+    if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+        raise ConfigError(f"{key} is {json.dumps(value):.80}; a whole number from 1 to {_MAX_SIZE} was expected")
+    return value
+
+
+def _eos_token_id(entry: object, n_vocab: int) -> int | None:
+    ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    if any(type(i) is not int for i in ids):
+        raise ConfigError(f"eos_token_id is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
+    return ids[0] if ids and 0 <= ids[0] < n_vocab else None
+
+
+def config_entries(config: GPT2Config, dtype: str) -> dict[str, Any]:
+    """Return what transformers needs to know; it has the same defaults for all that is not here."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.n_vocab,
+        "n_positions": config.n_ctx,
+        "n_ctx": config.n_ctx,  # the old name, which other programs still read
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "n_inner": None,
+        "bos_token_id": config.eos_token_id,
+        "eos_token_id": config.eos_token_id,
+        **{key: allowed[0] for key, allowed in _MATHEMATICS.items()},
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+    }
