@@ -121,6 +121,11 @@ def backends() -> list[BackendInfo]:
     return [_info(entry) for entry in _entries().values()]
 
 
+def default_backend() -> str:
+    """The name of the backend that is taken where none is given: `GPT_XP_BACKEND`, else numpy."""
+    return os.environ.get("GPT_XP_BACKEND") or "numpy"
+
+
 def get_backend(
     name: str | Backend | None = None,
     *,
@@ -136,7 +141,7 @@ def get_backend(
         if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
             raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
         return name
-    name = name or os.environ.get("GPT_XP_BACKEND") or "numpy"
+    name = name or default_backend()
     entries = _entries()
     if name not in entries:
         known = closest_first(name, entries)
@@ -180,3 +185,5 @@ def _info(entry: EntryPoint) -> BackendInfo:
     except BackendError as error:  # from import_library: what is missing, and the command that mends it
         problem, _, fix = str(error).partition(": ")
         return BackendInfo(entry.name, problem=problem, fix=fix or None)
+    except Exception as error:  # one library that cannot even start must not hide the others
+        return BackendInfo(entry.name, problem=f"it fails to start: {type(error).__name__}: {error}")

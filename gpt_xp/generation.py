@@ -6,12 +6,12 @@ never builds a matrix of context x context; decode runs one token per row and st
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace, Params
@@ -188,11 +188,12 @@ class Engine:
         self.eos = (
             config.eos_token_id if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
         )
-        compile = functools.partial(backend.compile, static=("config", "window"), donate=("cache",))
-        self._new_cache = backend.compile(functools.partial(new_cache, xp=backend.xp), static=("config", "n_slots"))
-        self._last_logits = compile(functools.partial(last_logits, xp=backend.xp))
-        self._all_logits = compile(functools.partial(all_logits, xp=backend.xp))
-        self._choose = choose if backend.samples_on_host else backend.compile(functools.partial(choose, xp=backend.xp))
+        # The very functions, not partial ones: JAX then shares compiled programs between models of one shape.
+        static, donate = ("config", "window", "xp"), ("cache",)
+        self._new_cache = backend.compile(new_cache, static=("config", "n_slots", "xp"))
+        self._last_logits = backend.compile(last_logits, static=static, donate=donate)
+        self._all_logits = backend.compile(all_logits, static=static, donate=donate)
+        self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("xp",))
         self._allowed = self._allowed_ids()
 
     def run(
@@ -247,9 +248,7 @@ class Engine:
         tokens, cache, total = self._begin(prompts, n_new)
         for begin in range(0, total, PIECE):
             piece, window = self._piece(tokens, begin, cache)
-            logits, cache = self._last_logits(
-                self.params, piece, cache, min(PIECE, total - begin), config=self.config, window=window
-            )
+            logits, cache = self._step(piece, cache, min(PIECE, total - begin), window)
         return logits, cache, total
 
     def decode(self, token: Any, cache: KVCache, used: int) -> tuple[Array, KVCache, int]:
@@ -257,15 +256,23 @@ class Engine:
         used += 1
         window = min(self.backend.window(used), cache.n_slots)
         tokens = self.backend.asarray(np.asarray(token, dtype=np.int32)[:, None])
-        logits, cache = self._last_logits(self.params, tokens, cache, 1, config=self.config, window=window)
+        logits, cache = self._step(tokens, cache, 1, window)
         return logits, cache, used
+
+    def _step(self, tokens: Array, cache: KVCache, count: int, window: int) -> tuple[Array, KVCache]:
+        stepped: tuple[Array, KVCache] = self._last_logits(
+            self.params, tokens, cache, count, config=self.config, window=window, xp=self.backend.xp
+        )
+        return stepped
 
     def logits(self, token_ids: Any) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the logits at all positions, [batch, piece, n_vocab] on the host, piece by piece."""
         tokens, cache, total = self._begin(token_ids, n_new=0)
         for begin in range(0, total, PIECE):
             piece, window = self._piece(tokens, begin, cache)
-            logits, cache = self._all_logits(self.params, piece, cache, config=self.config, window=window)
+            logits, cache = self._all_logits(
+                self.params, piece, cache, config=self.config, window=window, xp=self.backend.xp
+            )
             yield self.backend.to_numpy(logits)[:, : min(PIECE, total - begin)]
 
     def _begin(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
@@ -276,7 +283,9 @@ class Engine:
             row[total - len(prompt) :] = prompt
         start = self.backend.asarray(np.asarray([total - len(prompt) for prompt in prompts], dtype=np.int32))
         n_slots = self.backend.slots(min(total + n_new, self.config.n_ctx), self.config.n_ctx)
-        cache = self._new_cache(config=self.config, like=self.params["wpe"], n_slots=n_slots, start=start)
+        cache = self._new_cache(
+            config=self.config, like=self.params["wpe"], n_slots=n_slots, start=start, xp=self.backend.xp
+        )
         return tokens, cache, total
 
     def _piece(self, tokens: "np.ndarray[Any, Any]", begin: int, cache: KVCache) -> tuple[Array, int]:
@@ -308,6 +317,7 @@ class Engine:
             noise=noise,
             seen=seen,
             allowed=None if self._allowed is None else asarray(self._allowed),
+            xp=array_api_compat.numpy if host else self.backend.xp,
             **numbers,
         )
         return choice if host else Choice(*map(self.backend.to_numpy, choice))

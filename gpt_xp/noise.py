@@ -16,7 +16,8 @@ def gumbel_noise(seed: int, sample: int, step: int, n_vocab: int) -> "np.ndarray
     Adding them to logits and taking the largest samples from their softmax. They are computed in float64 on the host,
     from 32 bits each, and rounded once.
     """
-    raw = np.random.Philox(key=[seed, sample], counter=[0, step, 0, 0]).random_raw((n_vocab + 1) // 2)
+    key, counter = np.array([seed, sample], dtype=np.uint64), np.array([0, step, 0, 0], dtype=np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw((n_vocab + 1) // 2)
     bits = raw.astype("<u8").view("<u4")[:n_vocab]
     # The middle of one of 2^32 equal parts: never 0 or 1. The large draws come from small numbers, where
     # floating point is finest, so that even one token in billions gets its share.

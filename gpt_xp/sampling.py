@@ -103,7 +103,8 @@ def choose(
     ids = xp.arange(scores.shape[-1], dtype=token.dtype, device=device(token))
     best = xp.max(scores, axis=-1)
     second = xp.max(xp.where(ids == token[:, None], lowest, scores), axis=-1)
-    margin = (best - second) * (1 if temperature is None else temperature)
+    # Where the filters left one token alone the difference is the largest number, and must not overflow.
+    margin = xp.clip(best - second, 0, 1e6) * (1 if temperature is None else temperature)
     return Choice(token, log_probability(logits, token, xp), margin)
 
 

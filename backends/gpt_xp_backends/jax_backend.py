@@ -117,8 +117,8 @@ def _find_device(jax: Any, name: str | None) -> Any:
         return jax.devices()[0]
     platform, _, index = name.partition(":")
     try:
-        return jax.devices(platform)[int(index or 0)]
-    except (RuntimeError, IndexError, ValueError):
+        return dict(enumerate(jax.devices(platform)))[int(index or 0)]
+    except (RuntimeError, KeyError, ValueError):  # no such platform, no device of that number, no number
         names = ", ".join(_name(device) for device in _all_devices(jax))
         cause = "" if platform == "cpu" else f"; for an NVIDIA GPU, {FIX}"
         raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None

@@ -37,7 +37,7 @@ def transformers_model(config: Any, params: Any) -> Any:
             bos_token_id=None,
             eos_token_id=None,
             attn_implementation="eager",
-        )  # fmt: skip
+        )
     )
     model = model.double().eval()
 

@@ -1,0 +1,82 @@
+"""The functions of the array API standard that gpt-xp uses: what an author of an array library wants to know.
+
+Run as a script, this file writes the list into README; as a test, it checks that README is up to date.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import CONFIGS, small_params, small_tokens
+from strict_backend import strict_backend
+
+import gpt_xp
+from gpt_xp import Model
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- array API functions: begin -->\n", "\n<!-- array API functions: end -->"
+
+
+class Recorder:
+    """A namespace that notes which of its names are used."""
+
+    def __init__(self, xp: Any) -> None:
+        self.used: set[str] = set()
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        self.used.add(name)
+        return getattr(self._xp, name)
+
+
+def used_functions() -> tuple[list[str], list[str]]:
+    """What the model uses, and what the cache, the sampling and the generation use besides."""
+    import array_api_strict as xp
+
+    name = "prime"
+    recorder = Recorder(xp)
+    backend = strict_backend("CPU_DEVICE")
+    params = Model(small_params(name), CONFIGS[name], backend=backend).params
+    tokens = backend.asarray(small_tokens(name))
+    gpt_xp.gpt2(params, tokens, CONFIGS[name], xp=recorder)
+    gpt_xp.lm_loss(params, tokens, CONFIGS[name], xp=recorder)
+    model = set(recorder.used)
+
+    everything = strict_backend("CPU_DEVICE")
+    object.__setattr__(everything, "xp", recorder)
+    running = Model(small_params(name), CONFIGS[name], backend=everything)
+    options = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 1}
+    running.generate([[1, 2, 3], [4]], max_tokens=3, **options)
+    running.logits([1, 2, 3])
+    return sorted(model), sorted(recorder.used - model)
+
+
+def section() -> str:
+    model, more = used_functions()
+    return f"The model: {code(model)}.\n\nCache, sampling and generation use besides: {code(more)}."
+
+
+def code(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def test_readme_lists_the_functions_of_the_standard_that_are_used() -> None:
+    pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    found = re.search(f"{BEGIN}(.*?){END}", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found, "README has no place for the list"
+    assert found[1] == section(), "run: python tests/test_api_functions.py"
+
+
+def test_the_recorder_sees_what_is_used() -> None:
+    recorder = Recorder(np)
+    gpt_xp.model.gelu(np.ones(3), xp=recorder)
+    assert recorder.used == {"tanh"}
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    README.write_text(
+        re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + section() + END, text, flags=re.DOTALL), encoding="utf-8"
+    )

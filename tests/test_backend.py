@@ -1,0 +1,242 @@
+"""Backends: how they are found and chosen, what they refuse, and that a wrong one is caught."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import array_api_compat.numpy as numpy_namespace
+import numpy as np
+import pytest
+from comparison import TOLERANCE, assert_values
+from conftest import make_backend
+from small_models import CONFIGS, small_params, small_tokens
+from test_model import GOLDENS
+
+import gpt_xp
+from gpt_xp import Backend, Model
+from gpt_xp.backend import closest_first, get_backend, import_library
+from gpt_xp.errors import BackendError
+
+
+def in_a_new_process(code: str, **environment: str) -> Any:
+    """Run Python code that prints JSON, and return it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Nothing is imported on spec.
+
+
+def test_importing_gpt_xp_imports_no_other_array_library() -> None:
+    code = "import gpt_xp, sys, json; print(json.dumps(sorted(sys.modules)))"
+    loaded = {name.partition(".")[0] for name in in_a_new_process(code)}
+    assert "numpy" in loaded
+    assert not loaded & {"jax", "cupy", "tensorflow", "torch", "array_api_strict", "requests", "transformers"}
+
+
+def test_a_numpy_model_imports_no_other_array_library() -> None:
+    code = (
+        "import gpt_xp, sys, json; gpt_xp.load(backend='numpy').generate('a', max_tokens=2);"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    loaded = {name.partition(".")[0] for name in in_a_new_process(code)}
+    assert not loaded & {"jax", "cupy", "tensorflow", "torch", "array_api_strict", "requests"}
+
+
+def test_importing_sets_nothing_in_jax() -> None:
+    make_backend("jax")
+    code = """
+import json, jax
+before = dict(jax.config.values)
+import gpt_xp, gpt_xp_backends.jax_backend
+gpt_xp.backend.get_backend("jax", dtype="float64").asarray(__import__("numpy").zeros(3), "float64")
+print(json.dumps(sorted(key for key, value in jax.config.values.items() if before[key] != value)))
+"""
+    assert in_a_new_process(code) == []
+
+
+def test_a_model_keeps_jaxs_programs_in_the_users_cache(tmp_path: Any) -> None:
+    make_backend("jax")
+    code = """
+import json, jax, gpt_xp
+gpt_xp.load(backend="jax").generate("a", max_tokens=2)
+print(json.dumps(jax.config.jax_compilation_cache_dir))
+"""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    folder = in_a_new_process(f"import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{code}", **environment)
+    if sys.platform == "linux":
+        assert folder == str(tmp_path / "gpt-xp" / "jax")
+        assert any((tmp_path / "gpt-xp" / "jax").iterdir())
+
+
+def test_a_cache_of_the_users_own_is_left_alone(tmp_path: Any) -> None:
+    make_backend("jax")
+    code = (
+        "import json, jax, gpt_xp; gpt_xp.load(backend='jax'); print(json.dumps(jax.config.jax_compilation_cache_dir))"
+    )
+    assert in_a_new_process(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path)) == str(tmp_path)
+
+
+# Found and chosen.
+
+
+def test_what_backends_there_are() -> None:
+    found = {info.name: info for info in gpt_xp.backends()}
+    assert found.keys() >= {"numpy", "jax", "cupy"}
+    assert found["numpy"].version == np.__version__
+    assert found["numpy"].devices[0].name == "cpu"
+    for info in found.values():
+        assert (info.problem is None) == bool(info.devices)
+        assert (info.problem is None) or "pip install" in str(info.fix) or "driver" in str(info.fix)
+
+
+def test_the_default_and_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPT_XP_BACKEND", raising=False)
+    assert get_backend().name == "numpy"
+    monkeypatch.setenv("GPT_XP_BACKEND", "nonsense")
+    with pytest.raises(BackendError, match="there is no backend 'nonsense'"):
+        get_backend()
+    assert get_backend("numpy").name == "numpy"
+
+
+def test_a_wrong_name_lists_the_right_ones_closest_first() -> None:
+    with pytest.raises(BackendError, match=r"there is no backend 'jaxx'; there are: jax, "):
+        get_backend("jaxx")
+    assert closest_first("cup", ["numpy", "jax", "cupy"])[0] == "cupy"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("numpy", {"device": "cuda:0"}, "numpy has no device 'cuda:0', only cpu"),
+        ("numpy", {"dtype": "float16"}, "numpy does not compute in float16 on cpu, only in float32, float64"),
+        ("numpy", {"dtype": "int8"}, "numpy does not compute in int8"),
+        ("numpy", {"threads": 0}, "threads must be at least 1, not 0"),
+        ("jax", {"device": "cuda:7"}, "jax has no device 'cuda:7' here, only cpu"),
+        ("jax", {"device": "cpu:99"}, "jax has no device 'cpu:99' here"),
+        ("jax", {"device": "cpu:-1"}, "jax has no device 'cpu:-1' here"),
+        ("jax", {"device": "cpu", "dtype": "bfloat16"}, "jax does not compute in bfloat16 on cpu"),
+        ("jax", {"threads": 1}, "jax cannot change its number of threads once it is loaded: set NPROC=1"),
+    ],
+)
+def test_what_a_backend_refuses(name: str, options: dict[str, Any], message: str) -> None:
+    make_backend(name)
+    with pytest.raises(BackendError, match=message):
+        get_backend(name, **options)
+
+
+def test_a_missing_library_is_one_clear_error_and_others_are_let_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    with pytest.raises(BackendError, match="no_such_library is not installed: pip install it"):
+        import_library("no_such_library", "pip install it")
+    (tmp_path / "half_a_library.py").write_text("import what_it_needs")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
+        import_library("half_a_library", "pip install it")
+
+
+def test_a_backend_in_hand_is_taken_as_it_is() -> None:
+    backend = make_backend("numpy", "float64")
+    assert get_backend(backend) is backend
+    assert get_backend(backend, dtype="float64") is backend
+    with pytest.raises(BackendError, match="settled when a Backend is made"):
+        get_backend(backend, device="cpu")
+
+
+def test_threads_of_numpy_are_limited_while_it_computes() -> None:
+    import threadpoolctl
+
+    seen = []
+    backend = get_backend("numpy", threads=1)
+    backend.compile(lambda: seen.extend(pool["num_threads"] for pool in threadpoolctl.threadpool_info()))()
+    assert seen
+    assert set(seen) == {1}
+
+
+def test_threads_of_jax_are_limited() -> None:
+    make_backend("jax")
+    code = """
+import json, time, gpt_xp
+model = gpt_xp.load(backend="jax", threads=1)
+import jax
+f = jax.jit(lambda x: x @ x)
+x = jax.numpy.ones((2000, 2000))
+f(x).block_until_ready()
+wall, cpu = time.perf_counter(), time.process_time()
+for _ in range(5):
+    f(x).block_until_ready()
+print(json.dumps((time.process_time() - cpu) / (time.perf_counter() - wall)))
+"""
+    assert in_a_new_process(code) < 1.4  # processors busy on average
+
+
+def test_cupy_without_a_gpu_says_so() -> None:
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    if cupy.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(BackendError, match="finds no CUDA device"):
+        get_backend("cupy")
+    [info] = [info for info in gpt_xp.backends() if info.name == "cupy"]
+    assert info.version is not None
+    assert "driver" in str(info.fix)
+
+
+# A wrong backend is caught. Each of these has NumPy's functions but one, and the suite's comparison must fail on it.
+
+
+def gelu_by_erf(x: Any) -> Any:
+    """What `tanh` would have to be for GELU's other form to come out: the model's tanh argument is inverted."""
+    erf = np.vectorize(__import__("math").erf)
+    grid = np.linspace(-20, 20, 200_001)
+    inner = np.sqrt(2 / np.pi) * (grid + 0.044715 * grid**3)
+    return erf(np.interp(x, inner, grid) / np.sqrt(2)).astype(x.dtype)
+
+
+PLANTED: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "softmax without the maximum": ("sharp", "max", lambda x, **kw: np.zeros_like(np.max(x, **kw))),
+    "products in float16": ("prime", "matmul", lambda a, b: (a.astype("f2") @ b.astype("f2")).astype(a.dtype)),
+    "products rounded to 10 bits": ("prime", "matmul", lambda a, b: rounded(a) @ rounded(b)),
+    "GELU by erf": ("prime", "tanh", gelu_by_erf),
+    "no causal mask": ("prime", "where", lambda mask, x, y: x),
+    "positions off by one": ("prime", "take", lambda x, ids, axis: np.take(x, np.maximum(ids - 1, 0), axis=axis)),
+    "unscaled layer norm": ("prime", "sqrt", np.ones_like),
+    "heads mixed up": ("prime", "permute_dims", lambda x, axes: np.ascontiguousarray(np.transpose(x, axes)[::-1])),
+    "sums in the wrong axis": ("prime", "mean", lambda x, axis, keepdims: np.mean(x, axis=-2, keepdims=True)),
+}  # fmt: skip
+
+
+def rounded(x: Any) -> Any:
+    """Float32 with the 10 bits of TF32."""
+    return (x.view("u4") & np.uint32(0xFFFFE000)).view("f4")
+
+
+def wrong_backend(function: str, replacement: Callable[..., Any]) -> Backend:
+    names = {name: getattr(numpy_namespace, name) for name in dir(numpy_namespace) if not name.startswith("__")}
+    return replace(make_backend("numpy"), xp=SimpleNamespace(**names | {function: replacement}))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_wrong_backend_is_caught(bug: str) -> None:
+    name, function, replacement = PLANTED[bug]
+    model = Model(small_params(name), CONFIGS[name], backend=wrong_backend(function, replacement))
+    with pytest.raises(AssertionError, match=r"differs by|not finite"):
+        assert_values(
+            model.logits(small_tokens(name))[:, ::3], GOLDENS[f"{name}/logits"], TOLERANCE["logits", "float32"]
+        )
+
+
+@pytest.mark.parametrize("name", ["prime", "sharp"])
+def test_a_backend_through_the_same_namespace_is_right(name: str) -> None:
+    model = Model(small_params(name), CONFIGS[name], backend=wrong_backend("tanh", np.tanh))
+    assert_values(model.logits(small_tokens(name))[:, ::3], GOLDENS[f"{name}/logits"], TOLERANCE["logits", "float32"])

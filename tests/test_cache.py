@@ -1,0 +1,112 @@
+"""The key/value cache: whatever way the tokens are cut into pieces, the logits are those of the full forward pass."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from comparison import TOLERANCE, assert_close, assert_values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import CONFIGS, small_params, small_tokens, tree_map
+
+import gpt_xp
+from gpt_xp import Backend, KVCache
+from gpt_xp.errors import PromptError
+
+CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")
+
+
+def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0)) -> tuple[Any, KVCache]:
+    params = tree_map(lambda leaf: backend.asarray(leaf, "float32"), PARAMS)
+    first = backend.asarray(np.array(start, dtype=np.int32))
+    return params, gpt_xp.new_cache(CONFIG, params["wte"], n_slots, first, backend.xp)
+
+
+def run(
+    backend: Backend, params: Any, cache: KVCache, tokens: np.ndarray, cuts: list[int], exact: bool = True
+) -> tuple[np.ndarray, KVCache]:
+    """Feed tokens [batch, n_seq] in pieces that end at `cuts`; return all logits and the last cache."""
+    found = []
+    for begin, end in pairwise([0, *cuts]):
+        window = min(end, cache.n_slots) if exact else None
+        logits, cache = gpt_xp.gpt2(params, backend.asarray(tokens[:, begin:end]), CONFIG, cache=cache, window=window)
+        found.append(backend.to_numpy(logits))
+    return np.concatenate(found, axis=1), cache
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact window", "all slots"])
+def test_pieces_are_the_full_forward_pass(backend: Backend, exact: bool) -> None:
+    params, cache = setup(backend)
+    full = backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(TOKENS), CONFIG))
+    pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], exact)
+    assert_values(pieces, full, TOLERANCE["same", "float32"])
+    assert int(after.position) == 31
+    assert after.k.shape == (2, 3, 3, 37, 13)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(1, 30), max_size=30).map(lambda cuts: [*sorted(cuts), 31]), st.booleans())
+def test_any_pieces_are_the_full_forward_pass(cuts: list[int], exact: bool) -> None:
+    from conftest import make_backend
+
+    backend = make_backend("numpy")
+    params, cache = setup(backend)
+    full = gpt_xp.gpt2(params, TOKENS, CONFIG)
+    assert_values(run(backend, params, cache, TOKENS, cuts, exact)[0], full, TOLERANCE["same", "float32"])
+
+
+def test_rows_padded_on_the_left_are_rows_alone(backend: Backend) -> None:
+    starts = (0, 5, 11)
+    params, cache = setup(backend, start=starts)
+    padded = TOKENS.copy()
+    for row, start in zip(padded, starts, strict=True):
+        row[:start] = 0
+    logits, _ = run(backend, params, cache, padded, [3, 12, 13, 14, 31])
+    for row, start in enumerate(starts):
+        alone = gpt_xp.gpt2(params, backend.asarray(TOKENS[row, start:]), CONFIG)
+        assert_values(logits[row, start:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
+
+
+def test_a_short_row_goes_on_around_the_ring(backend: Backend) -> None:
+    # 37 slots for 31 + 23 tokens: row 0 is a long prompt that has ended, row 1 began at slot 24 and goes on.
+    params, cache = setup(backend, start=(0, 24, 0))
+    more = np.concatenate([TOKENS, TOKENS[:, :23]], axis=1)
+    logits, after = run(backend, params, cache, more, [31, *range(32, 55)])
+    alone = gpt_xp.gpt2(params, backend.asarray(more[1, 24:]), CONFIG)
+    assert_values(logits[1, 24:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
+    assert np.isfinite(logits).all()
+    assert int(after.position) == 54
+
+
+def test_padding_behind_a_piece_is_overwritten(backend: Backend) -> None:
+    params, cache = setup(backend)
+    junk = np.concatenate([TOKENS[:, :7], np.full((3, 9), 5, dtype=np.int32)], axis=1)
+    _, cache = gpt_xp.gpt2(params, backend.asarray(junk), CONFIG, cache=cache)
+    cache = cache._replace(position=7)
+    logits, _ = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
+    full = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :9]), CONFIG)
+    assert_close(logits, backend.to_numpy(full)[:, 7:], backend, "same")
+
+
+def test_a_copy_is_another_cache(backend: Backend) -> None:
+    params, cache = setup(backend)
+    _, cache = run(backend, params, cache, TOKENS, [11])
+    fork = cache.copy(backend.xp)
+    run_on = {}
+    for name, branch, begin in (("left", cache, 11), ("right", fork, 17)):  # the right one sees other tokens
+        tokens = backend.asarray(TOKENS[:, begin : begin + 5])
+        run_on[name], _ = gpt_xp.gpt2(params, tokens, CONFIG, cache=branch)
+    for name, begin in (("left", 11), ("right", 17)):
+        whole = np.concatenate([TOKENS[:, :11], TOKENS[:, begin : begin + 5]], axis=1)
+        full = gpt_xp.gpt2(params, backend.asarray(whole), CONFIG)
+        assert_close(run_on[name], backend.to_numpy(full)[:, 11:], backend, "same")
+
+
+def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
+    params, cache = setup(backend, n_slots=19)
+    with pytest.raises(PromptError, match="20 tokens were given, and the cache has room for 19"):
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache)
+    _, cache = run(backend, params, cache, TOKENS, [17])
+    with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache)
