@@ -13,24 +13,26 @@ from gpt_xp.errors import BackendError
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 
-BACKENDS = ("numpy", "jax", "cupy", "array-api-strict", "array-api-strict:device1")
+BACKENDS = ("numpy", "jax", "array-api-strict", "array-api-strict:device1")
+ON_A_GPU = ("cupy", "jax:gpu")
 # CI names here what must not be skipped: a skip looks too much like a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
 
 
 def make_backend(name: str, dtype: str = "float32") -> Backend:
-    """Return a backend by its name in BACKENDS; skip the test, with the reason, where it cannot be had."""
+    """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
+    library, _, device = name.partition(":")
     try:
-        if name.startswith("array-api-strict"):
-            return strict_backend("device1" if name.endswith("device1") else "CPU_DEVICE", dtype)
-        return get_backend(name, dtype=dtype)
+        if library == "array-api-strict":
+            return strict_backend(device or "CPU_DEVICE", dtype)
+        return get_backend(library, device=device or None, dtype=dtype)
     except (BackendError, ModuleNotFoundError) as error:
-        if name.partition(":")[0] in REQUIRED:
+        if library in REQUIRED:
             pytest.fail(f"the backend {name} is required here: {error}")
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name == "cupy" else ()) for name in BACKENDS])
+@pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend, in float32."""
     return make_backend(request.param)

@@ -409,3 +409,15 @@ def test_running_out_of_memory_names_sizes() -> None:
     ) as error:
         model.generate([[1], [2]])
     assert "cache for 2 rows" in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cupy", "jax:gpu"])
+def test_running_out_of_memory_on_a_gpu(name: str) -> None:
+    backend = make_backend(name)
+    config = GPT2Config(n_vocab=31, n_ctx=1024, n_embd=1024, n_head=2, n_layer=1)
+    model = Model(plain_params(config), config, backend=backend)
+    rows = int(backend.device_memory / (2 * config.n_ctx * config.n_embd * 4)) * 2  # a cache twice the memory
+    with pytest.raises(DeviceMemoryError, match=rf"{backend.name} ran out of memory on .* the cache for {rows} rows"):
+        model.generate([[1]] * rows, max_tokens=1024)
+    assert model.generate([1], max_tokens=3).token_ids  # it can go on

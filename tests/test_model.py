@@ -44,7 +44,7 @@ def test_float64_on_other_backends(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "dtype"), [("jax", "bfloat16"), ("jax", "float16"), ("cupy", "float16")])
+@pytest.mark.parametrize(("name", "dtype"), [("jax:gpu", "bfloat16"), ("jax:gpu", "float16"), ("cupy", "float16")])
 @pytest.mark.parametrize("shape", ["124M-ratios", "planted"])
 def test_half_precision_on_a_gpu(name: str, dtype: str, shape: str) -> None:
     backend = make_backend(name, dtype)
