@@ -11,7 +11,7 @@ again. No row ever looks back further than its context, so `n_ctx` slots are eno
 from typing import NamedTuple
 
 import array_api_extra as xpx
-from array_api_compat import device
+from array_api_compat import array_namespace, device
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.config import GPT2Config
@@ -80,19 +80,21 @@ class KVCache(NamedTuple):
         """Count `n_seq` tokens as written."""
         return self._replace(position=self.position + n_seq)
 
-    def copy(self, xp: Namespace) -> "KVCache":
+    def copy(self, xp: Namespace = None) -> "KVCache":
         """A cache of its own with the same content, so that two continuations can begin here."""
+        xp = xp or array_namespace(self.k)
         return self._replace(k=xp.asarray(self.k, copy=True), v=xp.asarray(self.v, copy=True))
 
     def _slots(self, n_seq: int, xp: Namespace) -> Array:
         return xp.arange(n_seq, dtype=xp.int32, device=device(self.start)) + self.position
 
 
-def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace) -> KVCache:
+def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace = None) -> KVCache:
     """An empty cache of `n_slots` slots for the rows whose left padding ends at `start` [batch] int32.
 
     Its dtype and device are those of `like` (a weight of the model).
     """
+    xp = xp or array_namespace(like)
     shape = (config.n_layer, start.shape[0], config.n_head, n_slots, config.n_embd // config.n_head)
     # Two calls: k and v must not share memory, or JAX cannot reuse it.
     k = xp.zeros(shape, dtype=like.dtype, device=device(like))

@@ -25,6 +25,11 @@ def at_least_float32(x: Array, xp: Namespace) -> Array:
     return xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False)
 
 
+def lowest(x: Array, xp: Namespace) -> Array:
+    """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
+    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device(x))
+
+
 def gelu(x: Array, xp: Namespace = None) -> Array:
     """Gaussian error linear unit, in its tanh form (Hendrycks & Gimpel 2016)."""
     xp = xp or array_namespace(x)
@@ -62,7 +67,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -
     q = q / math.sqrt(q.shape[-1])  # before the product: fewer numbers, and half precision does not overflow
     scores = xp.matmul(q, xp.matrix_transpose(k))  # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k]
     # The smallest finite number, not -inf: a row that may look nowhere (padding) stays free of NaN.
-    scores = xp.where(mask, scores, float(xp.finfo(scores.dtype).min))
+    scores = xp.where(mask, scores, lowest(scores, xp))
     return xp.matmul(softmax(scores, xp), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
 
 

@@ -17,7 +17,7 @@ from array_api_compat import array_namespace, device
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.errors import SettingError
-from gpt_xp.model import at_least_float32, softmax
+from gpt_xp.model import at_least_float32, lowest, softmax
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ def choose(
     """
     xp = xp or array_namespace(logits)
     logits = at_least_float32(logits, xp)
-    scores = logits
-    lowest = float(xp.finfo(scores.dtype).min)
-    if allowed is not None:
-        scores = xp.where(allowed, scores, lowest)
+    scores = logits if allowed is None else xp.where(allowed, logits, lowest(logits, xp))
     if repetition_penalty is not None:
         scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
     if temperature is not None:
@@ -102,9 +99,9 @@ def choose(
     token = xp.argmax(scores, axis=-1)  # [batch]
     ids = xp.arange(scores.shape[-1], dtype=token.dtype, device=device(token))
     best = xp.max(scores, axis=-1)
-    second = xp.max(xp.where(ids == token[:, None], lowest, scores), axis=-1)
+    second = xp.max(xp.where(ids == token[:, None], lowest(scores, xp), scores), axis=-1)
     # Where the filters left one token alone the difference is the largest number, and must not overflow.
-    margin = xp.clip(best - second, 0, 1e6) * (1 if temperature is None else temperature)
+    margin = xp.clip(best - second, 0.0, 1e6) * (1 if temperature is None else temperature)
     return Choice(token, log_probability(logits, token, xp), margin)
 
 
@@ -125,12 +122,12 @@ def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p:
         rank = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(scores))
         keep = xp.broadcast_to(rank < (scores.shape[-1] if top_k is None else top_k), scores.shape)
         if top_p is not None:
-            probs = softmax(xp.where(keep, ordered, float(xp.finfo(scores.dtype).min)), xp)
+            probs = softmax(xp.where(keep, ordered, lowest(scores, xp)), xp)
             keep = keep & (xp.cumulative_sum(probs, axis=-1) - probs < top_p)
         scores = keep_largest(scores, ordered, xp.sum(xp.astype(keep, xp.int32), axis=-1, keepdims=True), xp)
     if min_p is not None:
         likely = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True)) >= min_p
-        scores = xp.where(likely, scores, float(xp.finfo(scores.dtype).min))
+        scores = xp.where(likely, scores, lowest(scores, xp))
     return scores
 
 
@@ -141,7 +138,7 @@ def keep_largest(scores: Array, ordered: Array, count: Array, xp: Namespace) -> 
     equal = xp.astype(scores == threshold, xp.int32)
     room = count - xp.sum(above, axis=-1, keepdims=True)
     keep = (above == 1) | ((equal == 1) & (xp.cumulative_sum(equal, axis=-1) <= room))
-    return xp.where(keep, scores, float(xp.finfo(scores.dtype).min))
+    return xp.where(keep, scores, lowest(scores, xp))
 
 
 def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:

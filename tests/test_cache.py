@@ -92,7 +92,7 @@ def test_padding_behind_a_piece_is_overwritten(backend: Backend) -> None:
 def test_a_copy_is_another_cache(backend: Backend) -> None:
     params, cache = setup(backend)
     _, cache = run(backend, params, cache, TOKENS, [11])
-    fork = cache.copy(backend.xp)
+    fork = cache.copy()
     run_on = {}
     for name, branch, begin in (("left", cache, 11), ("right", fork, 17)):  # the right one sees other tokens
         tokens = backend.asarray(TOKENS[:, begin : begin + 5])
