@@ -165,7 +165,7 @@ def import_library(module: str, fix: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module:  # the library is there, and something that it needs is not
             raise
-        raise BackendError(f"{module} is not installed: {fix}") from None
+        raise BackendError(f"{module} is not installed", fix) from None
 
 
 def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:
@@ -182,8 +182,7 @@ def _entries() -> dict[str, EntryPoint]:
 def _info(entry: EntryPoint) -> BackendInfo:
     try:
         return cast(BackendInfo, entry.load().info())
-    except BackendError as error:  # from import_library: what is missing, and the command that mends it
-        problem, _, fix = str(error).partition(": ")
-        return BackendInfo(entry.name, problem=problem, fix=fix or None)
+    except BackendError as error:  # the library is missing
+        return BackendInfo(entry.name, problem=error.problem, fix=error.fix)
     except Exception as error:  # one library that cannot even start must not hide the others
         return BackendInfo(entry.name, problem=f"it fails to start: {type(error).__name__}: {error}")

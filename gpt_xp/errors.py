@@ -34,7 +34,11 @@ class SettingError(GptXpError, ValueError):
 
 
 class BackendError(GptXpError):
-    """A backend, device or dtype that is unknown, not installed, or not usable here."""
+    """A backend, device or dtype that is unknown, not installed, or not usable here; `fix` says what mends it."""
+
+    def __init__(self, problem: str, fix: str | None = None) -> None:
+        super().__init__(problem if fix is None else f"{problem}: {fix}")
+        self.problem, self.fix = problem, fix
 
 
 class DeviceMemoryError(GptXpError):

@@ -261,7 +261,7 @@ def _all_token_bytes(
 def _integer(id: Any) -> int:
     """`id` as a Python int; NumPy's integers are integers too, truth values are not."""
     try:
-        if not isinstance(id, bool) and getattr(id, "dtype", None) != bool:
+        if not isinstance(id, bool) and str(getattr(id, "dtype", "")) != "bool":
             return operator.index(id)
     except TypeError:
         pass

@@ -20,8 +20,7 @@ def info() -> BackendInfo:
     try:
         devices = tuple(_device_info(cupy, index) for index in range(_count(cupy)))
     except BackendError as error:
-        problem, _, fix = str(error).partition(": ")
-        return BackendInfo("cupy", cupy.__version__, problem=problem, fix=fix)
+        return BackendInfo("cupy", cupy.__version__, problem=error.problem, fix=error.fix)
     return BackendInfo("cupy", cupy.__version__, devices)
 
 
