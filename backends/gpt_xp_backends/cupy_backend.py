@@ -77,7 +77,8 @@ def _count(cupy: Any) -> int:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendError(
-            f"cupy {cupy.__version__} finds no CUDA device ({error}): install an NVIDIA driver, or take another backend"
+            f"cupy {cupy.__version__} finds no CUDA device ({error})",
+            "install an NVIDIA driver, or take another backend",
         ) from None
 
 
