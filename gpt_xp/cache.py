@@ -70,7 +70,9 @@ class KVCache(NamedTuple):
             slots = first + xp.arange(n_seq, dtype=xp.int32)
         # A full index, of which one entry may be traced: JAX then updates the buffer in place.
         index = (slice(layer, layer + 1), slice(None), slice(None), slots, slice(None))
-        return self._replace(k=xpx.at(self.k)[index].set(k[None, ...]), v=xpx.at(self.v)[index].set(v[None, ...]))
+        return self._replace(
+            k=xpx.at(self.k, index).set(k[None, ...], xp=xp), v=xpx.at(self.v, index).set(v[None, ...], xp=xp)
+        )
 
     def read(self, layer: int, window: int | None) -> tuple[Array, Array]:
         """Keys and values of the first `window` slots of one layer, each [batch, n_head, window, d_head]."""

@@ -87,7 +87,8 @@ def mha(
     batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn, xp=xp)  # [batch, n_seq, n_embd] -> [batch, n_seq, 3 * n_embd]
     qkv = xp.reshape(qkv, (batch, n_seq, 3, n_head, n_embd // n_head))
-    q, k, v = xp.unstack(xp.permute_dims(qkv, (2, 0, 3, 1, 4)))  # each [batch, n_head, n_seq, d_head]
+    qkv = xp.permute_dims(qkv, (2, 0, 3, 1, 4))  # [3, batch, n_head, n_seq, d_head]
+    q, k, v = qkv[0, ...], qkv[1, ...], qkv[2, ...]  # each [batch, n_head, n_seq, d_head]
     if cache is not None:
         cache = cache.write(layer, k, v, xp)
         k, v = cache.read(layer, window)  # each [batch, n_head, window, d_head]
