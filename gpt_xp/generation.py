@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import array_api_compat.numpy
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace, Params
@@ -317,7 +316,7 @@ class Engine:
             noise=noise,
             seen=seen,
             allowed=None if self._allowed is None else asarray(self._allowed),
-            xp=array_api_compat.numpy if host else self.backend.xp,
+            xp=None if host else self.backend.xp,
             **numbers,
         )
         return choice if host else Choice(*map(self.backend.to_numpy, choice))
