@@ -1,0 +1,134 @@
+"""`gpt-xp generate`, or just `gpt-xp`: continue a prompt."""
+
+import itertools
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from gpt_xp.cli.batch import continue_lines, read_prompt_file
+from gpt_xp.cli.options import CONTEXT, loading_options, output_options, sampling_options
+from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write_json
+from gpt_xp.cli.prompts import PromptCommand, read_prompt
+from gpt_xp.cli.report import add_stats, logprob_table, record, stats_line
+from gpt_xp.cli.session import Session, check_settings, load_model
+from gpt_xp.generation import Generation, Piece, Stats
+
+LOADING = ("model", "model_size", "models_dir", "backend", "device", "dtype", "threads")
+EPILOG = """\
+Stdin is read where there is no PROMPT, or in place of a "-": `cat play.txt | gpt-xp - "TL;DR:"` joins the two. After
+"--" everything is prompt. An option can also be set by a variable: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and
+GPT_XP_STOP holds a JSON list. picoGPT's --model_size and --models_dir are understood. For completion in bash:
+eval "$(_GPT_XP_COMPLETE=bash_source gpt-xp)"; zsh_source and fish_source are for other shells.
+"""
+
+
+@click.command(cls=PromptCommand, context_settings=CONTEXT, epilog=EPILOG)
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
+@loading_options
+@sampling_options
+@output_options
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    /,
+    words: Sequence[str],
+    no_stream: bool,
+    echo: bool,
+    logprobs: bool,
+    as_json: bool,
+    stats: bool,
+    prompt_file: str | None,
+    batch_size: int,
+    **settings: Any,
+) -> None:
+    """Continue PROMPT with GPT-2, and print the continuation and a newline."""
+    loading = {name: settings.pop(name) for name in LOADING}
+    check_settings(settings)
+    if prompt_file is not None and words:
+        raise click.UsageError("give PROMPT or --prompt-file, not both")
+    lines = None if prompt_file is None else read_prompt_file(prompt_file)
+    prompt = read_prompt(ctx, words) if lines is None else ""
+    draw_seed = settings["seed"] is None and settings["temperature"] > 0
+    if draw_seed:
+        settings["seed"] = secrets.randbits(32)
+    session = Session(*load_model(**loading), settings)
+    if draw_seed and not as_json and lines is None:
+        note(f"seed {settings['seed']}")
+
+    if lines is not None:
+        all_stats = continue_lines(session, lines, batch_size, logprobs)
+    elif as_json:
+        all_stats = print_json(session, prompt, logprobs)
+    else:
+        stream = is_terminal(sys.stdout) and not no_stream and settings["num_samples"] == 1
+        results = (stream_text if stream else print_text)(session, prompt, prompt if echo else "")
+        if logprobs:
+            click.echo("\n".join(logprob_table(session, result) for result in results), err=True, nl=False)
+        all_stats = [results[0].stats]
+    if stats:
+        note(stats_line(session.name, add_stats(all_stats)))
+
+
+def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
+    """Print `start` and the continuation as it comes; whatever ends it, the line is ended too."""
+    pieces = await_first(session.stream(prompt))
+    write(start)
+    try:
+        for piece in pieces:
+            write(piece.text)
+            if piece.result is not None:
+                return [piece.result]
+    finally:
+        write("\n")
+    raise AssertionError("the last piece has a result")
+
+
+def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
+    """Print each sample behind `start` when all are complete, or when Ctrl-C or an error ends them."""
+    texts = [""] * session.settings["num_samples"]
+    results: list[Generation] = []
+    try:
+        results = collect(session, prompt, texts)
+    finally:
+        if results or any(texts):
+            write(layout([start + text for text in texts]))
+    return results
+
+
+def print_json(session: Session, prompt: str, logprobs: bool) -> list[Stats]:
+    """Print a line of JSON for each sample."""
+    results = collect(session, prompt, [""] * session.settings["num_samples"])
+    for sample, result in enumerate(results):
+        write_json(record(session, prompt, sample, result, logprobs))
+    return [results[0].stats]
+
+
+def collect(session: Session, prompt: str, texts: list[str]) -> list[Generation]:
+    """Generate to the end, behind a progress bar; `texts` grows with each sample's text."""
+    results = []
+    pieces = await_first(session.stream(prompt))
+    with progress(len(texts) * session.settings["max_tokens"], "token") as bar:
+        for piece in pieces:
+            texts[piece.index] += piece.text
+            if piece.result is None:
+                bar.update()
+            else:
+                results.append(piece.result)
+    return results
+
+
+def await_first(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Return the same pieces when the first one is there: it takes as long as reading the prompt, and compiling."""
+    with waiting("reading the prompt"):
+        first = next(pieces)
+    return itertools.chain([first], pieces)
+
+
+def layout(texts: Sequence[str]) -> str:
+    """Return one text as it is, several each under a line that says which it is."""
+    if len(texts) == 1:
+        return f"{texts[0]}\n"
+    return "".join(f"--- sample {number} ---\n{text}\n" for number, text in enumerate(texts, start=1))

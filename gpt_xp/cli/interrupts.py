@@ -1,0 +1,40 @@
+"""Ctrl-C, where Python's own way does not do: importing JAX, and callbacks."""
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, with 130, while the body runs: where there is nothing yet to keep.
+
+    A KeyboardInterrupt that is raised while JAX is imported is swallowed there, or crashes the process.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as behind nohup
+        yield
+        return
+    signal.signal(signal.SIGINT, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def resend_interrupt(lost: "sys.UnraisableHookArgs") -> None:
+    """Send a Ctrl-C again that came while a callback ran: Python drops those, and JAX has one in garbage collection."""
+    if lost.exc_type is KeyboardInterrupt:
+        again = threading.Timer(0.01, _thread.interrupt_main)  # a little later, when the callback is over
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _exit(signum: int, frame: object) -> None:
+    os.write(2, b"\n")  # the terminal has written ^C
+    os._exit(130)

@@ -1,0 +1,105 @@
+"""Writing: results to stdout, everything else to stderr."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import click
+
+from gpt_xp.cli.interrupts import exit_on_interrupt
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SCHEMA = 1  # of what --json prints; a change that can break a reader adds one
+
+
+def write(text: str) -> None:
+    """Write to stdout at once. A reader that has gone away ends the command quietly."""
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _end(error)
+
+
+def write_json(record: dict[str, Any]) -> None:
+    """Write one line of JSON, in ASCII: no terminal, pipe or code page can damage it."""
+    write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+
+
+def note(text: str) -> None:
+    """Write one line to stderr."""
+    click.echo(f"gpt-xp: {text}", err=True)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return lines with aligned columns, the last of which is not padded."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(line + "\n" for line in lines)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person is at the other end; a closed stream is None."""
+    return stream is not None and stream.isatty()
+
+
+def progress(total: int, unit: str) -> "tqdm[NoReturn]":
+    """Return a bar on stderr, seen on a terminal only, and only from the second second on."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, delay=1, disable=not is_terminal(sys.stderr), leave=False)
+
+
+@contextlib.contextmanager
+def waiting(what: str, delay: float = 1) -> Iterator[None]:
+    """While the body runs: show on a terminal what takes so long, and let Ctrl-C end the process at once."""
+    from tqdm import tqdm
+
+    done = threading.Event()
+
+    def show() -> None:
+        if not done.wait(delay):
+            with tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False) as bar:
+                while not done.wait(0.5):
+                    bar.refresh()
+
+    thread = threading.Thread(target=show, daemon=True)
+    if is_terminal(sys.stderr):
+        thread.start()
+    try:
+        with exit_on_interrupt():
+            yield
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def make_encodable() -> None:
+    """Let stdout show "?" for a character that its encoding lacks, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def discard_stdout() -> None:
+    """Throw away what is still to be written, or Python complains about it when it exits."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(error: OSError) -> NoReturn:
+    discard_stdout()
+    # Windows says EINVAL when the other end of a pipe is closed.
+    if error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL):
+        raise click.exceptions.Exit(0) from None
+    raise click.ClickException(f"cannot write to stdout: {error.strerror}") from None

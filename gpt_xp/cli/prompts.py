@@ -1,0 +1,65 @@
+"""Where a prompt comes from: the command line, stdin, or both."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+
+import click
+
+from gpt_xp.cli.output import is_terminal
+from gpt_xp.errors import PromptError
+
+IMPLIED = "gpt_xp.cli.implied"  # in ctx.meta: the command was not named
+LITERAL = "gpt_xp.cli.literal"  # in ctx.meta: how many words stand after `--`
+
+
+class PromptCommand(click.Command):
+    """A command that takes a prompt, and knows which words stand after `--`: there, "-" is not stdin."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Count the words after `--` before click takes it away."""
+        ctx.meta[LITERAL] = len(args) - args.index("--") - 1 if "--" in args else 0
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.possibilities:
+                raise
+            # Not a misspelt option, so perhaps none at all.
+            message = f'{error.message} A prompt that begins with "-" goes after "--".'
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
+
+
+def read_prompt(ctx: click.Context, words: Sequence[str]) -> str:
+    """Return the prompt that `words` stand for; with none, and nothing to read, print the help and exit."""
+    if not words and is_terminal(sys.stdin):
+        click.echo((ctx.find_root() if ctx.meta.get(IMPLIED) else ctx).get_help())
+        ctx.exit()
+    words = words or ("-",)
+    n_plain = len(words) - ctx.meta[LITERAL]
+    is_stdin = [word == "-" and place < n_plain for place, word in enumerate(words)]
+    if n_plain:
+        _hint_at_command(ctx, words[0])
+    if is_stdin.count(True) > 1 or is_stdin.count(False) > 1:
+        raise click.UsageError(f"the prompt is one argument, and {words[-1]!r} is one too many: put quotes around it")
+    text = "".join(read_stdin() if stdin else word for stdin, word in zip(is_stdin, words, strict=True))
+    if not text and any(is_stdin):
+        raise click.UsageError('no text was given, and stdin is empty; "" is the empty text')
+    return text
+
+
+def read_stdin() -> str:
+    """Return all of stdin, less one newline at its end. Raises `PromptError` for what is not UTF-8."""
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        return re.sub(r"\r?\n\Z", "", data.decode())
+    except UnicodeDecodeError as error:
+        raise PromptError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _hint_at_command(ctx: click.Context, word: str) -> None:
+    """Say so when the prompt may have been meant as a command."""
+    group = ctx.find_root().command
+    if ctx.meta.get(IMPLIED) and isinstance(group, click.Group):
+        for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
+            click.echo(f"hint: {word!r} is the prompt here; the command is: gpt-xp {command}", err=True)

@@ -1,0 +1,85 @@
+"""What there is to say about a continuation: the JSON record, the line of statistics, the table of tokens."""
+
+import dataclasses
+import math
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from gpt_xp import __version__
+from gpt_xp.cli.output import table
+from gpt_xp.cli.session import Session
+from gpt_xp.generation import Generation, Stats
+
+
+def record(session: Session, prompt: str, sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
+    """Return everything about one continuation, for --json; `stats` is about all that was generated with it."""
+    backend, stats = session.model.backend, result.stats
+    settings = {name: value for name, value in session.settings.items() if name != "seed"}
+    return {
+        "prompt": prompt,
+        "sample": sample,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        **({"logprobs": result.logprobs} if logprobs else {}),
+        "finish_reason": result.finish_reason,
+        "seed": session.settings["seed"],
+        "settings": settings,
+        "model": session.name,
+        "backend": backend.name,
+        "device": backend.device,
+        "dtype": backend.dtype,
+        "versions": {
+            "gpt_xp": __version__,
+            "python": platform.python_version(),
+            backend.name: backend.version,
+        },
+        "stats": {
+            **dataclasses.asdict(stats),
+            "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": stats.decode_tokens_per_second,
+        },
+    }
+
+
+def stats_line(name: str, stats: Stats) -> str:
+    """Return the line that --stats prints."""
+    parts = [
+        f"{name} on {stats.backend}, {stats.device}, {stats.dtype}",
+        f"prompt {_tokens(stats.prompt_tokens, stats.prefill_tokens_per_second)}",
+        f"generated {_tokens(stats.generated_tokens, stats.decode_tokens_per_second)}",
+        f"first token after {stats.time_to_first_token:.3f} s",
+    ]
+    if stats.compile_seconds:
+        parts.append(f"compiling {stats.compile_seconds:.2f} s")
+    if stats.peak_memory_bytes is not None:
+        parts.append(f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB")
+    return "; ".join(parts)
+
+
+def add_stats(each: Sequence[Stats]) -> Stats:
+    """Return the statistics of several batches as one."""
+
+    def total(field: str) -> Any:
+        return sum(getattr(stats, field) for stats in each)
+
+    sums = ("rows", "prompt_tokens", "generated_tokens", "compile_seconds", "prefill_seconds", "decode_seconds")
+    return dataclasses.replace(
+        each[0],
+        **{field: total(field) for field in sums},
+        peak_memory_bytes=each[-1].peak_memory_bytes,  # it only grows
+    )
+
+
+def logprob_table(session: Session, result: Generation) -> str:
+    """Return each token with its log probability and its probability."""
+    tokenizer = session.model.tokenizer
+    assert tokenizer is not None  # `load` always reads one
+    rows = [("id", "token", "logprob", "probability")]
+    for token, logprob in zip(result.token_ids, result.logprobs, strict=True):
+        rows.append((str(token), tokenizer.decoder[token], f"{logprob:.4f}", f"{math.exp(logprob):.4f}"))
+    return table(rows)
+
+
+def _tokens(count: int, rate: float | None) -> str:
+    return f"{count} tokens" + ("" if rate is None else f" at {rate:.1f} tok/s")
