@@ -180,6 +180,25 @@ print(json.dumps((time.process_time() - cpu) / (time.perf_counter() - wall)))
     assert in_a_new_process(code) < 1.4  # processors busy on average
 
 
+@pytest.mark.parametrize("platform", ["nonsense", "cuda"])
+def test_jax_that_cannot_start_says_so(platform: str) -> None:
+    if any(device.name.startswith("cuda") for info in gpt_xp.backends() for device in info.devices):
+        pytest.skip("there is a CUDA device here")
+    make_backend("jax")
+    code = """
+import json, gpt_xp
+try:
+    gpt_xp.load(backend="jax")
+except gpt_xp.errors.BackendError as error:
+    [info] = [info for info in gpt_xp.backends() if info.name == "jax"]
+    print(json.dumps([str(error), f"{info.problem}: {info.fix}"]))
+"""
+    error, listed = in_a_new_process(code, JAX_PLATFORMS=platform)
+    assert error == listed
+    assert f"jax cannot start on JAX_PLATFORMS='{platform}'" in error
+    assert "unset that variable" in error
+
+
 def test_cupy_without_a_gpu_says_so() -> None:
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
     if cupy.cuda.is_available():

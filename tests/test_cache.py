@@ -17,6 +17,11 @@ from gpt_xp.errors import PromptError
 CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")
 
 
+def forward(backend: Backend) -> Any:
+    """`gpt2` as the backend runs it: jitted on JAX."""
+    return backend.compile(gpt_xp.gpt2, static=("config", "window"))
+
+
 def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0)) -> tuple[Any, KVCache]:
     params = tree_map(lambda leaf: backend.asarray(leaf, "float32"), PARAMS)
     first = backend.asarray(np.array(start, dtype=np.int32))
@@ -30,7 +35,9 @@ def run(
     found = []
     for begin, end in pairwise([0, *cuts]):
         window = min(end, cache.n_slots) if exact else None
-        logits, cache = gpt_xp.gpt2(params, backend.asarray(tokens[:, begin:end]), CONFIG, cache=cache, window=window)
+        logits, cache = forward(backend)(
+            params, backend.asarray(tokens[:, begin:end]), CONFIG, cache=cache, window=window
+        )
         found.append(backend.to_numpy(logits))
     return np.concatenate(found, axis=1), cache
 
@@ -38,7 +45,7 @@ def run(
 @pytest.mark.parametrize("exact", [True, False], ids=["exact window", "all slots"])
 def test_pieces_are_the_full_forward_pass(backend: Backend, exact: bool) -> None:
     params, cache = setup(backend)
-    full = backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(TOKENS), CONFIG))
+    full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS), CONFIG))
     pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], exact)
     assert_values(pieces, full, TOLERANCE["same", "float32"])
     assert int(after.position) == 31
@@ -52,7 +59,7 @@ def test_any_pieces_are_the_full_forward_pass(cuts: list[int], exact: bool) -> N
 
     backend = make_backend("numpy")
     params, cache = setup(backend)
-    full = gpt_xp.gpt2(params, TOKENS, CONFIG)
+    full = forward(backend)(params, TOKENS, CONFIG)
     assert_values(run(backend, params, cache, TOKENS, cuts, exact)[0], full, TOLERANCE["same", "float32"])
 
 
@@ -64,7 +71,7 @@ def test_rows_padded_on_the_left_are_rows_alone(backend: Backend) -> None:
         row[:start] = 0
     logits, _ = run(backend, params, cache, padded, [3, 12, 13, 14, 31])
     for row, start in enumerate(starts):
-        alone = gpt_xp.gpt2(params, backend.asarray(TOKENS[row, start:]), CONFIG)
+        alone = forward(backend)(params, backend.asarray(TOKENS[row, start:]), CONFIG)
         assert_values(logits[row, start:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
 
 
@@ -73,7 +80,7 @@ def test_a_short_row_goes_on_around_the_ring(backend: Backend) -> None:
     params, cache = setup(backend, start=(0, 24, 0))
     more = np.concatenate([TOKENS, TOKENS[:, :23]], axis=1)
     logits, after = run(backend, params, cache, more, [31, *range(32, 55)])
-    alone = gpt_xp.gpt2(params, backend.asarray(more[1, 24:]), CONFIG)
+    alone = forward(backend)(params, backend.asarray(more[1, 24:]), CONFIG)
     assert_values(logits[1, 24:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
     assert np.isfinite(logits).all()
     assert int(after.position) == 54
@@ -82,10 +89,10 @@ def test_a_short_row_goes_on_around_the_ring(backend: Backend) -> None:
 def test_padding_behind_a_piece_is_overwritten(backend: Backend) -> None:
     params, cache = setup(backend)
     junk = np.concatenate([TOKENS[:, :7], np.full((3, 9), 5, dtype=np.int32)], axis=1)
-    _, cache = gpt_xp.gpt2(params, backend.asarray(junk), CONFIG, cache=cache)
+    _, cache = forward(backend)(params, backend.asarray(junk), CONFIG, cache=cache)
     cache = cache._replace(position=7)
-    logits, _ = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
-    full = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :9]), CONFIG)
+    logits, _ = forward(backend)(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
+    full = forward(backend)(params, backend.asarray(TOKENS[:, :9]), CONFIG)
     assert_close(logits, backend.to_numpy(full)[:, 7:], backend, "same")
 
 
@@ -96,10 +103,10 @@ def test_a_copy_is_another_cache(backend: Backend) -> None:
     run_on = {}
     for name, branch, begin in (("left", cache, 11), ("right", fork, 17)):  # the right one sees other tokens
         tokens = backend.asarray(TOKENS[:, begin : begin + 5])
-        run_on[name], _ = gpt_xp.gpt2(params, tokens, CONFIG, cache=branch)
+        run_on[name], _ = forward(backend)(params, tokens, CONFIG, cache=branch)
     for name, begin in (("left", 11), ("right", 17)):
         whole = np.concatenate([TOKENS[:, :11], TOKENS[:, begin : begin + 5]], axis=1)
-        full = gpt_xp.gpt2(params, backend.asarray(whole), CONFIG)
+        full = forward(backend)(params, backend.asarray(whole), CONFIG)
         assert_close(run_on[name], backend.to_numpy(full)[:, 11:], backend, "same")
 
 
@@ -107,6 +114,6 @@ def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
     params, cache = setup(backend, n_slots=19)
     with pytest.raises(PromptError, match="20 tokens were given, and the cache has room for 19"):
         gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache)
-    _, cache = run(backend, params, cache, TOKENS, [17])
+    _, cache = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache)
     with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
         gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache)

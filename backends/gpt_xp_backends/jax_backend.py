@@ -107,19 +107,30 @@ def _compile(
 
 
 def _all_devices(jax: Any) -> list[Any]:
-    found = list(jax.devices())
-    return found if found[0].platform == "cpu" else found + list(jax.devices("cpu"))
+    """Return JAX's devices, its default first. Raises `BackendError` where its settings leave it none."""
+    try:
+        found = list(jax.devices())
+    except (RuntimeError, AssertionError) as error:  # it has no error of its own for this
+        setting = os.environ.get("JAX_PLATFORMS", "")
+        raise BackendError(
+            f"jax cannot start on JAX_PLATFORMS={setting!r}{f' ({error})' if str(error) else ''}",
+            f"unset that variable, or {FIX}",
+        ) from None
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+        found += [device for device in jax.devices("cpu") if device not in found]
+    return found
 
 
 def _find_device(jax: Any, name: str | None) -> Any:
     """Return the device called "cuda:1", or the first of a platform called "cuda", "gpu", "tpu" or "cpu"."""
+    devices = _all_devices(jax)
     if name is None:
-        return jax.devices()[0]
+        return devices[0]
     platform, _, index = name.partition(":")
     try:
         return dict(enumerate(jax.devices(platform)))[int(index or 0)]
     except (RuntimeError, KeyError, ValueError):  # no such platform, no device of that number, no number
-        names = ", ".join(_name(device) for device in _all_devices(jax))
+        names = ", ".join(map(_name, devices))
         cause = "" if platform == "cpu" else f"; for an NVIDIA GPU, {FIX}"
         raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None
 
