@@ -4,7 +4,7 @@
     python benchmarks/decode.py --threads 2
 
 A model of 124M shape with random weights, float32, 512 tokens of context. Three ways of one step, taken in turn
-(A B C A B C ...), medians of one run:
+(A B C A B C ..., a few steps each), medians of one run:
 
 - floor: the bare matrix-vector products over the same weights, and one read of the cache's keys and values;
 - gpt-xp: one decode step on NumPy, from token ids to the greedy choice of the next token;
@@ -80,6 +80,7 @@ def floor(params: Any, config: Any, context: int) -> Callable[[], object]:
     return run
 
 
+TURN = 5  # steps of one contender before the next has its turn
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
 
 
@@ -117,14 +118,18 @@ def transformers_step(params: Any, config: Any, prompt: list[int], threads: int)
 
 
 def interleave(contenders: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
-    """Run the contenders in turn and return the milliseconds of each."""
+    """Run the contenders in turn, a few steps each as decoding does, and return the milliseconds of each step.
+
+    The first step of a turn is not counted: the threads and the caches are still the last contender's.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in range(steps):
+    for _ in range(steps // TURN):
         for name, run in contenders.items():
-            begin = time.perf_counter()
-            run()
-            if step >= 3:  # the first are warm-up
-                times[name].append(1e3 * (time.perf_counter() - begin))
+            for step in range(TURN):
+                begin = time.perf_counter()
+                run()
+                if step:
+                    times[name].append(1e3 * (time.perf_counter() - begin))
     return times
 
 

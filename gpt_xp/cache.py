@@ -8,10 +8,10 @@ Every row of a batch writes to the same slot at the same time; shorter prompts a
 again. No row ever looks back further than its context, so `n_ctx` slots are enough for any batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import array_api_extra as xpx
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_writeable_array
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.config import GPT2Config
@@ -70,9 +70,7 @@ class KVCache(NamedTuple):
             slots = first + xp.arange(n_seq, dtype=xp.int32)
         # A full index, of which one entry may be traced: JAX then updates the buffer in place.
         index = (slice(layer, layer + 1), slice(None), slice(None), slots, slice(None))
-        return self._replace(
-            k=xpx.at(self.k, index).set(k[None, ...], xp=xp), v=xpx.at(self.v, index).set(v[None, ...], xp=xp)
-        )
+        return KVCache(_put(self.k, index, k), _put(self.v, index, v), self.position, self.start)
 
     def read(self, layer: int, window: int | None) -> tuple[Array, Array]:
         """Keys and values of the first `window` slots of one layer, each [batch, n_head, window, d_head]."""
@@ -89,6 +87,14 @@ class KVCache(NamedTuple):
 
     def _slots(self, n_seq: int, xp: Namespace) -> Array:
         return xp.arange(n_seq, dtype=xp.int32, device=device(self.start)) + self.position
+
+
+def _put(buffer: Array, index: tuple[Any, ...], new: Array) -> Array:
+    """Return `buffer` with `new` at `index`: in place where that can be done, and a new array in JAX."""
+    if is_writeable_array(buffer):  # what `at` would find out too, 50 times in each step
+        buffer[index] = new[None, ...]
+        return buffer
+    return xpx.at(buffer, index).set(new[None, ...])
 
 
 def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace = None) -> KVCache:

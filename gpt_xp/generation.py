@@ -192,7 +192,7 @@ class Engine:
         self._new_cache = backend.compile(new_cache, static=("config", "n_slots", "xp"))
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
-        self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("xp",))
+        self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("top_k", "xp"))
         self._allowed = self._allowed_ids()
 
     def run(

@@ -22,12 +22,7 @@ from gpt_xp.config import GPT2Config
 
 def at_least_float32(x: Array, xp: Namespace) -> Array:
     """Widen half precision, in which sums and squares lose digits or overflow; leave float32 and float64 alone."""
-    return xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False)
-
-
-def lowest(x: Array, xp: Namespace) -> Array:
-    """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
-    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device(x))
+    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
 def gelu(x: Array, xp: Namespace = None) -> Array:
@@ -39,9 +34,9 @@ def gelu(x: Array, xp: Namespace = None) -> Array:
 def softmax(x: Array, xp: Namespace = None) -> Array:
     """Exponentials that sum to one over the last axis; the maximum is taken off first, so that none overflows."""
     xp = xp or array_namespace(x)
-    wide = at_least_float32(x, xp)
-    exp_x = xp.exp(wide - xp.max(wide, axis=-1, keepdims=True))
-    return xp.astype(exp_x / xp.sum(exp_x, axis=-1, keepdims=True), x.dtype, copy=False)
+    x = at_least_float32(x, xp)
+    exp_x = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return exp_x / xp.sum(exp_x, axis=-1, keepdims=True)
 
 
 def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5, xp: Namespace = None) -> Array:
@@ -54,21 +49,25 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5, xp: Namespace = 
 
 
 def linear(x: Array, w: Array, b: Array, xp: Namespace = None) -> Array:
-    """`x @ w + b` as one 2-D product: NumPy and CuPy are several times slower when it is a batch of products."""
+    """Matrix product and shift: [rows, n_in] @ [n_in, n_out] + [n_out] -> [rows, n_out]."""
     xp = xp or array_namespace(x, w, b)
-    rows = xp.reshape(x, (-1, x.shape[-1]))  # [..., n_in] -> [rows, n_in]
-    y = xp.matmul(rows, w) + b  # [rows, n_in] @ [n_in, n_out] -> [rows, n_out]
-    return xp.reshape(y, (*x.shape[:-1], y.shape[-1]))  # [rows, n_out] -> [..., n_out]
+    return xp.matmul(x, w) + b
+
+
+def mask_of(visible: Array, xp: Namespace) -> Array:
+    """What to add to attention's scores: 0 where a token may look, and the smallest float32 where it may not."""
+    # Finite: a row that may look nowhere (padding) stays free of NaN.
+    lowest = float(xp.finfo(xp.float32).min)
+    return lowest * xp.astype(~visible, xp.float32)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -> Array:
-    """Mix the rows of `v` by how well each `q` matches each `k`, where the boolean `mask` lets it look."""
+    """Mix the rows of `v` by how well each `q` matches each `k`; `mask` forbids where to look."""
     xp = xp or array_namespace(q, k, v)
     q = q / math.sqrt(q.shape[-1])  # before the product: fewer numbers, and half precision does not overflow
     scores = xp.matmul(q, xp.matrix_transpose(k))  # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k]
-    # The smallest finite number, not -inf: a row that may look nowhere (padding) stays free of NaN.
-    scores = xp.where(mask, scores, lowest(scores, xp))
-    return xp.matmul(softmax(scores, xp), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
+    weights = softmax(scores + mask, xp)  # in float32 at least, which is the mask's dtype
+    return xp.matmul(xp.astype(weights, v.dtype, copy=False), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
 
 
 def mha(
@@ -84,24 +83,24 @@ def mha(
 ) -> tuple[Array, KVCache | None]:
     """Multi-head causal self-attention; with a cache, over all the tokens that it remembers."""
     xp = xp or array_namespace(x)
-    batch, n_seq, n_embd = x.shape
-    qkv = linear(x, **c_attn, xp=xp)  # [batch, n_seq, n_embd] -> [batch, n_seq, 3 * n_embd]
-    qkv = xp.reshape(qkv, (batch, n_seq, 3, n_head, n_embd // n_head))
+    (rows, n_embd), n_seq = x.shape, mask.shape[-2]  # rows = batch * n_seq
+    qkv = linear(x, **c_attn, xp=xp)  # [rows, n_embd] -> [rows, 3 * n_embd]
+    qkv = xp.reshape(qkv, (-1, n_seq, 3, n_head, n_embd // n_head))  # [batch, n_seq, 3, n_head, d_head]
     qkv = xp.permute_dims(qkv, (2, 0, 3, 1, 4))  # [3, batch, n_head, n_seq, d_head]
     q, k, v = qkv[0, ...], qkv[1, ...], qkv[2, ...]  # each [batch, n_head, n_seq, d_head]
     if cache is not None:
         cache = cache.write(layer, k, v, xp)
         k, v = cache.read(layer, window)  # each [batch, n_head, window, d_head]
     heads = attention(q, k, v, mask, xp)  # [batch, n_head, n_seq, d_head]
-    merged = xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (batch, n_seq, n_embd))
-    return linear(merged, **c_proj, xp=xp), cache  # [batch, n_seq, n_embd] -> [batch, n_seq, n_embd]
+    merged = xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (rows, n_embd))  # [rows, n_embd]
+    return linear(merged, **c_proj, xp=xp), cache  # [rows, n_embd] -> [rows, n_embd]
 
 
 def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace = None) -> Array:
     """Position-wise feed-forward network: up to four times the width, GELU, and down again."""
     xp = xp or array_namespace(x)
-    x = gelu(linear(x, **c_fc, xp=xp), xp)  # [..., n_embd] -> [..., 4 * n_embd]
-    return linear(x, **c_proj, xp=xp)  # [..., 4 * n_embd] -> [..., n_embd]
+    x = gelu(linear(x, **c_fc, xp=xp), xp)  # [rows, n_embd] -> [rows, 4 * n_embd]
+    return linear(x, **c_proj, xp=xp)  # [rows, 4 * n_embd] -> [rows, n_embd]
 
 
 def transformer_block(
@@ -117,7 +116,7 @@ def transformer_block(
     window: int | None = None,
     xp: Namespace = None,
 ) -> tuple[Array, KVCache | None]:
-    """Attention, then feed-forward, each on a normalized copy and added to `x` [batch, n_seq, n_embd]."""
+    """Attention, then feed-forward, each on a normalized copy and added to `x` [rows, n_embd]."""
     xp = xp or array_namespace(x)
     looked, cache = mha(layer_norm(x, **ln_1, xp=xp), **attn, n_head=n_head, mask=mask,
                         cache=cache, layer=layer, window=window, xp=xp)  # fmt: skip
@@ -127,10 +126,9 @@ def transformer_block(
 
 
 def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace = None) -> Array:
-    """Token embeddings plus position embeddings: [batch, n_seq] twice -> [batch, n_seq, n_embd]."""
+    """Token embeddings plus position embeddings: [rows] and [rows] -> [rows, n_embd]."""
     xp = xp or array_namespace(tokens, wte, wpe)
-    x = xp.take(wte, xp.reshape(tokens, (-1,)), axis=0) + xp.take(wpe, xp.reshape(positions, (-1,)), axis=0)
-    return xp.reshape(x, (*tokens.shape, -1))
+    return xp.take(wte, tokens, axis=0) + xp.take(wpe, positions, axis=0)
 
 
 def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
@@ -151,22 +149,24 @@ def hidden_states(
 ) -> tuple[Array, KVCache | None]:
     """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
     xp = xp or array_namespace(tokens, params["wte"])
-    batch = xp.reshape(tokens, (-1, tokens.shape[-1]))  # [n_seq] or [batch, n_seq] -> [batch, n_seq]
+    n_seq = tokens.shape[-1]
+    rows = xp.reshape(tokens, (-1,))  # [rows]: batch and sequence in one, for 2-D products are the fast ones
     if cache is None:
-        config.check_length(batch.shape[1])
-        slots = xp.arange(batch.shape[1], dtype=xp.int32, device=device(tokens))
-        positions = xp.broadcast_to(slots, batch.shape)  # [batch, n_seq]
-        mask = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
+        config.check_length(n_seq)
+        slots = xp.arange(n_seq, dtype=xp.int32, device=device(tokens))
+        positions = xp.broadcast_to(slots, (rows.shape[0] // n_seq, n_seq))  # [batch, n_seq]
+        visible = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
     else:
-        positions = cache.positions(batch.shape[1], config.n_ctx, xp)  # [batch, n_seq]
-        mask = cache.visible(batch.shape[1], window, xp)  # [batch, 1, n_seq, window]
+        positions = cache.positions(n_seq, config.n_ctx, xp)  # [batch, n_seq]
+        visible = cache.visible(n_seq, window, xp)  # [batch, 1, n_seq, window]
+    mask = mask_of(visible, xp)
 
-    x = embed(batch, positions, params["wte"], params["wpe"], xp)  # [batch, n_seq, n_embd]
+    x = embed(rows, xp.reshape(positions, (-1,)), params["wte"], params["wpe"], xp)  # [rows, n_embd]
     for layer, block in enumerate(params["blocks"]):
         x, cache = transformer_block(x, **block, n_head=config.n_head, mask=mask,
                                      cache=cache, layer=layer, window=window, xp=xp)  # fmt: skip
     x = layer_norm(x, **params["ln_f"], xp=xp)
-    return xp.reshape(x, (*tokens.shape, -1)), cache and cache.advance(batch.shape[1])
+    return xp.reshape(x, (*tokens.shape, -1)), cache and cache.advance(n_seq)
 
 
 def gpt2(

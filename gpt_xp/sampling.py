@@ -17,7 +17,7 @@ from array_api_compat import array_namespace, device
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.errors import SettingError
-from gpt_xp.model import at_least_float32, lowest, softmax
+from gpt_xp.model import at_least_float32, softmax
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def choose(
     """Choose from logits [batch, n_vocab]; the likeliest where `temperature` is None.
 
     `noise` [batch, n_vocab] is Gumbel noise; `seen` [batch, n_vocab] says which tokens the text so far holds;
-    `allowed` [n_vocab] which ids have a token at all. Ties go to the lowest id.
+    `allowed` [n_vocab] which ids have a token at all. Ties go to the lowest id. Under a compiler, `top_k` is static.
     """
     xp = xp or array_namespace(logits)
     logits = at_least_float32(logits, xp)
@@ -97,12 +97,18 @@ def choose(
         scores = keep_likeliest(scores, top_k, top_p, min_p, xp) + noise
 
     token = xp.argmax(scores, axis=-1)  # [batch]
-    ids = xp.arange(scores.shape[-1], dtype=token.dtype, device=device(token))
+    ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(token))
+    chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
     best = xp.max(scores, axis=-1)
-    second = xp.max(xp.where(ids == token[:, None], lowest(scores, xp), scores), axis=-1)
+    second = xp.max(xp.where(chosen, lowest(scores, xp), scores), axis=-1)
     # Where the filters left one token alone the difference is the largest number, and must not overflow.
     margin = xp.clip(best - second, 0.0, 1e6) * (1 if temperature is None else temperature)
     return Choice(token, log_probability(logits, token, xp), margin)
+
+
+def lowest(x: Array, xp: Namespace) -> Array:
+    """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
+    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device(x))
 
 
 def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
@@ -118,13 +124,14 @@ def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p:
     """
     if top_k is not None or top_p is not None:
         # Values alone have no order among equals to keep, and NumPy sorts 30 times faster without.
-        ordered = xp.sort(scores, axis=-1, descending=True, stable=False)  # [batch, n_vocab]
-        rank = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(scores))
-        keep = xp.broadcast_to(rank < (scores.shape[-1] if top_k is None else top_k), scores.shape)
+        n_most = min(top_k or scores.shape[-1], scores.shape[-1])
+        ordered = xp.sort(scores, axis=-1, descending=True, stable=False)[:, :n_most]
+        count = xp.full((scores.shape[0], 1), n_most, dtype=xp.int32, device=device(scores))
         if top_p is not None:
-            probs = softmax(xp.where(keep, ordered, lowest(scores, xp)), xp)
-            keep = keep & (xp.cumulative_sum(probs, axis=-1) - probs < top_p)
-        scores = keep_largest(scores, ordered, xp.sum(xp.astype(keep, xp.int32), axis=-1, keepdims=True), xp)
+            probs = softmax(ordered, xp)
+            needed = xp.cumulative_sum(probs, axis=-1) - probs < top_p
+            count = xp.sum(xp.astype(needed, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+        scores = keep_largest(scores, ordered, count, xp)
     if min_p is not None:
         likely = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True)) >= min_p
         scores = xp.where(likely, scores, lowest(scores, xp))

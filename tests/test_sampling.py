@@ -147,7 +147,7 @@ def test_choosing_jitted_is_choosing_eagerly() -> None:
 
     jax = make_backend("jax")
     noise = jax.asarray(np.stack([gumbel_noise(1, row, 0, 101) for row in range(3)]))
-    compiled = jax.compile(choose)
+    compiled = jax.compile(choose, static=("top_k",))
     for numbers in ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01}):
         arguments = {"noise": noise, **numbers} if numbers else {}
         eager = choose(jax.asarray(LOGITS), **arguments)
