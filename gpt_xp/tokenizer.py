@@ -12,13 +12,26 @@ import heapq
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import regex
 
 from gpt_xp.errors import CheckpointError, TokenizerError
+from gpt_xp.tokenizer_files import (
+    ADDED_TOKENS,
+    IN_MEMORY,
+    MERGES,
+    PAIRS,
+    TOKENIZER_JSON,
+    VOCAB,
+    Places,
+    read_pair,
+    read_tokenizer_json,
+    what_is_missing,
+    write_all,
+)
 
 EOS = "<|endoftext|>"
 
@@ -28,26 +41,6 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N
 
 CACHED_WORDS = 50_000
 LONGEST_CACHED_WORD = 50  # longer ones seldom come twice, and would let the cache grow without bound
-
-TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
-PAIRS = ((VOCAB, MERGES), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's names
-
-# What a tokenizer.json must say to be GPT-2's; None stands for null and for a field that is not there.
-GPT2_FIELDS: dict[str, tuple[Any, ...]] = {
-    "model.type": ("BPE", None),
-    "model.dropout": (None, 0),
-    "model.continuing_subword_prefix": ("", None),
-    "model.end_of_word_suffix": ("", None),
-    "model.byte_fallback": (False, None),
-    "model.ignore_merges": (False, None),
-    "normalizer": (None,),
-    "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False,),
-    "pre_tokenizer.use_regex": (True, None),
-    "post_processor.type": ("ByteLevel", "TemplateProcessing", None),
-    "post_processor.special_tokens": ({}, None),  # a template that has some adds them to each text
-    "decoder.type": ("ByteLevel", None),
-}
 
 
 def _byte_characters() -> list[str]:
@@ -59,16 +52,6 @@ def _byte_characters() -> list[str]:
 
 CHARACTER_OF_BYTE = _byte_characters()
 BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(CHARACTER_OF_BYTE)}
-
-
-class _Places(NamedTuple):
-    """How error messages name the vocabulary, and merge number i."""
-
-    vocabulary: str
-    merge: Callable[[int], str]
-
-
-_IN_MEMORY = _Places("encoder", "merges[{}]".format)
 
 
 class Tokenizer:
@@ -84,7 +67,7 @@ class Tokenizer:
         encoder: Mapping[str, int],
         merges: Iterable[tuple[str, str]],
         special_tokens: Iterable[str] = (),
-        _places: _Places = _IN_MEMORY,
+        _places: Places = IN_MEMORY,
     ) -> None:
         """Raises `TokenizerError` if vocabulary, merges and special tokens do not fit each other."""
         self.encoder = dict(encoder)
@@ -115,11 +98,11 @@ class Tokenizer:
         """
         folder = Path(directory)
         if (folder / TOKENIZER_JSON).exists():
-            return cls(*_read_tokenizer_json(folder / TOKENIZER_JSON))
+            return cls(*read_tokenizer_json(folder / TOKENIZER_JSON))
         for vocab, merges in PAIRS:
             if (folder / vocab).exists() and (folder / merges).exists():
-                return cls(*_read_pair(folder / vocab, folder / merges))
-        raise TokenizerError(_what_is_missing(folder))
+                return cls(*read_pair(folder / vocab, folder / merges))
+        raise TokenizerError(what_is_missing(folder))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
@@ -138,7 +121,7 @@ class Tokenizer:
         if added or (folder / ADDED_TOKENS).exists():  # an older one must not add its tokens to this vocabulary
             files[ADDED_TOKENS] = json.dumps(added, ensure_ascii=False)
         try:
-            _write_all(folder, files)
+            write_all(folder, files)
         except OSError as error:
             raise CheckpointError(f"the tokenizer cannot be written to {folder}: {error}") from error
 
@@ -147,7 +130,7 @@ class Tokenizer:
         path = Path(directory) / TOKENIZER_JSON
         if path.exists():
             try:
-                there = type(self)(*_read_tokenizer_json(path))
+                there = type(self)(*read_tokenizer_json(path))
             except TokenizerError:
                 there = None
             if there is None or (there.encoder, there.merges) != (self.encoder, self.merges):
@@ -281,7 +264,7 @@ def _check_text(text: str) -> None:
 
 
 def _check_parts(
-    encoder: dict[str, int], merges: list[tuple[str, str]], special_tokens: frozenset[str], places: _Places
+    encoder: dict[str, int], merges: list[tuple[str, str]], special_tokens: frozenset[str], places: Places
 ) -> None:
     """Raises `TokenizerError` where vocabulary, merges and special tokens do not fit each other."""
     first: dict[int, str] = {}
@@ -304,116 +287,3 @@ def _check_parts(
     for token in special_tokens:
         if not token or token not in encoder:
             raise TokenizerError(f"{places.vocabulary}: special token {token!r} is empty or has no id")
-
-
-# Files. Each of the two readers returns the arguments of `Tokenizer`.
-
-_Parts = tuple[dict[str, int], list[tuple[str, str]], Iterable[str], _Places]
-
-
-def _what_is_missing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is not a directory: expected one with the files of a tokenizer"
-    for pair in PAIRS:
-        for here, missing in (pair, pair[::-1]):
-            if (folder / here).exists():
-                return f"{folder} has {here} but not {missing}: the two belong together"
-    pairs = " or ".join(" + ".join(pair) for pair in PAIRS)
-    return f"{folder} has no tokenizer: looked for {TOKENIZER_JSON} or {pairs}"
-
-
-def _read_pair(vocab: Path, merges: Path) -> _Parts:
-    encoder, added = _read_object(vocab), {}
-    if vocab.name == VOCAB and (extra := vocab.with_name(ADDED_TOKENS)).exists():
-        added = _read_object(extra)
-        encoder = _with_added(encoder, added, str(extra))
-    # Not splitlines, which also cuts at U+0085 and others. Windows may have put \r before \n: in a token, that
-    # byte is written 'č'.
-    lines = [line.removesuffix("\r") for line in _read_text(merges).rstrip("\r\n").split("\n")]
-    first = int(lines[0].startswith("#version"))  # further down it is a merge
-    places = _Places(str(vocab), lambda rank: f"{merges}, line {first + rank + 1}")
-    return encoder, [_pair(line, places.merge(rank)) for rank, line in enumerate(lines[first:])], added, places
-
-
-def _read_tokenizer_json(path: Path) -> _Parts:
-    document = _read_object(path)
-    for field, expected in GPT2_FIELDS.items():
-        if (value := _field(document, field)) not in expected:
-            raise TokenizerError(
-                f"{path}: not GPT-2's byte-level BPE: {field} is {json.dumps(value)}, expected "
-                f"{json.dumps(expected[0])}"
-            )
-    for field, kind in (("model.vocab", dict), ("model.merges", list), ("added_tokens", list)):
-        if not isinstance(_field(document, field), kind):
-            raise TokenizerError(f"{path}: {field} is not a {kind.__name__}")
-    added = dict(_added_token(entry, f"{path}: added_tokens[{i}]") for i, entry in enumerate(document["added_tokens"]))
-    encoder = _with_added(document["model"]["vocab"], added, f"{path}: added_tokens")
-    places = _Places(f"{path}: model.vocab", lambda rank: f"{path}: model.merges[{rank}]")
-    merges = [_pair(merge, places.merge(rank)) for rank, merge in enumerate(document["model"]["merges"])]
-    return encoder, merges, added, places
-
-
-def _field(document: Any, field: str) -> Any:
-    for name in field.split("."):
-        document = document.get(name) if isinstance(document, dict) else None
-    return document
-
-
-def _added_token(entry: Any, place: str) -> tuple[str, int]:
-    for option in ("single_word", "lstrip", "rstrip"):  # they change which characters around a token it takes
-        if _field(entry, option):
-            raise TokenizerError(f"{place}.{option} is {json.dumps(entry[option])}, expected false")
-    match entry:
-        case {"content": str(content), "id": int(id)}:
-            return content, id
-    raise TokenizerError(f"{place} has no content (a string) or no id (an integer)")
-
-
-def _with_added(encoder: dict[str, int], added: dict[str, int], place: str) -> dict[str, int]:
-    for token, id in added.items():
-        if encoder.get(token, id) != id:
-            raise TokenizerError(f"{place}: {token!r} is {id!r}, but {encoder[token]!r} in the vocabulary")
-    return encoder | added
-
-
-def _pair(merge: Any, place: str) -> tuple[str, str]:
-    """The two parts of a merge, which is "left right" or ["left", "right"]."""
-    match merge.split(" ") if isinstance(merge, str) else merge:
-        case [str(left), str(right)] if left and right:
-            return left, right
-    raise TokenizerError(f"{place}: {merge!r} is no merge: expected two tokens with one space between them")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8")
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise TokenizerError(f"{path}, line {line}: not UTF-8: {error}") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError, and says the line
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object but a {type(value).__name__}")
-    return value
-
-
-def _write_all(folder: Path, files: dict[str, str]) -> None:
-    """Writes `files` under temporary names, then renames all: a failure leaves what was there before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for path, temporary in staged.items():
-            temporary.write_bytes(files[path.name].encode())
-        for path, temporary in staged.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
