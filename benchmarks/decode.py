@@ -3,11 +3,11 @@
     pip install -e '.[dev,oracle]'
     python benchmarks/decode.py --threads 2
 
-A model of 124M shape with random weights, float32, 512 tokens of context. Three ways of one step, taken in turn
+A model of 124M shape with random weights, float32, 512 tokens of context. Several ways of one step, taken in turn
 (A B C A B C ..., a few steps each), medians of one run:
 
 - floor: the bare matrix-vector products over the same weights, and one read of the cache's keys and values;
-- gpt-xp: one decode step on NumPy, from token ids to the greedy choice of the next token;
+- gpt-xp: one decode step, from token ids to the choice of the next token, greedy or sampled (top-k 40, top-p 0.95);
 - transformers: one step of GPT2LMHeadModel with its cache on torch, same weights, same threads (skipped if missing).
 
 Before timing, the logits of gpt-xp and transformers are compared.
@@ -30,9 +30,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--jax", action="store_true", help="time the JAX backend too (its threads disturb the others)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
-    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    os.environ |= dict.fromkeys(
+        ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(options.threads)
+    )
 
     import numpy as np
     from shapes import random_params
@@ -44,11 +47,11 @@ def main() -> None:
     prompt = np.random.default_rng(1).integers(0, config.n_vocab, options.context - options.steps // 2).tolist()
     contenders = {
         "floor": floor(params, config, options.context),
-        "gpt-xp numpy greedy": gpt_xp_step(params, config, prompt, options.steps, temperature=0.0),
-        "gpt-xp numpy sampled": gpt_xp_step(
-            params, config, prompt, options.steps, temperature=0.8, top_k=40, top_p=0.95
-        ),
+        "gpt-xp numpy greedy": gpt_xp_step(params, config, prompt),
+        "gpt-xp numpy sampled": gpt_xp_step(params, config, prompt, temperature=0.8, top_k=40, top_p=0.95),
     }
+    if options.jax:
+        contenders["gpt-xp jax greedy"] = gpt_xp_step(params, config, prompt, backend="jax")
     try:
         contenders["transformers"] = transformers_step(params, config, prompt, options.threads)
     except ImportError as error:
@@ -84,11 +87,13 @@ TURN = 5  # steps of one contender before the next has its turn
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
 
 
-def gpt_xp_step(params: Any, config: Any, prompt: list[int], steps: int, **options: Any) -> Callable[[], object]:
+def gpt_xp_step(
+    params: Any, config: Any, prompt: list[int], backend: str = "numpy", **options: Any
+) -> Callable[[], object]:
     """One step of a running generation."""
     import gpt_xp
 
-    model = gpt_xp.Model(params, config)
+    model = gpt_xp.Model(params, config, backend=backend)
     stream = model.stream(prompt, max_tokens=None, seed=1, **options)
     return lambda: next(stream)
 

@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Number
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -134,7 +134,9 @@ class Model:
         _check_count("max_tokens", max_tokens)
         _check_count("num_samples", num_samples)
         texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
-        prompts = [Prompt(ids, sample) for ids in map(self._encode, texts) for sample in range(num_samples)]
+        encoded = [self._encode(text) for text in texts]
+        self._check_memory(encoded, num_samples, max_tokens)
+        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
         return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, called)
 
     def save(self, directory: str | Path) -> None:
@@ -147,14 +149,15 @@ class Model:
                 yield from self._engine.run(prompts, *arguments)
 
     def _encode(self, prompt: Text) -> list[int]:
+        ids: list[Any]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer: give token ids instead of text")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
+            ids = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
             if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
-                raise PromptError(f"a prompt is text or a list of token ids (whole numbers), not {prompt!r}")
+                raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
         if not ids:
             if self._engine.eos is None:
                 raise PromptError("an empty prompt begins with the end-of-text token, and this model has none")
@@ -166,6 +169,18 @@ class Model:
             )
         self._check_ids(np.asarray(ids))
         return ids
+
+    def _check_memory(self, prompts: list[list[int]], num_samples: int, max_tokens: int | None) -> None:
+        """Raise `DeviceMemoryError` for a cache that can never fit, before memory runs out on the way there."""
+        rows, n_ctx = len(prompts) * num_samples, self.config.n_ctx
+        longest = max(map(len, prompts), default=0)
+        n_slots = self.backend.slots(min(longest + (max_tokens or n_ctx), n_ctx), n_ctx)
+        if self.backend.device_memory and self._cache_bytes(rows, n_slots) > self.backend.device_memory:
+            raise self._memory_error(rows, n_slots)
+
+    def _cache_bytes(self, rows: int, n_slots: int) -> int:
+        config = self.config
+        return 2 * rows * n_slots * config.n_layer * config.n_embd * _ITEM_SIZE[self.backend.dtype]
 
     def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
         # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
@@ -183,16 +198,19 @@ class Model:
         except Exception as error:
             if not self.backend.is_out_of_memory(error):
                 raise
-            config, backend = self.config, self.backend
-            cache = 2 * batch * config.n_layer * config.n_ctx * config.n_embd * _ITEM_SIZE[backend.dtype]
-            needs = f"the params take {_size(self._bytes)} in {backend.dtype}"
-            if batch:
-                needs += f" and the cache for {batch} {'row' if batch == 1 else 'rows'} up to {_size(cache)}"
-            has = f", and the device has {_size(backend.device_memory)} in all" if backend.device_memory else ""
-            raise DeviceMemoryError(
-                f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
-                "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
-            ) from error
+            raise self._memory_error(batch, self.config.n_ctx) from error
+
+    def _memory_error(self, rows: int, n_slots: int) -> DeviceMemoryError:
+        backend = self.backend
+        needs = f"the params take {_size(self._bytes)} in {backend.dtype}"
+        if rows:
+            needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
+            needs += _size(self._cache_bytes(rows, n_slots))
+        has = f", and the device has {_size(backend.device_memory)} in all" if backend.device_memory else ""
+        return DeviceMemoryError(
+            f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
+            "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
+        )
 
 
 def load(
@@ -239,8 +257,12 @@ _ITEM_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _is_one(prompt: Any) -> bool:
-    """Whether this is one prompt (text, or token ids), not a list of prompts."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Integral))
+    """Whether this is one prompt (text, or token ids), not a list of prompts. Raises `PromptError` for neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
+        raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
+    return len(prompt) > 0 and isinstance(prompt[0], Number)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -144,7 +144,7 @@ def get_backend(
     name = name or default_backend()
     entries = _entries()
     if name not in entries:
-        known = closest_first(name, entries)
+        known = closest_first(str(name), entries)
         raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
     if threads is not None and threads < 1:
         raise BackendError(f"threads must be at least 1, not {threads}")

@@ -41,5 +41,9 @@ class BackendError(GptXpError):
         self.problem, self.fix = problem, fix
 
 
+class NumericalError(GptXpError):
+    """Logits that are not finite: damaged weights, or numbers too large for a half-precision dtype."""
+
+
 class DeviceMemoryError(GptXpError):
     """The device has too little memory for what was asked; the message names sizes."""

@@ -17,6 +17,7 @@ from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.backend import Backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import NumericalError
 from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.sampling import Choice, Sampling, choose
@@ -319,7 +320,14 @@ class Engine:
             xp=None if host else self.backend.xp,
             **numbers,
         )
-        return choice if host else Choice(*map(self.backend.to_numpy, choice))
+        if not host:
+            choice = Choice(*map(self.backend.to_numpy, choice))
+        if not np.isfinite(choice.logprob).all():
+            raise NumericalError(
+                f"the model's logits are not finite in {self.backend.dtype}: its weights are damaged (NaN), "
+                "or need a wider dtype"
+            )
+        return choice
 
     def _noise(self, rows: Sequence[Row], seed: int, step: int) -> "np.ndarray[Any, Any]":
         return np.stack([gumbel_noise(seed, row.prompt.sample, step, self.config.n_vocab) for row in rows])

@@ -7,7 +7,6 @@ the draw only where two tokens are all but tied, so backends that agree up to ro
 Filters come in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,6 +17,8 @@ from array_api_compat import array_namespace, device
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.errors import SettingError
 from gpt_xp.model import at_least_float32, softmax
+
+TINY, HUGE = 1e-30, 1e30  # what float32 logits can be divided by without running over
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,21 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a number of at least 0 (0 is greedy)")
+        _check(
+            "temperature",
+            self.temperature,
+            lambda x: x == 0 or TINY <= x <= HUGE,
+            "0 (greedy) or a number from 1e-30 to 1e30",
+        )
         _check("top_k", self.top_k, _whole, "a whole number of at least 0 (0 is off)")
         _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1 (1 is off)")
         _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
-        _check("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0 (1 is off)")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda x: TINY <= x <= HUGE,
+            "a number from 1e-30 to 1e30 (1 is off)",
+        )
         _check("seed", self.seed, lambda x: _whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
 
     @property

@@ -43,7 +43,7 @@ class TextStream:
 
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the stop strings as a tuple; `SettingError` for anything but non-empty strings."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = tuple(stop or ()) if stop is None or isinstance(stop, list | tuple) else (stop,)
     for each in stops:
         if not isinstance(each, str) or not each:
             raise SettingError(f"a stop must be a string of at least one character, not {each!r}")

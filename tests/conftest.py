@@ -1,6 +1,7 @@
 """The fixtures: `backend` runs a test on every array library that is installed."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from gpt_xp.errors import BackendError
 
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ("numpy", "jax", "array-api-strict", "array-api-strict:device1")
 ON_A_GPU = ("cupy", "jax:gpu")

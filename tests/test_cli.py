@@ -301,7 +301,7 @@ def test_several_words_need_quotes(call):
 def test_a_word_close_to_a_command_is_a_prompt_and_gets_a_hint(call, args, name):
     result = call(*args, "-n", "1")
     assert result.err.startswith("hint: ")
-    assert f"the command is: gpt-xp {name}\n" in result.err
+    assert f"a command's name comes first: gpt-xp {name}\n" in result.err
     if len(args) == 1:
         assert result.out == call("--", args[0]).out[: len(result.out) - 1] + "\n"
 
@@ -368,6 +368,7 @@ def test_a_prompt_file_may_hold_json_lines(call, tmp_path):
         ("p.txt", '{"prompt": "a"}\n{"prompt": 1}', ', line 2: expected a JSON object with a text "prompt"'),
         ("p.txt", '{"prompt": "a"}\n{"prompt": "\\ud800"}', ", line 2: character 0 of the text is the lone surrogate"),
         ("p.txt", "a\n\udcff", ", line 2 is not UTF-8 text"),
+        ("p.txt", 'plain\n{"prompt": "a"}\n', ", line 2 is a JSON object, and the first line is not"),
         ("p.txt", "\n \n", " holds no prompt"),
     ],
 )
@@ -395,7 +396,7 @@ def _write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--temperature", "-1"], "temperature must be a number of at least 0"),
+        (["--temperature", "-1"], "temperature must be 0 (greedy) or a number"),
         (["--temperature", "nan"], "temperature must be"),
         (["--temperature", "hot"], "'hot' is not a valid float"),
         (["--top-p", "0"], "top_p must be a number above 0"),

@@ -16,7 +16,7 @@ from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model, Tokenizer, generation
-from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
+from gpt_xp.errors import ConfigError, DeviceMemoryError, NumericalError, PromptError, SettingError
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "shakespeare.json").read_text())
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
@@ -365,8 +365,14 @@ def test_compiling_is_counted_apart() -> None:
     [
         ({"prompt": [101]}, PromptError, r"token id 101 is not in the vocabulary: ids go from 0 to 100"),
         ({"prompt": [-1]}, PromptError, r"token id -1 is not in the vocabulary"),
-        ({"prompt": [[1.5]]}, PromptError, r"a prompt is text or a list of token ids"),
+        ({"prompt": [[1.5]]}, PromptError, r"a prompt is text \(str\) or a list of token ids"),
         ({"prompt": "text"}, PromptError, r"this model has no tokenizer"),
+        ({"prompt": b"text"}, PromptError, r"a prompt is text \(str\) .* not b'text'"),
+        ({"prompt": [b"text"]}, PromptError, r"a prompt is text \(str\) .* not b'text'"),
+        ({"prompt": None}, PromptError, r"a prompt is text \(str\) .* not None"),
+        ({"prompt": [True]}, PromptError, r"a prompt is text \(str\)"),
+        ({"prompt": [1], "num_samples": 10**9}, DeviceMemoryError, r"the cache for 1000000000 rows up to [\d.]+ GB"),
+        ({"prompt": [1], "temperature": 1e300}, SettingError, r"temperature must be 0 \(greedy\) or a number from"),
         ({"prompt": [1], "max_tokens": 0}, SettingError, r"max_tokens must be a whole number of at least 1, not 0"),
         ({"prompt": [1], "max_tokens": 1.5}, SettingError, r"max_tokens"),
         ({"prompt": [1], "num_samples": 0}, SettingError, r"num_samples must be a whole number of at least 1"),
@@ -395,6 +401,15 @@ def test_a_tokenizer_of_another_model(words: Tokenizer) -> None:
 
 def test_no_prompts_are_no_results(shakespeare: Model) -> None:
     assert shakespeare.generate([]) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "sampled"])
+def test_weights_that_are_not_numbers_are_an_error(options: dict[str, Any]) -> None:
+    params = small_params("prime")
+    params["blocks"][1]["attn"]["c_proj"]["b"][3] = np.nan
+    model = Model(params, CONFIGS["prime"], backend=make_backend("numpy"))
+    with pytest.raises(NumericalError, match="the model's logits are not finite in float32"):
+        model.generate([1, 2, 3], **options)
 
 
 def test_running_out_of_memory_names_sizes() -> None:

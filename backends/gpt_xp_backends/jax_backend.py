@@ -20,7 +20,8 @@ from gpt_xp.backend import (
 )
 from gpt_xp.errors import BackendError
 
-FIX = "pip install 'gpt-xp[jax]' (with an NVIDIA GPU: 'gpt-xp[jax-cuda13]' or 'gpt-xp[jax-cuda12]')"
+GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
+FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
 BLOCK = 128  # the shortest window, and the length of a piece of a prompt
 SHORT = 16  # a shorter piece for short prompts
 
@@ -28,7 +29,10 @@ SHORT = 16  # a shorter piece for short prompts
 def info() -> BackendInfo:
     """Return JAX's version and devices; raises `BackendError` where it is not installed."""
     jax = import_library("jax", FIX)
-    return BackendInfo("jax", jax.__version__, tuple(_device_info(device) for device in _all_devices(jax)))
+    try:
+        return BackendInfo("jax", jax.__version__, tuple(_device_info(device) for device in _all_devices(jax)))
+    except BackendError as error:
+        return BackendInfo("jax", jax.__version__, problem=error.problem, fix=error.fix)
 
 
 def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
@@ -114,7 +118,7 @@ def _all_devices(jax: Any) -> list[Any]:
         setting = os.environ.get("JAX_PLATFORMS", "")
         raise BackendError(
             f"jax cannot start on JAX_PLATFORMS={setting!r}{f' ({error})' if str(error) else ''}",
-            f"unset that variable, or {FIX}",
+            f"unset that variable; {GPU_FIX}",
         ) from None
     with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
         found += [device for device in jax.devices("cpu") if device not in found]
@@ -131,7 +135,7 @@ def _find_device(jax: Any, name: str | None) -> Any:
         return dict(enumerate(jax.devices(platform)))[int(index or 0)]
     except (RuntimeError, KeyError, ValueError):  # no such platform, no device of that number, no number
         names = ", ".join(map(_name, devices))
-        cause = "" if platform == "cpu" else f"; for an NVIDIA GPU, {FIX}"
+        cause = f"; {GPU_FIX}" if platform in ("gpu", "cuda") else ""
         raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None
 
 

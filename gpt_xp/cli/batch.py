@@ -37,6 +37,9 @@ def read_prompt_file(file: str) -> list[Line]:
         raise PromptError(f"{name} holds no prompt: expected one a line")
     if file.endswith(".jsonl") or isinstance(_parse(lines[0].prompt), dict):
         return [line._replace(prompt=_prompt_field(line)) for line in lines]
+    for line in lines:
+        if isinstance(_parse(line.prompt), dict):
+            raise PromptError(f"{line.place} is a JSON object, and the first line is not: make all of them objects")
     return lines
 
 

@@ -105,8 +105,8 @@ output_options = together(
     flag("--stats", help="Print a line of statistics to stderr."),
     option(
         "--prompt-file", metavar="FILE", type=FILE,
-        help="Continue every line of FILE (-: of stdin), and print JSON lines. Lines may be JSON objects with a field "
-        "`prompt`; empty ones are skipped.",
+        help="Continue every line of FILE (-: of stdin), and print JSON lines. All of them may be JSON objects "
+        "with a field `prompt` instead; empty ones are skipped.",
     ),
     option(
         "--batch-size", metavar="N", type=COUNT, default=8, show_default=True,

@@ -62,4 +62,4 @@ def _hint_at_command(ctx: click.Context, word: str) -> None:
     group = ctx.find_root().command
     if ctx.meta.get(IMPLIED) and isinstance(group, click.Group):
         for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
-            click.echo(f"hint: {word!r} is the prompt here; the command is: gpt-xp {command}", err=True)
+            click.echo(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}", err=True)
