@@ -1,7 +1,10 @@
 """Models of a given shape with random weights, for timing."""
 
 import tempfile
+from pathlib import Path
 from typing import Any
+
+HEADER = 14283  # bytes of JSON in openai-community/gpt2's model.safetensors
 
 
 def random_params(config: Any, seed: int = 0) -> Any:
@@ -34,6 +37,25 @@ def random_params(config: Any, seed: int = 0) -> Any:
         ],
         "ln_f": norm(),
     }
+
+
+def published_params(config: Any) -> Any:
+    """Return random params as `gpt_xp.load` reads them from a file like the published ones.
+
+    Their header is 14283 bytes long, so that no float32 in them lies at a multiple of 4.
+    """
+    import gpt_xp
+    from gpt_xp.checkpoint import read_params
+
+    with tempfile.TemporaryDirectory() as directory:
+        gpt_xp.Model(random_params(config), config, backend="numpy").save(directory)
+        path = Path(directory) / "model.safetensors"
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length].replace(b"transformer.", b"").rstrip().ljust(HEADER)
+        assert len(header) == HEADER
+        path.write_bytes(HEADER.to_bytes(8, "little") + header + data[8 + length :])
+        return read_params(directory, config)
 
 
 def transformers_model(params: Any, config: Any) -> Any:
