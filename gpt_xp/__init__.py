@@ -15,6 +15,7 @@ from gpt_xp.config import SIZES, GPT2Config
 from gpt_xp.errors import GptXpError
 from gpt_xp.generation import Generation, Piece, Stats
 from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
+from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.tokenizer import Tokenizer
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "hidden_states",
     "lm_loss",
     "load",
+    "load_encoder_hparams_and_params",
     "new_cache",
     "save",
+    "shape_tree",
     "unembed",
 ]

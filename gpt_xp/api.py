@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gpt_xp import checkpoint
+from gpt_xp._text import size
+from gpt_xp._tree import leaves, tree_map
 from gpt_xp._typing import Params
 from gpt_xp.backend import Backend, get_backend
 from gpt_xp.config import GPT2Config
@@ -48,9 +50,9 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.backend.keep_compiled()
-        self._bytes = sum(leaf.size for leaf in _leaves(params)) * _ITEM_SIZE[self.backend.dtype]
+        self._bytes = sum(leaf.size for leaf in leaves(params)) * _ITEM_SIZE[self.backend.dtype]
         with self._memory_errors(batch=0):
-            self.params: Params = _map(lambda leaf: self.backend.asarray(leaf, self.backend.dtype), params)
+            self.params: Params = tree_map(lambda leaf: self.backend.asarray(leaf, self.backend.dtype), params)
         self._engine = Engine(self.params, config, tokenizer, self.backend)
 
     def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
@@ -202,11 +204,11 @@ class Model:
 
     def _memory_error(self, rows: int, n_slots: int) -> DeviceMemoryError:
         backend = self.backend
-        needs = f"the params take {_size(self._bytes)} in {backend.dtype}"
+        needs = f"the params take {size(self._bytes)} in {backend.dtype}"
         if rows:
             needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
-            needs += _size(self._cache_bytes(rows, n_slots))
-        has = f", and the device has {_size(backend.device_memory)} in all" if backend.device_memory else ""
+            needs += size(self._cache_bytes(rows, n_slots))
+        has = f", and the device has {size(backend.device_memory)} in all" if backend.device_memory else ""
         return DeviceMemoryError(
             f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
             "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
@@ -221,17 +223,20 @@ def load(
     device: str | None = None,
     threads: int | None = None,
 ) -> Model:
-    """Return the model called `name`: a directory, or a bundled model (None: "shakespeare").
+    """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
+
+    A published model that is not on this machine is fetched, unless `GPT_XP_OFFLINE` is set; `gpt-xp models` lists
+    them. None is `GPT_XP_MODEL`, else 124M if it is here, else the bundled model "shakespeare".
 
     `backend` is a name of `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), `device` one of its devices,
     `dtype` "float32", "float64", or where the backend computes in it "float16" or "bfloat16"; `threads` limits those
     of the CPU. On NumPy the params are mapped from the file, not copied, where it is stored in `dtype`.
 
-    Raises `ModelNotFoundError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
+    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
     `DeviceMemoryError`.
     """
+    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
     directory = find_model(name)
-    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)
     config = checkpoint.read_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
     # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
@@ -247,9 +252,9 @@ def save(model: Model, directory: str | Path) -> None:
     """
     to_numpy, xp = model.backend.to_numpy, model.backend.xp
     if model.backend.dtype == "bfloat16":  # NumPy has no such dtype, and float32 holds it exactly
-        params = _map(lambda leaf: to_numpy(xp.astype(leaf, xp.float32)), model.params)
+        params = tree_map(lambda leaf: to_numpy(xp.astype(leaf, xp.float32)), model.params)
     else:
-        params = _map(to_numpy, model.params)
+        params = tree_map(to_numpy, model.params)
     checkpoint.save_checkpoint(directory, params, model.config, model.tokenizer)
 
 
@@ -269,22 +274,3 @@ def _check_count(name: str, value: object) -> None:
     whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
     if not whole and not (value is None and name == "max_tokens"):
         raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def _map(function: Any, tree: Any) -> Any:
-    """Apply `function` to each array of nested dicts and lists."""
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_map(function, value) for value in tree]
-    return function(tree)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    _map(found.append, tree)
-    return found
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

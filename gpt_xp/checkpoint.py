@@ -5,12 +5,14 @@ The tensors have the names of OpenAI's variables (openai/gpt-2 `src/model.py`) a
 spells them: `transformer.h.0.attn.c_attn.weight`, [in, out] like OpenAI's own, so that nothing is transposed.
 """
 
+import errno
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
@@ -22,9 +24,17 @@ from gpt_xp._typing import Params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
 from gpt_xp.hf_config import config_entries, config_from
-from gpt_xp.safetensors_file import FLOATS, NumpyArray, SafetensorsFile, open_regular, open_safetensors, parse_json
+from gpt_xp.safetensors_file import (
+    FLOATS,
+    NumpyArray,
+    SafetensorsFile,
+    open_regular,
+    open_safetensors,
+    parse_json,
+    write_safetensors,
+)
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 _DTYPES = ("float16", "float32", "float64")
 
 # Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
@@ -32,6 +42,7 @@ _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # a plain name: no index may lead out of its directory
 _MAX_JSON_BYTES = 10_000_000  # of a config or an index; real ones have some thousand
 _MAX_FAULTS = 6  # shown in one message
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SavesItself(Protocol):
@@ -52,13 +63,13 @@ def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
     `CheckpointError` where the file is missing, unreadable or malformed, and `ConfigError` for another model.
     """
     path = os.path.join(directory, "config.json")
-    with _reading(directory):
-        if not _exists(path):
+    with reading(directory):
+        if not exists(path):
             raise CheckpointError(
-                f"{directory} has no config.json: a checkpoint is a directory with config.json and {_WEIGHTS}, "
+                f"{directory} has no config.json: a checkpoint is a directory with config.json and {WEIGHTS}, "
                 f"as transformers' save_pretrained writes it"
             )
-        entries = _read_json(path)
+        entries = read_json(path)
     try:
         return config_from(entries)
     except ConfigError as error:
@@ -84,15 +95,15 @@ def read_params(directory: str | os.PathLike[str], config: GPT2Config, dtype: st
     """
     if dtype is not None and dtype not in _DTYPES:
         raise BackendError(f"dtype {dtype!r} cannot be read; take one of {', '.join(_DTYPES)}")
-    with _reading(directory), ExitStack() as stack:
+    with reading(directory), ExitStack() as stack:
         files = _open_weights(directory, stack)
         tensors = _by_name(files)
         _drop_tied_head(tensors)
         stored = {name: file.tensors[full_name] for name, (file, full_name) in tensors.items()}
-        _check_tensors(
+        check_tensors(
             f"the weights in {directory}",
             {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-            _shapes(config, len(stored)),
+            tensor_shapes(config, len(stored)),
             FLOATS,
         )
 
@@ -121,9 +132,37 @@ def save_checkpoint(
             if tokenizer is not None:
                 tokenizer.check_place(directory)
                 tokenizer.save(aside)
-            _write_json(os.path.join(aside, "config.json"), entries)
-            _write_weights(os.path.join(aside, _WEIGHTS), tensors)
+            write_json(os.path.join(aside, "config.json"), entries)
+            _write_weights(os.path.join(aside, WEIGHTS), tensors)
             _move_all(aside, directory)
+
+
+def align_weights(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
+    """Copy a safetensors file, aligned and without the mask buffers; return the SHA-256 of the copy, in hexadecimal.
+
+    The header of the published GPT-2 files is of odd length, so that no float32 in them can be mapped: they would be
+    read into memory at each load. Names, dtypes and metadata are kept. The copy is written aside, in the directory of
+    `target`, and only then takes its name. Raises `CheckpointError` where `source` is damaged or unreadable, holds
+    tensors that are no floats, or the copy cannot be written.
+    """
+    try:
+        with open_safetensors(os.fspath(source)) as file:
+            stored = {name: tensor for name, tensor in file.tensors.items() if not _is_buffer(name)}
+            for name, tensor in stored.items():
+                if tensor.dtype not in FLOATS:
+                    raise CheckpointError(
+                        f"{source} holds {name!r:.80} as {tensor.dtype}, and weights are one of {', '.join(FLOATS)}; "
+                        f"take the file of a GPT-2"
+                    )
+            with written_aside(target, sum(tensor.end - tensor.start for tensor in stored.values())) as temporary:
+                return write_safetensors(
+                    temporary,
+                    {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()},
+                    file.raw,
+                    {"format": "pt"} | file.metadata,  # without a format transformers refuses the file
+                )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source} ({error}); check the file and its permissions") from error
 
 
 # --- params and names -----------------------------------------------------------------------------------------------
@@ -161,7 +200,11 @@ def _params(config: GPT2Config, leaf: Callable[[str, tuple[int, ...]], Any]) -> 
     }
 
 
-def _shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ...]]:
+    """The names of the tensors of a GPT-2, without prefix, and their shapes.
+
+    `n_tensors` are there. Raises `CheckpointError` where the config has more layers than that.
+    """
     # Before a list is made of as many layers as a config may claim.
     if config.n_layer > n_tensors:
         raise CheckpointError(
@@ -173,12 +216,13 @@ def _shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_tensors(
+def check_tensors(
     what: str,
     found: dict[str, tuple[tuple[int, ...], str]],  # name: (shape, dtype)
     expected: dict[str, tuple[int, ...]],
     dtypes: Iterable[str],
 ) -> None:
+    """Raise `CheckpointError`, which names them, where tensors are missing, unknown, or of another shape or dtype."""
     faults = [f"{name} is missing" for name in expected if name not in found]
     for name, (shape, dtype) in found.items():
         if name not in expected:
@@ -197,25 +241,25 @@ def _check_tensors(
 
 
 def _open_weights(directory: str | os.PathLike[str], stack: ExitStack) -> list[SafetensorsFile]:
-    path = os.path.join(directory, _WEIGHTS)
-    if _exists(path):
+    path = os.path.join(directory, WEIGHTS)
+    if exists(path):
         return [stack.enter_context(open_safetensors(path))]
-    if _exists(f"{path}.index.json"):
+    if exists(f"{path}.index.json"):
         return _open_shards(directory, f"{path}.index.json", stack)
-    if any(_exists(os.path.join(directory, name)) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+    if any(exists(os.path.join(directory, name)) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         raise CheckpointError(
             f"{directory} has its weights only in pytorch_model.bin, a pickle, which can run any code when it is "
             f"opened. Convert it where you trust it: GPT2LMHeadModel.from_pretrained({str(directory)!r})"
             f'.save_pretrained("new-directory"), with GPT2LMHeadModel from transformers'
         )
     raise CheckpointError(
-        f"{directory} has no weights that gpt-xp knows: {_WEIGHTS}, or shards of it with {_WEIGHTS}.index.json, "
+        f"{directory} has no weights that gpt-xp knows: {WEIGHTS}, or shards of it with {WEIGHTS}.index.json, "
         f"was expected, as transformers' save_pretrained writes it"
     )
 
 
 def _open_shards(directory: str | os.PathLike[str], index: str, stack: ExitStack) -> list[SafetensorsFile]:
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict):
         raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch or save it again")
     files: dict[str, SafetensorsFile] = {}
@@ -226,7 +270,7 @@ def _open_shards(directory: str | os.PathLike[str], index: str, stack: ExitStack
             )
         if shard not in files:
             path = os.path.join(directory, shard)
-            if not _exists(path):
+            if not exists(path):
                 raise CheckpointError(f"{directory} lacks {shard}, which its index names; fetch that file")
             files[shard] = stack.enter_context(open_safetensors(path))
         if name not in files[shard].tensors:
@@ -241,15 +285,19 @@ def _by_name(files: list[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, s
     tensors: dict[str, tuple[SafetensorsFile, str]] = {}
     for file in files:
         for full_name in file.tensors:
-            name = full_name.removeprefix("transformer.")
-            if _BUFFER.fullmatch(name):
+            if _is_buffer(full_name):
                 continue
+            name = full_name.removeprefix("transformer.")
             if name in tensors:
                 raise CheckpointError(
                     f"{name!r:.80} is in {tensors[name][0].path} and again in {file.path}; only one was expected"
                 )
             tensors[name] = (file, full_name)
     return tensors
+
+
+def _is_buffer(full_name: str) -> bool:
+    return _BUFFER.fullmatch(full_name.removeprefix("transformer.")) is not None
 
 
 def _drop_tied_head(tensors: dict[str, tuple[SafetensorsFile, str]]) -> None:
@@ -266,7 +314,8 @@ def _drop_tied_head(tensors: dict[str, tuple[SafetensorsFile, str]]) -> None:
     del tensors["lm_head.weight"]
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `CheckpointError` for anything else, `OSError` as `open` does."""
     with open_regular(path) as file:
         text = file.read(_MAX_JSON_BYTES + 1)
     if len(text) > _MAX_JSON_BYTES:
@@ -274,7 +323,8 @@ def _read_json(path: str) -> dict[str, Any]:
     return parse_json(text, path)
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
+    """Whether there is something at `path`. Raises `OSError` where that cannot be known."""
     # os.path.exists would also say no to a directory that may not be searched.
     try:
         os.stat(path)
@@ -284,7 +334,7 @@ def _exists(path: str) -> bool:
 
 
 @contextmanager
-def _reading(directory: str | os.PathLike[str]) -> Iterator[None]:
+def reading(directory: str | os.PathLike[str]) -> Iterator[None]:
     """First of all see that the directory is one; then say failures of the machine in our own words."""
     try:
         if not _is_directory(directory):
@@ -309,9 +359,9 @@ def _is_directory(path: str | os.PathLike[str]) -> bool:
 def _named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
     """Names as transformers spells them -> contiguous arrays, once it is sure that they fit the config."""
     found = {path: np.asarray(leaf) for path, leaf in _leaves(params)}
-    _shapes(config, len(found))
+    tensor_shapes(config, len(found))
     wanted = dict(_leaves(_params(config, lambda name, shape: (name, shape))))
-    _check_tensors(
+    check_tensors(
         "the params",
         {path: (array.shape, str(array.dtype)) for path, array in found.items()},
         {path: shape for path, (_, shape) in wanted.items()},
@@ -330,7 +380,28 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(branch, f"{path}.{key}" if path else str(key))
 
 
-def _write_json(path: str, entries: dict[str, Any]) -> None:
+@contextmanager
+def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "check the permissions") -> Iterator[str]:
+    """A temporary name beside `target` to write about `n_bytes` to; at the end, that file takes the name of `target`.
+
+    It is of this call alone, so that two may write the same target at once, and is gone after a failure. Raises
+    `CheckpointError` where writing or renaming fails; `fix` says what to do where that is not allowed.
+    """
+    temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            fix = f"it needs {n_bytes / 1e6:,.1f} MB there: make room and try again"
+        raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error
+    finally:
+        with suppress(OSError):  # it has been renamed, or was never made
+            os.remove(temporary)
+
+
+def write_json(path: str, entries: dict[str, Any]) -> None:
+    """Write a JSON object, one entry to a line."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(entries, file, indent=2, sort_keys=True)
         file.write("\n")
@@ -345,11 +416,16 @@ def _write_weights(path: str, tensors: dict[str, NumpyArray]) -> None:
 
 def _move_all(aside: str, directory: str | os.PathLike[str]) -> None:
     for name in os.listdir(aside):
-        with open(os.path.join(aside, name), "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave a name without its bytes
+        sync(os.path.join(aside, name))
     # The weights first: they are the file that may be impossible to replace, on Windows while it is mapped.
-    for name in sorted(os.listdir(aside), key=lambda name: name != _WEIGHTS):
+    for name in sorted(os.listdir(aside), key=lambda name: name != WEIGHTS):
         os.replace(os.path.join(aside, name), os.path.join(directory, name))
+
+
+def sync(path: str) -> None:
+    """Wait until a file is on the disk: else a power cut after its renaming could leave a name without its bytes."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -30,6 +30,12 @@ class GPT2Config:
                 f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads: it must be a multiple of it"
             )
 
+    @property
+    def n_params(self) -> int:
+        """How many parameters the model has; the vocabulary matrix, which is used twice, counts once."""
+        n = self.n_embd
+        return (self.n_vocab + self.n_ctx + 2) * n + self.n_layer * (12 * n + 13) * n
+
     def check_length(self, n_seq: int) -> None:
         """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp a bad position silently."""
         if not 1 <= n_seq <= self.n_ctx:

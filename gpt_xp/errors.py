@@ -21,6 +21,10 @@ class ModelNotFoundError(GptXpError):
     """A model name or directory that leads nowhere."""
 
 
+class DownloadError(GptXpError):
+    """A file that could not be fetched: no network, no such file, no space for it, or wrong bytes."""
+
+
 class TokenizerError(GptXpError):
     """Tokenizer files that do not fit each other, or text that has no tokens."""
 

@@ -25,15 +25,15 @@ def config_from(entries: dict[str, Any]) -> GPT2Config:
         raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded")
     for key, allowed in _MATHEMATICS.items():
         _require(key, entries.get(key, allowed[0]), allowed)
-    n_vocab = _size(entries, "vocab_size")
-    n_embd = _size(entries, "n_embd")
+    n_vocab = size_in(entries, "vocab_size")
+    n_embd = size_in(entries, "n_embd")
     _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
     return GPT2Config(
         n_vocab=n_vocab,
-        n_ctx=_size(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
+        n_ctx=size_in(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
         n_embd=n_embd,
-        n_head=_size(entries, "n_head"),
-        n_layer=_size(entries, "n_layer"),
+        n_head=size_in(entries, "n_head"),
+        n_layer=size_in(entries, "n_layer"),
         eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
     )
 
@@ -48,7 +48,8 @@ def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
         )
 
 
-def _size(entries: dict[str, Any], key: str) -> int:
+def size_in(entries: dict[str, Any], key: str) -> int:
+    """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or cannot be."""
     if key not in entries:
         raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected")
     value = entries[key]

@@ -1,27 +1,87 @@
-"""From the name of a model to a directory on disk."""
+"""From the name of a model to a directory on disk, fetching it if need be."""
 
+import os
 from pathlib import Path
 
+from gpt_xp import store
 from gpt_xp.backend import closest_first
 from gpt_xp.errors import ModelNotFoundError
+from gpt_xp.openai_checkpoint import convert, is_openai_layout
+from gpt_xp.published import MODELS, Published, find_published
 
 BUNDLED = Path(__file__).parent / "models"
-DEFAULT = "shakespeare"
+BUNDLED_DEFAULT = "shakespeare"
+PUBLISHED_DEFAULT = "124M"
 
 
-def find_model(name: str | Path | None = None) -> Path:
-    """Return the directory of the model called `name`: a directory, or the name of a bundled model (the default).
+def find_model(name: str | Path | None = None, *, offline: bool = False) -> Path:
+    """Return the directory of the model called `name`, which `checkpoint.read_params` and the tokenizer can read.
 
-    Raises `ModelNotFoundError` for anything else. A directory comes before a bundled model of the same name.
+    `name` is a directory (one in OpenAI's own layout is converted first), else a published model or one of its aliases
+    (fetched if it is not here and neither `offline` nor the environment forbids it), else a bundled model; None is
+    `default_model()`. Raises `ModelNotFoundError` for anything else, `DownloadError`, and `CheckpointError` where
+    OpenAI's files cannot be converted.
     """
-    if name is None:
-        return BUNDLED / DEFAULT
-    if Path(name).is_dir():
+    if name is None and not os.environ.get("GPT_XP_MODEL"):
+        here = store.copies(MODELS[PUBLISHED_DEFAULT])
+        return here[0].folder if here else BUNDLED / BUNDLED_DEFAULT
+    name = default_model() if name is None else str(name)
+    if os.path.isdir(name):
+        if is_openai_layout(name):
+            convert(name)
         return Path(name)
-    known = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
-    if str(name) in known:
+    if model := find_published(name):
+        here = store.copies(model)
+        return here[0].folder if here else store.pull(model, offline=offline)
+    if name in bundled():
         return BUNDLED / name
     raise ModelNotFoundError(
-        f"there is no directory {str(name)!r}, and no model of that name: give a directory that holds config.json, "
-        f"model.safetensors and tokenizer files, or one of: {', '.join(closest_first(str(name), known))}"
+        f"there is no directory {name!r}, and no model of that name: give a directory that holds config.json, "
+        f"model.safetensors and tokenizer files, or one of: {', '.join(closest_first(name, names()))}"
     )
+
+
+def default_model() -> str:
+    """Return what is used where no model is named: `GPT_XP_MODEL`, else 124M if it is here, else the bundled one."""
+    if own := os.environ.get("GPT_XP_MODEL"):
+        return own
+    return PUBLISHED_DEFAULT if store.copies(MODELS[PUBLISHED_DEFAULT]) else BUNDLED_DEFAULT
+
+
+def get_published(name: str) -> Published:
+    """Return the published model called `name`. Raises `ModelNotFoundError`, with the right names."""
+    model = find_published(name)
+    if model is None:
+        raise ModelNotFoundError(
+            f"{name!r} is no published model; they are: {', '.join(closest_first(name, _published_names()))}"
+        )
+    return model
+
+
+def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = False) -> Path:
+    """Return picoGPT's folder `models_dir/size`; where no model is there, OpenAI's files are fetched into it.
+
+    Raises as `find_model` does.
+    """
+    model, folder = find_published(size), Path(models_dir) / size
+    if is_openai_layout(folder) or (folder / "config.json").exists():
+        return find_model(folder)
+    if model is None:
+        raise ModelNotFoundError(
+            f"there is no model in {folder}; these can be fetched: {', '.join(closest_first(size, _published_names()))}"
+        )
+    return store.pull(model, "openai", Path(models_dir) / model.name, offline=offline)
+
+
+def bundled() -> list[str]:
+    """Return the names of the models that come with gpt-xp."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+
+
+def names() -> list[str]:
+    """Return every name that `find_model` knows, aliases too."""
+    return [*_published_names(), *bundled()]
+
+
+def _published_names() -> list[str]:
+    return [name for model in MODELS.values() for name in (model.name, *model.aliases)]

@@ -1,19 +1,21 @@
-"""One safetensors file: its tensors, mapped into memory or read into aligned memory.
+"""One safetensors file: its tensors, mapped into memory or read into aligned memory; and how one is written.
 
 The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes of little-endian header length, that
 many bytes of JSON giving each tensor's dtype, shape and place, then the tensors' bytes one after the other.
 The `safetensors` library checks the file; the header is parsed here once more because the library does not
-tell where in the file a tensor lies, and a map needs that.
+tell where in the file a tensor lies, and a map needs that; and a file is written here because the library
+wants all tensors in memory at once.
 """
 
+import hashlib
 import json
 import math
 import mmap
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -36,6 +38,7 @@ _ON_DISK: dict[str, np.dtype[Any]] = {
 FLOATS = tuple(_ON_DISK)
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
+_PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open safetensors file, made by `open_safetensors`; `tensors` maps names to what is stored."""
+    """An open safetensors file, made by `open_safetensors`.
+
+    `tensors` maps names to what is stored, and `metadata` is the text that whoever wrote the file put into its header.
+    """
 
     def __init__(self, path: str, file: BufferedReader, mapping: mmap.mmap) -> None:
         self.path = path
-        self.tensors = _parse_header(path, mapping)
+        self.tensors, self.metadata = _parse_header(path, mapping)
         self._file = file
         self._mapping = mapping
 
@@ -111,7 +117,44 @@ def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
     """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, `OSError` as `open` does."""
     with open_regular(path) as file:
         _check(path)
-        yield SafetensorsFile(path, file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            yield SafetensorsFile(path, file, mapping)
+        finally:
+            with suppress(BufferError):  # arrays that are mapped: then it closes with the last of them
+                mapping.close()  # Windows deletes and replaces no file that is mapped
+
+
+def write_safetensors(
+    path: str,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], Any],
+    metadata: Mapping[str, str],
+) -> str:
+    """Write a safetensors file, one tensor in memory at a time, and return the SHA-256 of the file, in hexadecimal.
+
+    `tensors` maps each name to the format's name of its dtype (one of `FLOATS`) and its shape; `read(name)` its bytes,
+    C-contiguous and little-endian, as anything with the buffer protocol. Every tensor begins at a multiple of its item
+    size, and of 64 bytes where the sizes of those before it allow. What is written is on the disk when this returns;
+    a failure leaves part of the file, so give a temporary name, and rename it.
+
+    Raises `CheckpointError` where `read` gives another number of bytes, `OSError` as `open` does.
+    """
+    # The wide dtypes first, as the safetensors library does it: an odd number of float16 would misalign a float32.
+    stored = dict(sorted(tensors.items(), key=lambda item: -_ON_DISK[item[1][0]].itemsize))
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(_header(stored, metadata))
+        for name, (dtype, shape) in stored.items():
+            _write_tensor(name, read(name), _n_bytes(dtype, shape), write)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut after the renaming could leave a name without its bytes
+    return digest.hexdigest()
 
 
 def open_regular(path: str) -> BufferedReader:
@@ -150,14 +193,42 @@ def _check(path: str) -> None:
         ) from error
 
 
-def _parse_header(path: str, mapping: mmap.mmap) -> dict[str, StoredTensor]:
+def _parse_header(path: str, mapping: mmap.mmap) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     data_start = 8 + int.from_bytes(mapping[:8], "little")
     header = parse_json(mapping[8:data_start], path)
-    header.pop("__metadata__", None)
-    return {
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {
         name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(data_start + n for n in entry["data_offsets"]))
         for name, entry in header.items()
     }
+    return tensors, metadata
+
+
+def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The length, and the JSON, padded so that the tensors begin at a multiple of `_ALIGNMENT`."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + _n_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _ON_DISK[dtype].itemsize
+
+
+def _write_tensor(name: str, data: Any, n_bytes: int, write: Callable[[memoryview], None]) -> None:
+    with memoryview(data) as view:
+        if view.nbytes != n_bytes:
+            raise CheckpointError(f"{name!r:.80} has {view.nbytes} bytes instead of {n_bytes}")
+        if n_bytes == 0:  # and a view with a zero in its shape cannot be cast
+            return
+        with view.cast("B") as content:
+            for start in range(0, n_bytes, _PIECE):
+                write(content[start : start + _PIECE])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray:

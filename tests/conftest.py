@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def make_backend(name: str, dtype: str = "float32") -> Backend:
         if library in REQUIRED:
             pytest.fail(f"the backend {name} is required here: {error}")
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no test find, or fetch, what is on this machine or on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GPT_XP_HOME", "HF_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "GPT_XP_MODEL"):
+            patch.delenv(name, raising=False)
+        patch.setattr("gpt_xp.published.HUB", "http://127.0.0.1:9/the-hub")  # a port where nobody listens
+        patch.setattr("gpt_xp.published.BUCKET", "http://127.0.0.1:9/the-bucket")
+        yield
 
 
 @pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])

@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("GPT_XP_")]:
+    for name in [name for name in os.environ if name.startswith("GPT_XP_") and name != "GPT_XP_HOME"]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide what a failed write leaves in a buffer
 
@@ -424,7 +424,7 @@ def test_wrong_usage_is_exit_code_2_before_a_model_is_looked_for(call, args, mes
     ("args", "message"),
     [
         (["--backend", "nump"], "there is no backend 'nump'; there are: numpy"),
-        (["--model", "124M"], "there is no directory '124M', and no model of that name"),
+        (["--model", "no-such"], "there is no directory 'no-such', and no model of that name"),
         (["--device", "cuda:0"], "numpy has no device 'cuda:0'"),
         (["--dtype", "float16"], "numpy does not compute in float16"),
     ],
@@ -493,7 +493,7 @@ def test_names_of_picogpt(call, shakespeare, tmp_path):
     record = json.loads(call("A", "-n", "3", "--json", "--models_dir", str(tmp_path), "--model_size", "355M").out)
     assert (record["text"], record["model"]) == (expected[:-1], str(tmp_path / "355M"))
     assert json.loads(call("A", "--json", "--models_dir", str(tmp_path)).out)["model"] == str(tmp_path / "124M")
-    assert "there is no directory '774M'" in call("A", "--model_size", "774M").err
+    assert "774M is not on this machine" in call("A", "--model_size", "774M", "--offline").err
 
 
 def test_no_model_is_the_bundled_one_even_beside_a_directory_of_its_name(call, monkeypatch, tmp_path):
@@ -646,7 +646,7 @@ def test_without_a_prompt_a_terminal_gets_the_help():
 
 @posix
 def test_a_terminal_is_told_of_the_bundled_model_and_gets_the_same_text(shakespeare):
-    told = "gpt-xp: using the bundled model shakespeare; --model takes another\n"
+    told = "gpt-xp: using the bundled model shakespeare; `gpt-xp models pull 124M` gets GPT-2\n"
     text = continuation(shakespeare, "My lord", max_tokens=9) + "\n"
     for args, expected in (([], told + text), (["--no-stream", "-m", "shakespeare"], text)):
         terminal = Terminal("My lord", "-n", "9", *args)

@@ -19,6 +19,7 @@ from gpt_xp.backend import (
     physical_memory,
 )
 from gpt_xp.errors import BackendError
+from gpt_xp.store import home
 
 GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
 FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
@@ -185,8 +186,5 @@ def _stopwatch(jax: Any) -> Callable[[], float]:
 def _keep_compiled(jax: Any) -> None:
     """Keep compiled programs in the user's cache folder, unless the user has chosen a place already."""
     if jax.config.jax_compilation_cache_dir is None:
-        import platformdirs
-
-        folder = platformdirs.user_cache_path("gpt-xp") / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(home() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -6,6 +6,7 @@ from click.shell_completion import CompletionItem
 from gpt_xp import __version__
 from gpt_xp.cli.backends import backends
 from gpt_xp.cli.generate import generate
+from gpt_xp.cli.models import models
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
 from gpt_xp.cli.tokens import tokens
@@ -54,6 +55,6 @@ cli = DefaultGroup(
     help=generate.help,
     epilog=generate.epilog,
     context_settings=CONTEXT,
-    commands=[backends, tokens],
+    commands=[backends, models, tokens],
 )
 click.version_option(__version__, prog_name="gpt-xp", message="%(prog)s %(version)s")(cli)

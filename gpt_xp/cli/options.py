@@ -63,9 +63,14 @@ def together(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-model_option = option(
-    "-m", "--model", metavar="MODEL", help="A directory, or the name of a bundled model.  [default: shakespeare]"
-)
+model_option = together(
+    option(
+        "-m", "--model", metavar="MODEL",
+        help="A directory, or a name: 124M, 355M, 774M, 1558M, ... (see `gpt-xp models`), fetched if it is not here.  "
+        "[default: 124M if it is here, else the bundled shakespeare]",
+    ),
+    flag("--offline", help="Never use the network."),
+)  # fmt: skip
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
 loading_options = together(
     model_option,

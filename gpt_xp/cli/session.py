@@ -9,13 +9,15 @@ from typing import Any
 import click
 
 from gpt_xp.api import Model, load
+from gpt_xp.backend import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.errors import SettingError
 from gpt_xp.generation import Generation, Piece
-from gpt_xp.hub import DEFAULT, find_model
+from gpt_xp.hub import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
 
+PICOGPT_DEFAULT = "124M"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -46,20 +48,42 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise click.UsageError(str(error)) from None
 
 
-def locate(model: str | None, model_size: str | None = None, models_dir: str | None = None) -> tuple[str, Path]:
+def locate(
+    model: str | None, offline: bool, model_size: str | None = None, models_dir: str | None = None
+) -> tuple[str, Path]:
     """Return the name and the directory of the model that is asked for, in gpt-xp's words or in picoGPT's."""
-    if model_size is not None or models_dir is not None:
-        if model is not None:
-            raise click.UsageError("give --model, or picoGPT's --model_size and --models_dir, not both")
-        size = model_size or "124M"  # picoGPT's default
-        model = size if models_dir is None else str(Path(models_dir) / size)
-    if model is None and is_terminal(sys.stderr):
-        note(f"using the bundled model {DEFAULT}; --model takes another")
-    return model or DEFAULT, find_model(model)
+    if models_dir is not None:
+        folder = find_in_models_dir(model_size or PICOGPT_DEFAULT, models_dir, offline=offline)
+        return str(folder), folder
+    model = model or model_size
+    return model or default_model(), find_model(model, offline=offline)
 
 
-def load_model(model: str | None, model_size: str | None, models_dir: str | None, **options: Any) -> tuple[str, Model]:
+def tell_default() -> None:
+    """Say on a terminal which model is used, where none was named, and how to have another."""
+    if not is_terminal(sys.stderr):
+        return
+    if (model := default_model()) == BUNDLED_DEFAULT:
+        note(f"using the bundled model {model}; `gpt-xp models pull {PUBLISHED_DEFAULT}` gets GPT-2")
+    else:
+        note(f"using {model}; --model takes another")
+
+
+def load_model(
+    model: str | None,
+    offline: bool,
+    model_size: str | None,
+    models_dir: str | None,
+    backend: str | None,
+    **options: Any,
+) -> tuple[str, Model]:
     """Return the model that is asked for, and its name."""
-    name, directory = locate(model, model_size, models_dir)
+    if model is not None and (model_size is not None or models_dir is not None):
+        raise click.UsageError("give --model, or picoGPT's --model_size and --models_dir, not both")
+    if (model, model_size, models_dir) == (None, None, None):
+        tell_default()
+    with waiting(f"loading {backend or default_backend()}"):
+        chosen = get_backend(backend, **options)  # its errors before a model is fetched
+    name, directory = locate(model, offline, model_size, models_dir)
     with waiting(f"loading {name}"):
-        return name, load(directory, **options)
+        return name, load(directory, backend=chosen)

@@ -8,7 +8,7 @@ import click
 from gpt_xp.cli.options import CONTEXT, json_option, model_option
 from gpt_xp.cli.output import table, write, write_json
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
-from gpt_xp.cli.session import locate
+from gpt_xp.cli.session import locate, tell_default
 from gpt_xp.tokenizer import Tokenizer
 
 
@@ -17,13 +17,15 @@ from gpt_xp.tokenizer import Tokenizer
 @model_option
 @json_option
 @click.pass_context
-def tokens(ctx: click.Context, words: Sequence[str], model: str | None, as_json: bool) -> None:
+def tokens(ctx: click.Context, words: Sequence[str], model: str | None, offline: bool, as_json: bool) -> None:
     """Show the tokens of TEXT, or of stdin.
 
     For each its id, how the vocabulary writes it, and the text it stands for: in hex where it is not whole characters.
     """
     text = read_prompt(ctx, words)
-    name, directory = locate(model)
+    if model is None:
+        tell_default()
+    name, directory = locate(model, offline)
     tokenizer = Tokenizer.from_directory(directory)
     rows = [(id, tokenizer.decoder[id], tokenizer.token_bytes(id)) for id in tokenizer.encode(text)]
     if as_json:

@@ -1,0 +1,20 @@
+"""Trees of nested dicts and lists, such as params."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the same tree with `function(leaf)` in place of each leaf."""
+    if isinstance(tree, dict):
+        return {key: tree_map(function, branch) for key, branch in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [tree_map(function, branch) for branch in tree]
+    return function(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves, in order."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found

@@ -1,0 +1,139 @@
+"""`gpt-xp models`: the models that are known by name, fetched, found, verified, removed."""
+
+from typing import Any, NoReturn
+
+import click
+
+from gpt_xp import store
+from gpt_xp._text import size
+from gpt_xp.checkpoint import read_config
+from gpt_xp.cli.options import CONTEXT, json_option
+from gpt_xp.cli.output import note, table, waiting, write, write_json
+from gpt_xp.errors import ModelNotFoundError
+from gpt_xp.hub import BUNDLED, bundled, default_model, find_model, get_published
+from gpt_xp.published import MODELS, Published, find_published
+
+
+@click.group(invoke_without_command=True, context_settings=CONTEXT)
+@json_option
+@click.pass_context
+def models(ctx: click.Context, as_json: bool) -> None:
+    """Show the models that are known by name, and which are here; fetch, find, verify or remove them."""
+    if ctx.invoked_subcommand is None:
+        show(as_json)
+
+
+@models.command("list", context_settings=CONTEXT)
+@json_option
+def list_models(as_json: bool) -> None:
+    """Show the models that are known by name, and which are here."""
+    show(as_json)
+
+
+@models.command(context_settings=CONTEXT)
+@click.argument("name")
+@click.option("--source", type=click.Choice(store.SOURCES), help="The Hub (default), or OpenAI's own bucket.")
+def pull(name: str, source: str | None) -> None:
+    """Fetch the model NAME, verify it, and print where it is."""
+    model = get_published(name)
+    here = [copy for copy in store.copies(model) if source in (None, copy.source)]
+    write(f"{here[0].folder if here else store.pull(model, source or 'hub')}\n")
+
+
+@models.command(context_settings=CONTEXT)
+@click.argument("name")
+def path(name: str) -> None:
+    """Print the directory of the model NAME, which must be here."""
+    if model := find_published(name):
+        copies = store.copies(model) or _is_not_here(model)
+        write(f"{copies[0].folder}\n")
+    else:
+        write(f"{find_model(name)}\n")
+
+
+@models.command(context_settings=CONTEXT)
+@click.argument("name")
+def rm(name: str) -> None:
+    """Remove what gpt-xp has fetched of the model NAME."""
+    model = get_published(name)
+    removed = store.remove(model)
+    for folder in removed:
+        note(f"removed {folder}")
+    for copy in store.copies(model):
+        note(f"{copy.folder} is not gpt-xp's, and stays")
+    if not removed:
+        raise ModelNotFoundError(f"gpt-xp has nothing of {model.name} in {store.home()}")
+
+
+@models.command(context_settings=CONTEXT)
+@click.argument("name", required=False)
+@click.pass_context
+def verify(ctx: click.Context, name: str | None) -> None:
+    """Read the files of the model NAME, or of all that are here, and compare their hashes with what they must be."""
+    asked = [get_published(name)] if name else list(MODELS.values())
+    found = [(model, copy) for model in asked for copy in store.stored(model)]
+    if name and not found:
+        _is_not_here(asked[0])
+    damaged = [copy for model, copy in found if not all(_verify(copy, model))]
+    for copy in damaged:
+        fate = (
+            "remove it there" if copy.source == store.HUB_CACHE else "it was thrown away, and the next use fetches it"
+        )
+        note(f"{copy.folder} has a damaged file: {fate}")
+    ctx.exit(1 if damaged else 0)
+
+
+def _verify(copy: store.Copy, model: Published) -> list[bool]:
+    results = []
+    for file in store.verifiable(copy, model):
+        with waiting(f"reading {model.name} {file}"):
+            results.append(store.verify(copy, model, file))
+        write(f"{'ok     ' if results[-1] else 'DAMAGED'}  {copy.folder / file}\n")
+    return results
+
+
+def _is_not_here(model: Published) -> NoReturn:
+    raise ModelNotFoundError(f"{model.name} is not here: `gpt-xp models pull {model.name}` fetches it")
+
+
+def show(as_json: bool) -> None:
+    """Print the table, or the JSON, of what is known and what is here."""
+    records = [_record(model) for model in MODELS.values()] + [_bundled_record(name) for name in bundled()]
+    if as_json:
+        write_json({"folder": str(store.home()), "default": default_model(), "models": records})
+        return
+    rows = [("model", "also called", "params", "float32", "here")]
+    for record in records:
+        n_params = record["n_params"]
+        also = ", ".join(alias for alias in record["aliases"] if "/" not in alias)
+        first = (record["name"], also, f"{n_params / 1e6:.1f}M", size(4 * n_params))
+        places = [f"{copy['source']}: {copy['folder']} ({size(copy['n_bytes'])})" for copy in record["copies"]]
+        rows += [(*(first if number == 0 else ("",) * 4), place) for number, place in enumerate(places or ["no"])]
+    write(table(rows))
+    write("`gpt-xp models pull NAME` fetches one; `gpt-xp -m NAME` does so when it is not here\n")
+
+
+def _record(model: Published) -> dict[str, Any]:
+    copies = [
+        {"source": copy.source, "folder": str(copy.folder), "n_bytes": copy.n_bytes} for copy in store.copies(model)
+    ]
+    return {
+        "name": model.name,
+        "aliases": list(model.aliases),
+        "n_params": model.config.n_params,
+        "repo": model.repo,
+        "revision": model.revision,
+        "copies": copies,
+    }
+
+
+def _bundled_record(name: str) -> dict[str, Any]:
+    copy = store.Copy("bundled", BUNDLED / name)
+    return {
+        "name": name,
+        "aliases": [],
+        "n_params": read_config(copy.folder).n_params,
+        "repo": None,
+        "revision": None,
+        "copies": [{"source": copy.source, "folder": str(copy.folder), "n_bytes": copy.n_bytes}],
+    }

@@ -1,0 +1,91 @@
+"""What is never done over HTTP, whoever asks for it; and how its errors are told."""
+
+import ipaddress
+import re
+from urllib.parse import urljoin, urlsplit
+
+from gpt_xp.errors import DownloadError
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port: what makes two addresses the same server. Raises `DownloadError` if it is none."""
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError as error:
+        raise DownloadError(f"an address is malformed ({error}), from HF_ENDPOINT or a redirect") from None
+    return scheme, host, port or {"https": 443, "http": 80}.get(scheme)
+
+
+def may_carry_token(url: str, first: str) -> bool:
+    """Whether a token for the server of `first` may go to `url`: to that server, and where nobody else can read it."""
+    scheme, host, _ = origin(url)
+    return origin(url) == origin(first) and (scheme == "https" or is_loopback(host or ""))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is a name or an address of this very machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def redirected(url: str, location: str) -> str:
+    """Return where `url` redirects to. Raises `DownloadError` if it is from https to anything else, or not HTTP."""
+    try:
+        to = urljoin(url, location)
+    except ValueError:
+        to = location
+    (scheme, host, _), (to_scheme, to_host, _) = origin(url), origin(to)
+    if to_scheme not in ("http", "https") or (scheme == "https" and to_scheme != "https"):
+        raise DownloadError(
+            f"{host} redirects from {scheme} to {to_scheme!r} on {to_host!r}, which is not safe: nothing was fetched"
+        )
+    return to
+
+
+def check_token(token: str | None) -> None:
+    """Raise `DownloadError`, without showing it, for a token that is none."""
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise DownloadError(
+            "HF_TOKEN holds spaces, line ends or other characters that no token has; copy it again, or unset it"
+        )
+
+
+def reason_of(error: Exception) -> tuple[str, bool]:
+    """Return in plain words why a request failed, and whether it will fail each time.
+
+    Without the address: the messages of requests hold the whole of a signed one, and the password of a proxy.
+    """
+    from requests import exceptions as requests
+    from urllib3 import exceptions as urllib3
+
+    cause = _cause(error)
+    reason, final = f"the connection broke ({type(cause).__name__})", False
+    if isinstance(error, requests.InvalidURL | requests.MissingSchema | requests.InvalidSchema):
+        reason, final = "that is no address of a server; see HF_ENDPOINT", True
+    elif isinstance(error, requests.ProxyError):
+        reason = "the proxy cannot be reached, or refuses"
+    elif "CERTIFICATE_VERIFY_FAILED" in str(cause):
+        reason, final = "its certificate cannot be verified (REQUESTS_CA_BUNDLE names the ones to trust)", True
+    elif isinstance(cause, urllib3.NameResolutionError):
+        reason = "there is no such host, or no network"
+    elif isinstance(cause, urllib3.ReadTimeoutError | TimeoutError):
+        reason = "the server did not answer in time"
+    elif isinstance(cause, ConnectionRefusedError):
+        reason = "the connection was refused"
+    return reason, final
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The innermost error that says something; requests and urllib3 wrap each other's in arguments and attributes."""
+    from urllib3 import exceptions as urllib3
+
+    while not isinstance(error, urllib3.NameResolutionError | urllib3.ReadTimeoutError):
+        wrapped = [getattr(error, "reason", None), *error.args, error.__cause__]
+        inner = next((each for each in wrapped if isinstance(each, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
+    return error

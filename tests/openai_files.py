@@ -1,0 +1,48 @@
+"""OpenAI's own layout made by hand for tests: names, shapes and texts, apart from gpt-xp's tables and TensorFlow."""
+
+import json
+
+import numpy as np
+from checkpoint_files import shapes
+
+from gpt_xp.config import GPT2Config
+
+# n_vocab: 256 bytes, 6 merges and <|endoftext|>. Odd and distinct sizes, so that swapped axes show.
+CONFIG = GPT2Config(n_vocab=263, n_ctx=11, n_embd=15, n_head=3, n_layer=2, eos_token_id=262)
+MERGES = ["t h", "th e", "Ġ the", "i n", "e r", "Ġ a"]
+
+
+def make_tensors(config=CONFIG, seed=0, dtype="float32"):
+    """Every tensor by the Hub's name without prefix; the numbers are the same in every version of NumPy."""
+    random = np.random.RandomState(seed)
+    return {name: random.standard_normal(shape).astype(dtype) for name, shape in shapes(config).items()}
+
+
+def variables(tensors):
+    """The same tensors by OpenAI's names, the linear layers as convolutions of width 1: [1, n_in, n_out]."""
+    found = {"model/wte": tensors["wte.weight"], "model/wpe": tensors["wpe.weight"]}
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    norms = {"model/ln_f": "ln_f"}
+    linears = {}
+    for i in range(n_layer):
+        norms |= {f"model/h{i}/{ln}": f"h.{i}.{ln}" for ln in ("ln_1", "ln_2")}
+        linears |= {f"model/h{i}/attn/{c}": f"h.{i}.attn.{c}" for c in ("c_attn", "c_proj")}
+        linears |= {f"model/h{i}/mlp/{c}": f"h.{i}.mlp.{c}" for c in ("c_fc", "c_proj")}
+    for theirs, ours in norms.items():
+        found |= {f"{theirs}/g": tensors[f"{ours}.weight"], f"{theirs}/b": tensors[f"{ours}.bias"]}
+    for theirs, ours in linears.items():
+        found |= {f"{theirs}/w": tensors[f"{ours}.weight"][None], f"{theirs}/b": tensors[f"{ours}.bias"]}
+    return found
+
+
+def write_texts(directory, config=CONFIG):
+    """Write hparams.json, encoder.json and vocab.bpe, laid out as OpenAI's are."""
+    directory.mkdir(exist_ok=True)
+    sizes = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    (directory / "hparams.json").write_text(json.dumps(sizes, indent=2) + "\n")
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    tokens = [chr(byte) for byte in visible] + [chr(0x100 + i) for i in range(256 - len(visible))]
+    tokens += [merge.replace(" ", "") for merge in MERGES] + ["<|endoftext|>"]
+    (directory / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (directory / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    return directory
