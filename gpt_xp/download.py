@@ -335,7 +335,8 @@ class _Transfer:
     def _empty(self) -> None:
         """Begin anew."""
         self.file.seek(0)
-        self.file.truncate()
+        if self.offset:  # ext4 writes a file that was ever truncated to the disk when it is closed, and waits for that
+            self.file.truncate()
         self.offset, self.hash, self.state = 0, None, None
         self.total, self.digest = self.remote.n_bytes, self.remote.digest
 

@@ -38,7 +38,7 @@ from gpt_xp.tokenizer import EOS
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_NAME = re.compile(r'^\s*model_checkpoint_path\s*:\s*"([^"\n\0]*)"', re.MULTILINE)
+_NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # not all_model_checkpoint_paths
 _MAX_TEXT = 1_000_000  # bytes of the file `checkpoint`; it has a hundred, or a line for each step that was kept
 _FIX = "copy its directory to a place where you may write, and load that"
 

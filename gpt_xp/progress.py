@@ -82,4 +82,4 @@ class _Lines:
     def _line(self, how_much: str) -> None:
         speed = (self.done - self.begun_at) / max(time.monotonic() - self.begun, 1e-3)
         left = f", {((self.n_bytes or self.done) - self.done) / speed:.0f} s left" if speed else ""
-        print(f"gpt-xp: {self.label}: {how_much}, {speed / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
+        print(f"gpt-xp: {self.label}: {how_much}, {size(speed)}/s{left}", file=sys.stderr, flush=True)

@@ -206,7 +206,7 @@ def _parse_header(path: str, mapping: mmap.mmap) -> tuple[dict[str, StoredTensor
 
 def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The length, and the JSON, padded so that the tensors begin at a multiple of `_ALIGNMENT`."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + _n_bytes(dtype, shape)

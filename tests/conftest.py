@@ -1,15 +1,19 @@
 """The fixtures: `backend` runs a test on every array library that is installed."""
 
+import io
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from commands import Result
 from strict_backend import strict_backend
 
 from gpt_xp import Backend, Model
 from gpt_xp.backend import get_backend
+from gpt_xp.cli import run
 from gpt_xp.errors import BackendError
 
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
@@ -62,3 +66,27 @@ def shakespeare() -> Model:
     import gpt_xp
 
     return gpt_xp.load("shakespeare", backend="numpy")
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away the user's settings, but for where the models are."""
+    for name in [name for name in os.environ if name.startswith("GPT_XP_") and name != "GPT_XP_HOME"]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide what a failed write leaves in a buffer
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command in this process."""
+
+    def call(*args: str, stdin: bytes = b"", **variables: str) -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["gpt-xp", *args])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            code = run()
+        return Result(code, *capsys.readouterr())
+
+    return call

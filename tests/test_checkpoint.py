@@ -910,10 +910,12 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     n_values = 1_000_000
     tensors = {f"w{i}": ("F32", (n_values,)) for i in range(5)}
     tracemalloc.start()
-    write_safetensors(str(tmp_path / "x"), tensors, lambda name: np.ones(n_values, np.float32), {})
+    write_safetensors(str(tmp_path / "x"), tensors, lambda name: np.arange(n_values, dtype=np.float32), {})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.2 * 4 * n_values
+    with safe_open(tmp_path / "x", framework="np") as file:
+        assert all((file.get_tensor(name) == np.arange(n_values, dtype=np.float32)).all() for name in tensors)
 
 
 def test_what_is_written_reaches_the_disk(tmp_path, monkeypatch):

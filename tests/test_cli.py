@@ -4,25 +4,22 @@ import io
 import json
 import os
 import platform
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
+from commands import COMMAND, Result, Terminal, posix, process, start
 
 import gpt_xp
-from gpt_xp.cli import main, run
+from gpt_xp.cli import main
 from gpt_xp.cli.group import cli
 from gpt_xp.cli.output import waiting
 
-COMMAND = [sys.executable, "-m", "gpt_xp"]
 # The bundled model is done before a signal can reach it.
 SLOW = """
 import sys, time
@@ -39,84 +36,9 @@ main()
 """
 SLOW_COMMAND = [sys.executable, "-c", SLOW]
 LONG = ("--max-tokens", "250", "--ignore-eos")
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, pipes and terminals")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("GPT_XP_") and name != "GPT_XP_HOME"]:
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide what a failed write leaves in a buffer
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run the command in this process."""
-
-    def call(*args: str, stdin: bytes = b"", **variables: str) -> Result:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["gpt-xp", *args])
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            code = run()
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-def process(*args: str, command: list[str] = COMMAND, **settings: object) -> Result:
-    """Run the command in a process of its own."""
-    settings = {"stdin": subprocess.DEVNULL, **settings}
-    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=60, check=False, **settings)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def start(*args: str, command: list[str] = COMMAND, **streams: object) -> subprocess.Popen[bytes]:
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.Popen([*command, *args], **streams)
-
-
-class Terminal:
-    """A process whose streams are a terminal; `stdout` may be another file."""
-
-    def __init__(self, *args: str, command: list[str] = COMMAND, stdout: object = None) -> None:
-        import pty
-        import termios
-
-        self.mine, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, 80))
-        self.process = subprocess.Popen(
-            [*command, *args], stdin=theirs, stdout=stdout or theirs, stderr=theirs, start_new_session=True
-        )
-        os.close(theirs)
-        self.seen = ""
-
-    def read(self, until: str | None = None) -> str:
-        """Return all that was seen, when `until` is there or the process has ended."""
-        while until is None or until not in self.seen:
-            if not select.select([self.mine], [], [], 30)[0]:
-                self.process.kill()
-                pytest.fail(f"no more output, after {self.seen!r}")
-            try:
-                data = os.read(self.mine, 4096)
-            except OSError:  # so Linux says that the other end is closed
-                break
-            if not data:
-                break
-            self.seen += data.decode().replace("\r\n", "\n")
-        return self.seen
-
-    def end(self) -> int:
-        self.read()
-        os.close(self.mine)
-        return self.process.wait(timeout=60)
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 def continuation(model: gpt_xp.Model, prompt: str, **settings: object) -> str:

@@ -176,7 +176,17 @@ def test_the_file_checkpoint_gives_a_name_in_its_own_directory(folder, tensorflo
     assert tensorflow.opened == [str(folder / "model-1000")]
 
 
-@pytest.mark.parametrize("text", [None, "", 'model_checkpoint_path: ""', 'model_checkpoint_path: "run1/"', b"\xff\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        'model_checkpoint_path: ""',
+        'model_checkpoint_path: "run1/"',
+        b"\xff\0",
+        'model_checkpoint_path: "a\0b"',
+    ],
+)
 def test_without_a_name_it_is_model_ckpt(folder, tensorflow, text):
     (folder / "checkpoint").unlink()
     if text is not None:

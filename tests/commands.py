@@ -1,0 +1,66 @@
+"""Running the command in processes of their own, where terminals, pipes, signals and exit codes decide."""
+
+import os
+import select
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "gpt_xp"]
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, pipes and terminals")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def process(*args: str, command: list[str] = COMMAND, **settings: object) -> Result:
+    """Run the command in a process of its own."""
+    settings = {"stdin": subprocess.DEVNULL, **settings}
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=60, check=False, **settings)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def start(*args: str, command: list[str] = COMMAND, **streams: object) -> subprocess.Popen[bytes]:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen([*command, *args], **streams)
+
+
+class Terminal:
+    """A process whose streams are a terminal; `stdout` may be another file."""
+
+    def __init__(self, *args: str, command: list[str] = COMMAND, stdout: object = None) -> None:
+        import pty
+        import termios
+
+        self.mine, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        self.process = subprocess.Popen(
+            [*command, *args], stdin=theirs, stdout=stdout or theirs, stderr=theirs, start_new_session=True
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def read(self, until: str | None = None) -> str:
+        """Return all that was seen, when `until` is there or the process has ended."""
+        while until is None or until not in self.seen:
+            if not select.select([self.mine], [], [], 30)[0]:
+                self.process.kill()
+                pytest.fail(f"no more output, after {self.seen!r}")
+            try:
+                data = os.read(self.mine, 4096)
+            except OSError:  # so Linux says that the other end is closed
+                break
+            if not data:
+                break
+            self.seen += data.decode().replace("\r\n", "\n")
+        return self.seen
+
+    def end(self) -> int:
+        self.read()
+        os.close(self.mine)
+        return self.process.wait(timeout=60)
