@@ -7,13 +7,11 @@ with a redirect to a signed address that expires, on another host: each try ther
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt_xp._text import size
+from gpt_xp.digests import Hash, algorithm_of, content_md5, linked_digest
 from gpt_xp.errors import DownloadError
 from gpt_xp.http_rules import check_token, may_carry_token, origin, reason_of, redirected
 
@@ -111,7 +110,7 @@ class _Transfer:
         self.state_file = target.with_name(f"{target.name}.part.json")
         self.total, self.digest = remote.n_bytes, remote.digest
         self.ranges = True  # until the server turns out to count them wrongly
-        self.hash: _Hash | None = None
+        self.hash: Hash | None = None
 
     def __enter__(self) -> "_Transfer":
         self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +159,7 @@ class _Transfer:
             reason, final = f"{reason}, and the server asks to wait {wait:.0f} s: try again then", True
         if final or failures >= tries:
             kept = f"; {self.offset} bytes are kept, and the next try goes on from there" if self.offset else ""
-            raise self._error(f"{reason}{kept}") from None
+            raise self._error(reason + kept + ("" if final else "; try again later")) from None
         self.progress.note(f"{self.remote.label}: {reason}; trying again in {wait:g} s")
         time.sleep(wait)
 
@@ -172,7 +171,7 @@ class _Transfer:
             else:
                 self._check_status(response)
                 start, total = self._place(response)
-                told = linked or _content_md5(response.headers)
+                told = linked or content_md5(response.headers)
                 self._check_pins(total, told)
                 if start != self.offset:
                     self._empty()
@@ -229,7 +228,7 @@ class _Transfer:
                 raise self._error("it redirects to a malformed address") from None
             with response:
                 if origin(url) == origin(self.remote.url):
-                    linked = linked or _linked_digest(response.headers.get("X-Linked-ETag"))
+                    linked = linked or linked_digest(response.headers.get("X-Linked-ETag"))
                 if not response.is_redirect:
                     yield response, linked
                     return
@@ -271,9 +270,11 @@ class _Transfer:
         """Compare what the server says of the file with what is pinned: before anything is fetched or given up."""
         pinned, digest = self.remote.n_bytes, self.remote.digest
         if pinned is not None and total not in (None, pinned):
-            raise self._error(f"the server has {total} bytes under this name, and {pinned} were expected")
-        if digest and told and _algorithm(told) == _algorithm(digest) and told != digest:
-            raise self._error(f"the server has another file under this name: {told}, not {digest}")
+            raise self._error(
+                f"the server has {total} bytes under this name, and {pinned} were expected: see HF_ENDPOINT"
+            )
+        if digest and told and algorithm_of(told) == algorithm_of(digest) and told != digest:
+            raise self._error(f"the server has another file under this name: {told}, not {digest}: see HF_ENDPOINT")
 
     def _learn(self, total: int | None, told: str | None) -> None:
         """Take from the server what is not pinned."""
@@ -324,10 +325,10 @@ class _Transfer:
         return found
 
     def _hash_what_is_here(self) -> None:
-        algorithm = _algorithm(self.digest or "sha256:")
+        algorithm = algorithm_of(self.digest or "sha256:")
         if self.hash is not None and self.hash.algorithm == algorithm:
             return
-        self.hash = _Hash(algorithm, self.total)
+        self.hash = Hash(algorithm, self.total)
         self.file.seek(0)
         while block := self.file.read(_BLOCK):
             self.hash.update(block)
@@ -367,29 +368,6 @@ class _Transfer:
         return DownloadError(f"cannot fetch {self.remote.label} from {origin(self.remote.url)[1]}: {problem}")
 
 
-class _Hash:
-    """A hash by the name that a digest begins with; git hashes the size of a file before its bytes."""
-
-    def __init__(self, algorithm: str, n_bytes: int | None) -> None:
-        self.algorithm = algorithm
-        self._hash: Any = hashlib.new("sha1" if algorithm == "git-sha1" else algorithm, usedforsecurity=False)
-        if algorithm == "git-sha1":
-            self._hash.update(b"blob %d\0" % (n_bytes or 0))
-        self.update = self._hash.update
-
-    def digest(self) -> str:
-        return f"{self.algorithm}:{self._hash.hexdigest()}"
-
-
-def digest_of(path: Path, algorithm: str = "sha256") -> str:
-    """Return the digest of a file, such as "sha256:...". Raises `OSError`."""
-    hash = _Hash(algorithm, path.stat().st_size)
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            hash.update(block)
-    return hash.digest()
-
-
 _HINTS = {
     401: ": it wants a token (HF_TOKEN), or does not know the one that it got",
     403: ": it does not let this address, or this token, have the file",
@@ -402,31 +380,9 @@ def _status(code: int) -> str:
     return f"{code} {HTTPStatus(code).phrase}" if code in list(HTTPStatus) else str(code)
 
 
-def _algorithm(digest: str) -> str:
-    return digest.partition(":")[0]
-
-
 def _strong(etag: str | None) -> str | None:
     """The ETag, if it is one that If-Range can compare."""
     return etag if re.fullmatch('"[!#-~]*"', str(etag)) else None
-
-
-def _linked_digest(etag: str | None) -> str | None:
-    """The Hub names large files by their sha256, and small ones as git does."""
-    value = (etag or "").removeprefix("W/").strip('"').lower()
-    if re.fullmatch(r"[0-9a-f]{64}", value):
-        return f"sha256:{value}"
-    return f"git-sha1:{value}" if re.fullmatch(r"[0-9a-f]{40}", value) else None
-
-
-def _content_md5(headers: Any) -> str | None:
-    # Azure: on a range, Content-MD5 would be that of the range, and the whole file's has another name.
-    value = headers.get("x-ms-blob-content-md5") or ("Content-Range" not in headers and headers.get("Content-MD5"))
-    try:
-        digest = b64decode(value or "", validate=True)
-    except ValueError:
-        return None
-    return f"md5:{digest.hex()}" if len(digest) == 16 else None
 
 
 def _retry_after(response: "requests.Response") -> float | None:

@@ -12,8 +12,8 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     try:
         parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError as error:
-        raise DownloadError(f"an address is malformed ({error}), from HF_ENDPOINT or a redirect") from None
+    except ValueError:  # its text may hold a password
+        raise DownloadError("an address of a server is malformed, in HF_ENDPOINT or a redirect; correct it") from None
     return scheme, host, port or {"https": 443, "http": 80}.get(scheme)
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt_xp.download import digest_of
+from gpt_xp.digests import digest_of
 
 NAME = "gpt-xp.json"
 _VERSION = 1

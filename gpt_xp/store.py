@@ -19,7 +19,8 @@ from typing import Any
 from gpt_xp import openai_checkpoint, published
 from gpt_xp.checkpoint import align_weights, read_config
 from gpt_xp.config import GPT2Config
-from gpt_xp.download import Progress, Remote, digest_of, download
+from gpt_xp.digests import digest_of
+from gpt_xp.download import Progress, Remote, download
 from gpt_xp.errors import DownloadError, ModelNotFoundError
 from gpt_xp.http_rules import origin
 from gpt_xp.manifest import Manifest

@@ -459,6 +459,14 @@ def test_memory_that_runs_out_is_no_damage(folder, tensorflow, monkeypatch):
         convert(folder)
 
 
+def test_files_reach_the_disk_before_they_take_their_names(folder, tensorflow, monkeypatch):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append("sync"))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(os.path.basename(new)), replace(old, new)))
+    convert(folder)
+    assert events == ["sync", WEIGHTS, "sync", "config.json"]
+
+
 def test_two_at_once_do_each_other_no_harm(folder, tensorflow, monkeypatch):
     both = threading.Barrier(2, timeout=30)
     errors = []

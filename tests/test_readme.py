@@ -60,5 +60,5 @@ def test_the_same_text_with_numpy_and_jax(tmp_path: Path) -> None:
 def test_the_two_commands_come_first() -> None:
     first, second = blocks("sh")[:2]
     assert first.splitlines()[0] == "python3 -m venv .venv"
-    assert 'gpt-xp --temperature 0.8 --seed 1 "ROMEO:"' in first
+    assert 'gpt-xp -m shakespeare --temperature 0.8 --seed 1 "ROMEO:"' in first
     assert second.splitlines()[-1].endswith("-m pytest")
