@@ -9,6 +9,7 @@ is whole and verified, and `gpt-xp.json` says so.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -99,6 +100,8 @@ def pull(
         server = _endpoint() if source == "hub" else published.BUCKET
         progress.note(f"fetching {model.name} from {origin(server)[1]} into {folder}")
         _throw_away_damaged(model, folder, source, progress)
+        if home() in folder.parents:
+            _sweep(folder)
         (_pull_hub if source == "hub" else _pull_openai)(model, folder, progress)
     return folder
 
@@ -278,6 +281,13 @@ def _check_sizes(model: Published, folder: Path, found: GPT2Config) -> None:
         raise DownloadError(
             f"what was fetched for {model.name} into {folder} is another model: {found}; ask its source"
         )
+
+
+def _sweep(folder: Path) -> None:
+    """Throw away what a process that was killed had written aside; a download's own .part has another name."""
+    for path in folder.glob("*.part"):
+        if re.fullmatch(r".+\.[0-9a-f]{8}\.part", path.name):
+            path.unlink()
 
 
 @contextlib.contextmanager

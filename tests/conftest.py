@@ -6,12 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import Result
+from openai_files import FakeReader, make_tensors, variables
 from strict_backend import strict_backend
 
-from gpt_xp import Backend, Model
+from gpt_xp import Backend, Model, openai_checkpoint
 from gpt_xp.backend import get_backend
 from gpt_xp.cli import run
 from gpt_xp.errors import BackendError
@@ -90,3 +92,17 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def tensorflow(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A TensorFlow that finds `tensorflow.found` in every checkpoint; `tensorflow.opened` says which it has read."""
+    fake = SimpleNamespace(found=variables(make_tensors()), opened=[])
+
+    def open_reader(prefix: str) -> FakeReader:
+        fake.opened.append(prefix)
+        return FakeReader(fake.found)
+
+    monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
+    monkeypatch.setattr(openai_checkpoint, "check_tensorflow", lambda: None)
+    return fake

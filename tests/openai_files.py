@@ -46,3 +46,19 @@ def write_texts(directory, config=CONFIG):
     (directory / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (directory / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
     return directory
+
+
+class FakeReader:
+    """What gpt-xp uses of TensorFlow's reader, on variables in memory. NumPy's dtypes have names like TensorFlow's."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def get_variable_to_shape_map(self):
+        return {name: list(array.shape) for name, array in self.found.items()}
+
+    def get_variable_to_dtype_map(self):
+        return {name: array.dtype for name, array in self.found.items()}
+
+    def get_tensor(self, name):
+        return self.found[name].copy()

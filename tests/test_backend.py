@@ -71,11 +71,17 @@ import json, jax, gpt_xp
 gpt_xp.load(backend="jax").generate("a", max_tokens=2)
 print(json.dumps(jax.config.jax_compilation_cache_dir))
 """
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
-    folder = in_a_new_process(f"import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{code}", **environment)
+    code = f"import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{code}"
+    environment = {
+        "GPT_XP_HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_COMPILATION_CACHE_DIR": "",
+    }
+    assert in_a_new_process(code, **environment) == str(tmp_path / "home" / "jax")
+    assert any((tmp_path / "home" / "jax").iterdir())
     if sys.platform == "linux":
-        assert folder == str(tmp_path / "gpt-xp" / "jax")
-        assert any((tmp_path / "gpt-xp" / "jax").iterdir())
+        code = f"import os; del os.environ['GPT_XP_HOME']\n{code}"
+        assert in_a_new_process(code, **environment) == str(tmp_path / "gpt-xp" / "jax")
 
 
 def test_a_cache_of_the_users_own_is_left_alone(tmp_path: Any) -> None:

@@ -445,3 +445,12 @@ def test_other_pins_are_another_model(server):
     changed = dataclasses.replace(MODELS["124M"], revision="0" * 40)
     small_published.on_hub(server, changed)
     assert store.pull(changed).is_dir()
+
+
+def test_what_a_process_that_was_killed_wrote_aside_is_swept_away(server, home):
+    folder = home / "models" / "124M" / "hub"
+    folder.mkdir(parents=True)
+    for name in (f"{WEIGHTS}.0123abcd.part", "config.json.89abcdef.part"):
+        (folder / name).write_bytes(b"half")
+    gpt_xp.load("124M")
+    assert not list(folder.glob("*.part"))

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from checkpoint_files import PUBLISHED_HEADER, assert_same, file_bytes, leaves, nested
 from comparison import TOLERANCE, assert_values
 from naive_gpt2 import gpt2 as naive_gpt2
-from openai_files import CONFIG, make_tensors, variables, write_texts
+from openai_files import CONFIG, FakeReader, make_tensors, variables, write_texts
 from safetensors import safe_open
 
 from gpt_xp import Model, Tokenizer, openai_checkpoint
@@ -28,36 +27,6 @@ GOLDEN = Path(__file__).parent / "goldens" / "openai"
 sys.path.insert(0, str(GOLDEN.parent))
 WEIGHTS = "model.safetensors"
 OPENAI_FILES = ["checkpoint", "encoder.json", "hparams.json", "model.ckpt.index", "vocab.bpe"]
-
-
-class FakeReader:
-    """What gpt-xp uses of TensorFlow's reader, on variables in memory. NumPy's dtypes have names like TensorFlow's."""
-
-    def __init__(self, found):
-        self.found = found
-
-    def get_variable_to_shape_map(self):
-        return {name: list(array.shape) for name, array in self.found.items()}
-
-    def get_variable_to_dtype_map(self):
-        return {name: array.dtype for name, array in self.found.items()}
-
-    def get_tensor(self, name):
-        return self.found[name].copy()
-
-
-@pytest.fixture
-def tensorflow(monkeypatch):
-    """A TensorFlow that finds `tensorflow.found` in every checkpoint; `tensorflow.opened` says which it has read."""
-    fake = SimpleNamespace(found=variables(make_tensors()), opened=[])
-
-    def open_reader(prefix):
-        fake.opened.append(prefix)
-        return FakeReader(fake.found)
-
-    monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
-    monkeypatch.setattr(openai_checkpoint, "check_tensorflow", lambda: None)
-    return fake
 
 
 @pytest.fixture

@@ -1,11 +1,194 @@
 """What picoGPT's readers look for."""
 
-import numpy as np
-import pytest
-from checkpoint_files import TINY, make_tensors, nested
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
-from gpt_xp.errors import SettingError
-from gpt_xp.picogpt import shape_tree
+import naive_gpt2
+import numpy as np
+import openai_files
+import pytest
+import small_published
+from checkpoint_files import TINY, assert_same, leaves, make_tensors, nested
+from comparison import TOLERANCE, assert_values
+from servers import BucketServer, reset, status
+
+import gpt_xp
+from gpt_xp import hub, store
+from gpt_xp.errors import CheckpointError, DownloadError, ModelNotFoundError, SettingError
+from gpt_xp.published import MODELS, OPENAI_FILES, OPENAI_WEIGHTS
+
+TENSORS = openai_files.make_tensors()
+GOLDEN = small_published.GOLDEN
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """picoGPT's folder of models, empty."""
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
+    """OpenAI's bucket with a small 124M."""
+    monkeypatch.setenv("GPT_XP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
+    with BucketServer() as server:
+        small_published.install(monkeypatch, "124M", bucket=server.url)
+        small_published.in_bucket(server, "124M")
+        yield server
+
+
+def path_of(file: str) -> str:
+    return f"/gpt-2/models/124M/{file}"
+
+
+# --- the call ---------------------------------------------------------------------------------------------------------
+
+
+def test_picogpts_call_reads_an_existing_folder(tensorflow, models):
+    shutil.copytree(GOLDEN, models / "124M")
+    encoder, hparams, params = gpt_xp.load_encoder_hparams_and_params("124M", str(models))
+    assert hparams == {"n_vocab": 263, "n_ctx": 11, "n_embd": 15, "n_head": 3, "n_layer": 2}
+    assert_same(params, TENSORS)
+    ids = encoder.encode("the inner ear")
+    assert encoder.decode(ids) == "the inner ear"
+    assert encoder.decoder[ids[0]] == "the"
+    for leaf in leaves(params):
+        leaf[...] = 0  # one's own, as picoGPT's are, and not a file that others read
+    again = gpt_xp.load_encoder_hparams_and_params("124M", models)[2]
+    assert_same(again, TENSORS)
+
+
+def test_functions_that_are_called_as_picogpts_run_on_the_result(tensorflow, models):
+    shutil.copytree(GOLDEN, models / "124M")
+    encoder, hparams, params = gpt_xp.load_encoder_hparams_and_params("124M", models)
+    ids = encoder.encode("in the ear")
+    logits = naive_gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    assert_values(gpt_xp.load(models / "124M", backend="numpy").logits(ids), logits, TOLERANCE["logits", "float32"])
+
+
+def test_picogpts_call_downloads_into_the_folder(tensorflow, models, bucket):
+    assert_same(gpt_xp.load_encoder_hparams_and_params("124M", models)[2], TENSORS)
+    here = {path.name for path in (models / "124M").iterdir()}
+    assert here == {*OPENAI_FILES, "model.safetensors", "config.json", "gpt-xp.json"}
+    for name, content in small_published.openai_layout().items():
+        assert (models / "124M" / name).read_bytes() == content
+        assert bucket.sent(path_of(name)) == len(content)
+    assert_same(gpt_xp.load_encoder_hparams_and_params("124M", models)[2], TENSORS)
+    assert len(bucket.requests) == len(OPENAI_FILES)
+    assert len(tensorflow.opened) == 1
+
+
+def test_a_download_into_the_folder_that_broke_off_goes_on(tensorflow, models, bucket, monkeypatch):
+    monkeypatch.setattr("gpt_xp.download.TRIES", 1)
+    bucket.faults[path_of(OPENAI_WEIGHTS)] = [reset(10007)]
+    with pytest.raises(DownloadError, match="10007 bytes are kept"):
+        gpt_xp.load_encoder_hparams_and_params("124M", models)
+    assert_same(gpt_xp.load_encoder_hparams_and_params("124M", models)[2], TENSORS)
+    assert bucket.requests[-2].start == 10007  # the index comes last
+    assert len(bucket.requests) == len(OPENAI_FILES) + 1
+
+
+def test_what_picogpt_left_when_it_was_stopped_is_not_taken_for_a_model(tensorflow, models, bucket):
+    """It writes under the final name at once; the index, without which nothing can be read, comes after the weights."""
+    folder = models / "124M"
+    folder.mkdir(parents=True)
+    for name, content in small_published.openai_layout().items():
+        if name in ("checkpoint", "encoder.json", "hparams.json"):
+            (folder / name).write_bytes(content)
+    (folder / OPENAI_WEIGHTS).write_bytes(small_published.openai_layout()[OPENAI_WEIGHTS][:5003])
+    assert_same(gpt_xp.load_encoder_hparams_and_params("124M", models)[2], TENSORS)
+    assert (folder / OPENAI_WEIGHTS).read_bytes() == small_published.openai_layout()[OPENAI_WEIGHTS]
+
+
+def test_a_wrong_size_lists_the_right_ones(models):
+    with pytest.raises(ModelNotFoundError, match="these can be fetched: 124M, "):
+        gpt_xp.load_encoder_hparams_and_params("124", models)
+    with pytest.raises(ModelNotFoundError, match="not in OpenAI's bucket"):
+        gpt_xp.load_encoder_hparams_and_params("distilgpt2", models)
+    assert not models.exists()
+
+
+def test_offline_nothing_is_fetched(tensorflow, models, bucket, monkeypatch):
+    monkeypatch.setenv("GPT_XP_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError, match="offline"):
+        gpt_xp.load_encoder_hparams_and_params("124M", models)
+    assert not bucket.requests
+    assert not models.exists()
+
+
+# --- the bucket as a source -------------------------------------------------------------------------------------------
+
+
+def test_the_bucket_is_converted_and_tensorflow_not_needed_again(tensorflow, bucket, tmp_path):
+    folder = store.pull(MODELS["124M"], "openai")
+    assert folder == tmp_path / "home" / "models" / "124M" / "openai"
+    assert hub.find_model("124M") == folder
+    assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
+    assert len(tensorflow.opened) == 1
+    assert len(bucket.requests) == len(OPENAI_FILES)
+    [copy] = store.copies(MODELS["124M"])
+    assert copy.source == "openai"
+    assert sorted(store.verifiable(copy, MODELS["124M"])) == sorted([*OPENAI_FILES, "model.safetensors", "config.json"])
+    assert all(store.verify(copy, MODELS["124M"], file) for file in store.verifiable(copy, MODELS["124M"]))
+
+
+def test_without_tensorflow_nothing_is_fetched_from_the_bucket(bucket, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install 'gpt-xp\[tensorflow\]'"):
+        store.pull(MODELS["124M"], "openai")
+    assert not bucket.requests
+    assert not (tmp_path / "home").exists()
+
+
+def test_wrong_bytes_from_the_bucket_are_not_used(tensorflow, bucket, monkeypatch):
+    right = bucket.files[path_of(OPENAI_WEIGHTS)]
+    bucket.files[path_of(OPENAI_WEIGHTS)] = right[:-1] + b"\0"
+    with pytest.raises(DownloadError, match="another file"):
+        store.pull(MODELS["124M"], "openai")
+    bucket.files[path_of(OPENAI_WEIGHTS)] = right
+    assert_same(gpt_xp.load(store.pull(MODELS["124M"], "openai"), backend="numpy").params, TENSORS)
+
+
+def test_another_model_in_the_bucket_is_refused_before_its_weights_are_fetched(tensorflow, bucket):
+    hparams = bucket.files[path_of("hparams.json")]
+    bucket.files[path_of("hparams.json")] = hparams.replace(b'"n_layer": 2', b'"n_layer": 3')
+    with pytest.raises(DownloadError, match="another model"):
+        store.pull(MODELS["124M"], "openai")
+    assert bucket.sent(path_of(OPENAI_WEIGHTS)) == 0
+
+
+def test_a_missing_file_in_the_bucket(tensorflow, bucket):
+    bucket.always[path_of("vocab.bpe")] = status(404)
+    with pytest.raises(DownloadError, match="404"):
+        store.pull(MODELS["124M"], "openai")
+
+
+def test_a_damaged_conversion_is_made_again(tensorflow, bucket):
+    weights = store.pull(MODELS["124M"], "openai") / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert store.copies(MODELS["124M"]) == []
+    assert_same(gpt_xp.load(store.pull(MODELS["124M"], "openai"), backend="numpy").params, TENSORS)
+    assert len(bucket.requests) == len(OPENAI_FILES)
+    assert len(tensorflow.opened) == 2
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # warnings of TensorFlow about itself
+def test_both_sources_give_bit_equal_params(bucket, monkeypatch):
+    from servers import HubServer
+
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        small_published.on_hub(server, MODELS["124M"])
+        params = [gpt_xp.load(store.pull(MODELS["124M"], source), backend="numpy").params for source in store.SOURCES]
+    for each in params:
+        assert_same(each, TENSORS)
+
+
+# --- shape_tree -------------------------------------------------------------------------------------------------------
 
 
 def test_the_shapes_of_a_model():
@@ -13,18 +196,18 @@ def test_the_shapes_of_a_model():
     norm = {"g": [3], "b": [3]}
     mlp = {"c_fc": {"w": [3, 12], "b": [12]}, "c_proj": {"w": [12, 3], "b": [3]}}
     blocks = [{"ln_1": norm, "attn": linear, "ln_2": norm, "mlp": mlp}]
-    tree = shape_tree(nested(make_tensors(TINY)))
+    tree = gpt_xp.shape_tree(nested(make_tensors(TINY)))
     assert tree == {"wte": [7, 3], "wpe": [5, 3], "blocks": blocks, "ln_f": norm}
 
 
 def test_arrays_of_any_library_and_of_any_rank():
     strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
-    assert shape_tree((strict.ones((2, 0, 5)), {"a": np.float32(1)})) == [[2, 0, 5], {"a": []}]
-    assert shape_tree({}) == {}
+    assert gpt_xp.shape_tree((strict.ones((2, 0, 5)), {"a": np.float32(1)})) == [[2, 0, 5], {"a": []}]
+    assert gpt_xp.shape_tree({}) == {}
 
 
 @pytest.mark.parametrize("leaf", [3, None, "abc" * 100])
 def test_what_is_no_array_is_named(leaf):
     with pytest.raises(SettingError, match="a tree of arrays was expected") as caught:
-        shape_tree({"blocks": [leaf]})
+        gpt_xp.shape_tree({"blocks": [leaf]})
     assert len(str(caught.value)) < 200
