@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from gpt_xp.api import Model, load, save
 from gpt_xp.backend import Backend, BackendInfo, backends
 from gpt_xp.cache import KVCache, new_cache
+from gpt_xp.comparison import Comparison, compare
 from gpt_xp.config import SIZES, GPT2Config
 from gpt_xp.errors import GptXpError
 from gpt_xp.generation import Generation, Piece, Stats
@@ -22,6 +23,7 @@ __all__ = [
     "SIZES",
     "Backend",
     "BackendInfo",
+    "Comparison",
     "GPT2Config",
     "Generation",
     "GptXpError",
@@ -31,6 +33,7 @@ __all__ = [
     "Stats",
     "Tokenizer",
     "backends",
+    "compare",
     "gpt2",
     "hidden_states",
     "lm_loss",

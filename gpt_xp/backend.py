@@ -100,6 +100,8 @@ class Backend:
     peak_memory: Callable[[], int | None] = peak_process_memory
     compile_seconds: Callable[[], float] = lambda: 0.0  # spent so far in this process
     keep_compiled: Callable[[], None] = lambda: None  # called by `Model`: keep compiled programs on disk
+    # What else makes two runs differ, name by name: libraries below, threads, precision; for `compare` and the doctor.
+    settings: Callable[[], dict[str, str]] = dict
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,18 @@ def get_backend(
             raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
         return name
     name = name or default_backend()
+    check_name(name)
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads must be at least 1, not {threads}")
+    return cast(Backend, _entries()[name].load().create(device=device, dtype=dtype, threads=threads))
+
+
+def check_name(name: str) -> None:
+    """Raise `BackendError` unless there is a backend of that name, installed or not; nothing is imported."""
     entries = _entries()
     if name not in entries:
         known = closest_first(str(name), entries)
         raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads must be at least 1, not {threads}")
-    return cast(Backend, entries[name].load().create(device=device, dtype=dtype, threads=threads))
 
 
 def closest_first(word: str, known: Iterable[str]) -> list[str]:

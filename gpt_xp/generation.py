@@ -147,10 +147,10 @@ def last_logits(
     window: int,
     xp: Namespace,
 ) -> tuple[Array, KVCache]:
-    """Logits [batch, n_vocab] after the first `count` of tokens [batch, n_seq]; those behind are padding."""
+    """Logits [batch, n_vocab], at least float32, after the first `count` of tokens [batch, n_seq]; more is padding."""
     x, after = hidden_states(params, tokens, config, cache, window, xp)  # [batch, n_seq, n_embd]
     assert after is not None
-    logits = unembed(x[:, count - 1, :], params["wte"], xp)
+    logits = at_least_float32(unembed(x[:, count - 1, :], params["wte"], xp), xp)
     # Padding was written into the cache too. Nobody looks at it, and the next token overwrites it.
     return logits, after._replace(position=cache.position + count)
 

@@ -12,6 +12,7 @@ openai/gpt-2 `src/model.py`; Vaswani et al. 2017, "Attention Is All You Need"; J
 """
 
 import math
+from collections.abc import Iterator
 
 from array_api_compat import array_namespace, device
 
@@ -139,16 +140,15 @@ def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
     return xp.reshape(logits, (*x.shape[:-1], logits.shape[-1]))
 
 
-def hidden_states(
+def residual_stream(
     params: Params,
     tokens: Array,
     config: GPT2Config,
-    cache: KVCache | None = None,
-    window: int | None = None,
-    xp: Namespace = None,
-) -> tuple[Array, KVCache | None]:
-    """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    cache: KVCache | None,
+    window: int | None,
+    xp: Namespace,
+) -> Iterator[tuple[Array, KVCache | None]]:
+    """The embedding and then the output of each block, [rows, n_embd], with the cache as it is by then."""
     n_seq = tokens.shape[-1]
     rows = xp.reshape(tokens, (-1,))  # [rows]: batch and sequence in one, for 2-D products are the fast ones
     if cache is None:
@@ -162,11 +162,27 @@ def hidden_states(
     mask = mask_of(visible, xp)
 
     x = embed(rows, xp.reshape(positions, (-1,)), params["wte"], params["wpe"], xp)  # [rows, n_embd]
+    yield x, cache
     for layer, block in enumerate(params["blocks"]):
         x, cache = transformer_block(x, **block, n_head=config.n_head, mask=mask,
                                      cache=cache, layer=layer, window=window, xp=xp)  # fmt: skip
-    x = layer_norm(x, **params["ln_f"], xp=xp)
-    return xp.reshape(x, (*tokens.shape, -1)), cache and cache.advance(n_seq)
+        yield x, cache
+
+
+def hidden_states(
+    params: Params,
+    tokens: Array,
+    config: GPT2Config,
+    cache: KVCache | None = None,
+    window: int | None = None,
+    xp: Namespace = None,
+) -> tuple[Array, KVCache | None]:
+    """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
+    xp = xp or array_namespace(tokens, params["wte"])
+    for x, after in residual_stream(params, tokens, config, cache, window, xp):
+        last, cache = x, after  # `comparison` looks at all of them; here the last one counts
+    x = layer_norm(last, **params["ln_f"], xp=xp)
+    return xp.reshape(x, (*tokens.shape, -1)), cache and cache.advance(tokens.shape[-1])
 
 
 def gpt2(

@@ -1,4 +1,4 @@
-"""How close is close enough: one table, and one helper that compares everything there is to compare."""
+"""One helper that compares everything there is to compare, within the tolerances that gpt-xp has itself."""
 
 from typing import Any
 
@@ -6,26 +6,7 @@ import numpy as np
 from array_api_compat import device as device_of
 
 from gpt_xp import Backend
-
-# The largest difference allowed, relative to the largest expected number. Each with its reason.
-TOLERANCE = {
-    # Logits against transformers in float64. float32 keeps 7 digits; sums over a few thousand products in another
-    # order lose one of them. (The issue asks for 2e-5.)
-    ("logits", "float32"): 2e-5,
-    # The same in float64 keeps 16 digits and loses two.
-    ("logits", "float64"): 1e-9,
-    # Half precision keeps 3 digits (float16) or 2 (bfloat16), and every layer rounds the residual stream anew.
-    ("logits", "float16"): 2e-2,
-    ("logits", "bfloat16"): 1e-1,
-    # The same formula twice, summed in another order: cached against full, batch against row, jitted against eager.
-    ("same", "float32"): 5e-6,
-    ("same", "float64"): 1e-13,
-    # One elementary function, element by element.
-    ("function", "float32"): 2e-6,
-    ("function", "float64"): 1e-13,
-    # A gradient is a sum over all tokens of products of such numbers.
-    ("gradient", "float32"): 1e-4,
-}
+from gpt_xp.tolerances import TOLERANCE
 
 
 def assert_close(actual: Any, expected: Any, backend: Backend, kind: str, dtype: str | None = None) -> None:

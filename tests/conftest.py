@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from commands import Result
 from openai_files import FakeReader, make_tensors, variables
-from strict_backend import strict_backend
 
 from gpt_xp import Backend, Model, openai_checkpoint
 from gpt_xp.backend import get_backend
@@ -24,8 +23,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-BACKENDS = ("numpy", "jax", "array-api-strict", "array-api-strict:device1")
-ON_A_GPU = ("cupy", "jax:gpu")
+BACKENDS = ("numpy", "jax", "torch", "array-api-strict", "array-api-strict:device1")
+ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
 # CI names here what must not be skipped: a skip looks too much like a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
 
@@ -34,8 +33,6 @@ def make_backend(name: str, dtype: str = "float32") -> Backend:
     """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
     library, _, device = name.partition(":")
     try:
-        if library == "array-api-strict":
-            return strict_backend(device or "CPU_DEVICE", dtype)
         return get_backend(library, device=device or None, dtype=dtype)
     except (BackendError, ModuleNotFoundError) as error:
         if library in REQUIRED:

@@ -97,7 +97,7 @@ def test_a_cache_of_the_users_own_is_left_alone(tmp_path: Any) -> None:
 
 def test_what_backends_there_are() -> None:
     found = {info.name: info for info in gpt_xp.backends()}
-    assert found.keys() >= {"numpy", "jax", "cupy"}
+    assert found.keys() >= {"numpy", "jax", "cupy", "torch", "array-api-strict"}
     assert found["numpy"].version == np.__version__
     assert found["numpy"].devices[0].name == "cpu"
     for info in found.values():
@@ -131,6 +131,17 @@ def test_a_wrong_name_lists_the_right_ones_closest_first() -> None:
         ("jax", {"device": "cpu:99"}, "jax has no device 'cpu:99' here"),
         ("jax", {"device": "cpu:-1"}, "jax has no device 'cpu:-1' here"),
         ("jax", {"device": "cpu", "dtype": "bfloat16"}, "jax does not compute in bfloat16 on cpu"),
+        ("torch", {"device": "cuda:7"}, "torch has no device 'cuda:7' here, only cpu"),
+        ("torch", {"device": "cpu:1"}, "torch has no device 'cpu:1' here"),
+        ("torch", {"device": "nonsense"}, "torch has no device 'nonsense' here, only cpu"),
+        ("torch", {"dtype": "int8"}, "torch does not compute in int8"),
+        (
+            "array-api-strict",
+            {"device": "device9"},
+            "array-api-strict has no device 'device9', only CPU_DEVICE, device1",
+        ),
+        ("array-api-strict", {"dtype": "float16"}, "array-api-strict does not compute in float16 on CPU_DEVICE"),
+        ("array-api-strict", {"threads": 2}, "array-api-strict has no threads to set"),
         ("jax", {"threads": 1}, "jax cannot change its number of threads once it is loaded: set NPROC=1"),
     ],
 )
@@ -149,6 +160,41 @@ def test_a_missing_library_is_one_clear_error_and_others_are_let_through(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
         import_library("half_a_library", "pip install it")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "fix"),
+    [
+        ("torch", "torch", "pip install 'gpt-xp[torch]'"),
+        ("array-api-strict", "array_api_strict", "pip install 'gpt-xp[strict]'"),
+        ("jax", "jax", "pip install 'gpt-xp[jax]'"),
+        ("cupy", "cupy", "pip install 'gpt-xp[cupy-cuda13x]'"),
+    ],
+)
+def test_how_to_get_what_is_missing(name: str, module: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(BackendError) as error:
+        get_backend(name)
+    assert str(error.value).startswith(f"{module} is not installed: {fix}")
+    [info] = [info for info in gpt_xp.backends() if info.name == name]
+    assert (info.version, info.problem) == (None, f"{module} is not installed")
+    assert str(info.fix).startswith(fix)
+
+
+@pytest.mark.parametrize("device", ["device2", "no_float64"])
+def test_other_devices_of_the_strict_library(device: str) -> None:
+    """Like PyTorch, whose floats are float32 unless one asks; like a GPU of Apple, which has no float64."""
+    xp = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    if device == "no_float64" and all(device not in str(each) for each in xp.__array_namespace_info__().devices()):
+        pytest.skip(f"array-api-strict {xp.__version__} has no such device")
+    model = Model(small_params("prime"), CONFIGS["prime"], backend=get_backend("array-api-strict", device=device))
+    logits = model.logits(small_tokens("prime"))
+    assert_values(logits[:, ::3], GOLDENS["prime/logits"], TOLERANCE["logits", "float32"])
+    options = {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 1}
+    assert model.generate([1, 2, 3], max_tokens=5, **options).token_ids
+    if device == "no_float64":
+        with pytest.raises(BackendError, match="array-api-strict does not compute in float64 on no_float64"):
+            get_backend("array-api-strict", device=device, dtype="float64")
 
 
 def test_a_backend_in_hand_is_taken_as_it_is() -> None:

@@ -427,7 +427,7 @@ def test_running_out_of_memory_names_sizes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cupy", "jax:gpu"])
+@pytest.mark.parametrize("name", ["cupy", "jax:gpu", "torch:cuda"])
 def test_running_out_of_memory_on_a_gpu(name: str) -> None:
     backend = make_backend(name)
     config = GPT2Config(n_vocab=31, n_ctx=1024, n_embd=1024, n_head=2, n_layer=1)

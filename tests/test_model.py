@@ -1,5 +1,6 @@
 """The mathematics, on every backend, against transformers in float64 (goldens) and against published formulas."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def on(backend: Backend, params: Any) -> Any:
 
 def compiled(backend: Backend, function: Any) -> Any:
     """The function as the backend runs it: jitted on JAX, where eager code compiles each operation by itself."""
-    return backend.compile(function, static=("config",))
+    return functools.partial(backend.compile(function, static=("config", "xp")), xp=backend.xp)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -40,7 +41,7 @@ def test_float64_logits_are_those_of_transformers(name: str) -> None:
     assert_close(logits[:, ::3], GOLDENS[f"{name}/logits"], backend, "logits")
 
 
-@pytest.mark.parametrize("name", ["jax", "array-api-strict"])
+@pytest.mark.parametrize("name", ["jax", "torch", "array-api-strict"])
 def test_float64_on_other_backends(name: str) -> None:
     backend = make_backend(name, "float64")
     logits = gpt_xp.Model(small_params("prime"), CONFIGS["prime"], backend=backend).logits(small_tokens("prime"))
@@ -48,10 +49,16 @@ def test_float64_on_other_backends(name: str) -> None:
     assert_values(logits[:, ::3], GOLDENS["prime/logits"], TOLERANCE["logits", "float64"])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("name", "dtype"), [("jax:gpu", "bfloat16"), ("jax:gpu", "float16"), ("cupy", "float16")])
+HALVES = [("jax:gpu", "bfloat16"), ("jax:gpu", "float16"), ("cupy", "float16")]
+HALVES += [("torch:cuda", "bfloat16"), ("torch:cuda", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("torch", "bfloat16"), ("torch", "float16"), *(pytest.param(*half, marks=pytest.mark.gpu) for half in HALVES)],
+)
 @pytest.mark.parametrize("shape", ["124M-ratios", "planted"])
-def test_half_precision_on_a_gpu(name: str, dtype: str, shape: str) -> None:
+def test_half_precision(name: str, dtype: str, shape: str) -> None:
     backend = make_backend(name, dtype)
     logits = gpt_xp.Model(small_params(shape), CONFIGS[shape], backend=backend).logits(small_tokens(shape))
     assert logits.dtype == np.float32

@@ -19,7 +19,7 @@ LOGITS = (random.standard_normal((3, 101)) * 3).astype(np.float32)
 
 def chosen(backend: Backend, logits: np.ndarray, **arguments: Any) -> Choice:
     arrays = {k: backend.asarray(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
-    return Choice(*(backend.to_numpy(part) for part in choose(backend.asarray(logits), **arrays)))
+    return Choice(*(backend.to_numpy(part) for part in choose(backend.asarray(logits), **arrays, xp=backend.xp)))
 
 
 def kept(backend: Backend, logits: np.ndarray, **filters: Any) -> np.ndarray:

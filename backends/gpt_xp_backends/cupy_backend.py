@@ -56,6 +56,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
         device_memory=_device_info(cupy, index).memory,
         peak_memory=peak_memory,  # the pool never shrinks on its own, so what it holds is its peak
+        settings=functools.partial(_settings, cupy),
     )
 
 
@@ -94,3 +95,18 @@ def _find_device(cupy: Any, name: str | None) -> int:
 def _device_info(cupy: Any, index: int) -> DeviceInfo:
     properties = cupy.cuda.runtime.getDeviceProperties(index)
     return DeviceInfo(f"cuda:{index}", properties["name"].decode(), int(properties["totalGlobalMem"]))
+
+
+def _settings(cupy: Any) -> dict[str, str]:
+    runtime = cupy.cuda.runtime
+    return {
+        "driver": _version(runtime.driverGetVersion()),  # the newest CUDA that the driver can run
+        "cuda": _version(runtime.runtimeGetVersion()),
+        "tf32": "no",  # `create` refuses it
+        "accelerators": os.environ.get("CUPY_ACCELERATORS", "CuPy's choice"),
+    }
+
+
+def _version(number: int) -> str:
+    """CUDA 12.4 calls itself 12040."""
+    return f"{number // 1000}.{number % 1000 // 10}"

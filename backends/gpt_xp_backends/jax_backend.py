@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,6 +74,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         peak_memory=functools.partial(_peak_memory, where),
         compile_seconds=_stopwatch(jax),
         keep_compiled=functools.partial(_keep_compiled, jax),
+        settings=functools.partial(_settings, jax, where, scope),
     )
 
 
@@ -188,3 +190,18 @@ def _keep_compiled(jax: Any) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(home() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _settings(jax: Any, device: Any, scope: Callable[..., Any]) -> dict[str, str]:
+    names = ["XLA_FLAGS", "JAX_PLATFORMS"]
+    if device.platform == "cpu":
+        names += ["NPROC"]
+    else:  # how much of its memory is taken at once
+        names += [f"XLA_PYTHON_CLIENT_{name}" for name in ("PREALLOCATE", "MEM_FRACTION", "ALLOCATOR")]
+    with scope():
+        found = {
+            "platform": " ".join(device.client.platform_version.split()),  # on a GPU with CUDA's version
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        }
+    return found | {name: os.environ[name] for name in names if name in os.environ}

@@ -34,6 +34,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         to_numpy=np.asarray,
         compile=_within_threads(threads),
         device_memory=physical_memory(),
+        settings=lambda: _settings(threads),
     )
 
 
@@ -47,13 +48,17 @@ def namespace() -> SimpleNamespace:
         "matmul": np.matmul,
         "max": _reduction(np.maximum),
         "sum": _reduction(np.add),
-        "mean": lambda x, axis, keepdims=False: np.add.reduce(x, axis=axis, keepdims=keepdims) / x.shape[axis],
+        "mean": _mean,
         "astype": lambda x, dtype, copy=True: x.astype(dtype, copy=copy),
         "reshape": lambda x, shape: x.reshape(shape),
         "permute_dims": lambda x, axes: x.transpose(axes),
         "matrix_transpose": lambda x: x.mT,
     }
     return SimpleNamespace(**vars(array_api_compat.numpy) | shorter)
+
+
+def _mean(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
+    return np.add.reduce(x, axis=axis, keepdims=keepdims) / (x.size if axis is None else x.shape[axis])
 
 
 def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
@@ -79,3 +84,20 @@ def _within_threads(threads: int | None) -> Callable[..., Callable[..., Any]]:
         return limited
 
     return compile
+
+
+def _settings(threads: int | None) -> dict[str, str]:
+    """Return what is known of NumPy's BLAS: other libraries may have brought one of their own into the process."""
+    found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    bundled = [pool for pool in found if "numpy" in pool["filepath"]]
+    for pool in bundled or found:
+        known = {
+            "blas": f"{pool['internal_api']} {pool['version']}",
+            "threads": threads or pool["num_threads"],
+            "threading": pool.get("threading_layer"),
+            "cpu": pool.get("architecture"),
+        }
+        return {key: str(value) for key, value in known.items() if value is not None}
+    # Apple's Accelerate, for one, tells nothing.
+    built_with = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {"blas": f"{built_with['name']} {built_with['version']}"}

@@ -1,28 +1,44 @@
-"""`gpt-xp backends`: which array libraries are here, and how to get the others."""
+"""`gpt-xp backends`: which array libraries are here, how to get the others, and what to expect of them."""
 
 import dataclasses
+import textwrap
 
 import click
 
 from gpt_xp.backend import BackendInfo, DeviceInfo, default_backend
 from gpt_xp.backend import backends as find_backends
-from gpt_xp.cli.options import CONTEXT, json_option
+from gpt_xp.cli.options import CONTEXT, flag, json_option
 from gpt_xp.cli.output import table, waiting, write, write_json
+from gpt_xp.doctor import Diagnosis, Outlook, diagnose
 
 
 @click.command(context_settings=CONTEXT)
+@flag("--verbose", help="Tell what makes runs differ, which models fit, and the fastest decode that memory allows.")
 @json_option
-def backends(as_json: bool) -> None:
+def backends(verbose: bool, as_json: bool) -> None:
     """Show the array libraries to compute with, their devices, and what is missing."""
     with waiting("looking for devices"):
         found = sorted(find_backends(), key=lambda info: info.name)
+    with waiting("measuring"):
+        diagnoses = diagnose(found) if verbose else []
     default = default_backend()
     if as_json:
-        write_json({"default": default, "backends": [dataclasses.asdict(info) for info in found]})
+        record = {"default": default, "backends": [dataclasses.asdict(info) for info in found]}
+        write_json(record | ({"diagnoses": list(map(dataclasses.asdict, diagnoses))} if verbose else {}))
         return
     header = ("", "backend", "installed", "devices")
     write(table([header, *(row for info in found for row in _rows(info, default))]))
     write("* the default; choose another with --backend or GPT_XP_BACKEND\n")
+    write("".join(map(_diagnosis, diagnoses)))
+    if diagnoses:
+        write(f"\n{EXPLANATION}")
+
+
+EXPLANATION = """\
+Under each dtype: GB for the params and the cache of one row at full context;
+whether the device has them; and the most tokens a second to be decoded in one
+row at that bandwidth, as each of them takes reading all the params once.
+"""
 
 
 def _rows(info: BackendInfo, default: str) -> list[tuple[str, ...]]:
@@ -38,3 +54,28 @@ def _rows(info: BackendInfo, default: str) -> list[tuple[str, ...]]:
 def _device(device: DeviceInfo) -> str:
     memory = "" if device.memory is None else f", {device.memory / 1e9:.1f} GB"
     return f"{device.name} ({device.kind}{memory})"
+
+
+def _diagnosis(found: Diagnosis) -> str:
+    if found.problem is not None:
+        return _wrapped(f"{found.backend}: {found.problem}")
+    assert found.device
+    assert found.settings is not None
+    assert found.bandwidth is not None
+    reads = f"{found.backend} on {found.device.name} reads {found.bandwidth / 1e9:.1f} GB/s"
+    settings = ", ".join(f"{name} {value}" for name, value in found.settings.items())
+    columns: dict[str, list[str]] = {}
+    for each in found.models:
+        columns.setdefault(each.dtype, [each.dtype]).append(_outlook(each))
+    names = ["  model", *(f"  {name}" for name in dict.fromkeys(each.model for each in found.models))]
+    return _wrapped(f"{reads}; {settings}") + table(list(zip(names, *columns.values(), strict=True)))
+
+
+def _wrapped(text: str) -> str:
+    return "\n" + textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+
+
+def _outlook(each: Outlook) -> str:
+    fits = {True: "yes", False: "no", None: "?"}[each.fits]
+    limit = f"{each.decode_limit:.1f}" if each.decode_limit < 10 else f"{each.decode_limit:.0f}"
+    return f"{each.needed / 1e9:4.1f} {fits:3} {limit:>5}"

@@ -76,11 +76,14 @@ loading_options = together(
     model_option,
     option("--model_size", hidden=True),
     option("--models_dir", hidden=True),
-    option("-b", "--backend", metavar="NAME", help="numpy, jax or cupy: see `gpt-xp backends`.  [default: numpy]"),
+    option(
+        "-b", "--backend", metavar="NAME",
+        help="numpy, jax, torch or cupy: see `gpt-xp backends`.  [default: numpy]",
+    ),
     option("--device", metavar="NAME", help="A device of the backend, such as cpu, gpu or cuda:1."),
     option(
         "--dtype", metavar="DTYPE", type=DTYPES, default="float32", show_default=True,
-        help="float32, float64, or on a GPU float16 or (JAX only) bfloat16.",
+        help="float32, float64, or where the backend computes in it float16 or bfloat16.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
 )  # fmt: skip

@@ -61,8 +61,11 @@ def progress(total: int, unit: str) -> "tqdm[NoReturn]":
 
 
 @contextlib.contextmanager
-def waiting(what: str, delay: float = 1) -> Iterator[None]:
-    """While the body runs: show on a terminal what takes so long, and let Ctrl-C end the process at once."""
+def waiting(what: str, delay: float = 1, exit_at_once: bool = True) -> Iterator[None]:
+    """While the body runs: show on a terminal what takes so long, and let Ctrl-C end the process at once.
+
+    Without `exit_at_once`, Ctrl-C is left to the body, which has something to clean up.
+    """
     from tqdm import tqdm
 
     done = threading.Event()
@@ -77,7 +80,7 @@ def waiting(what: str, delay: float = 1) -> Iterator[None]:
     if is_terminal(sys.stderr):
         thread.start()
     try:
-        with exit_on_interrupt():
+        with exit_on_interrupt() if exit_at_once else contextlib.nullcontext():
             yield
     finally:
         done.set()

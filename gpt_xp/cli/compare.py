@@ -1,0 +1,75 @@
+"""`gpt-xp compare`: one model on several array libraries, and by how much they differ."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, option
+from gpt_xp.cli.output import waiting, write, write_json
+from gpt_xp.hub import find_model
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@option("--backends", metavar="NAMES", help='Such as numpy,jax@cpu ("@": a device).  [default: all that are here]')
+@option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
+@model_option
+@option(
+    "-n", "--max-tokens", metavar="N", type=COUNT, default=32, show_default=True, help="Generated from each prompt."
+)
+@option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampled tokens.")
+@option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.")
+@json_option
+@flag("--markdown", help="Print tables in Markdown.")
+@option("--plot", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Draw FILE (png, svg, pdf).")
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    prompts: Sequence[str],
+    backends: str | None,
+    dtypes: str,
+    model: str | None,
+    offline: bool,
+    max_tokens: int,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+    markdown: bool,
+    plot: str | None,
+) -> None:
+    """Run a model on several array libraries, and show by how much they differ from float64 on NumPy.
+
+    Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
+    """
+    from gpt_xp.comparison import compare, report
+    from gpt_xp.comparison.plot import check_matplotlib, save_plot
+
+    if plot is not None:
+        check_matplotlib()
+    find_model(model, offline=offline)  # a download shows its own bar
+    found = compare(
+        None if backends is None else _names(backends), model, prompts or None, dtypes=_names(dtypes),
+        max_tokens=max_tokens, seed=seed, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
+    )  # fmt: skip
+    if plot is not None:
+        save_plot(found, Path(plot))
+    if as_json:
+        write_json(found.as_dict())
+    else:
+        write((report.as_markdown if markdown else report.as_text)(found))
+    ctx.exit(0 if found.is_ok else 1)
+
+
+@click.command("compare-backend", hidden=True)
+@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def compare_backend(job: Path) -> None:
+    """Do one backend's part of a comparison: what `gpt_xp.compare` starts for each."""
+    from gpt_xp.comparison.worker import work
+
+    work(job)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,194 @@
+"""The figures of a comparison: what two runs of the same model differ by, and whether that is rounding."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpt_xp.tolerances import OUT_OF_LINE, TOLERANCE
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one array differs from the reference: absolute, and relative to the reference's largest number.
+
+    Infinite where it holds what is no number.
+    """
+
+    max: float
+    mean: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A token that differs: in which prompt and where, and by how much the reference's choice was ahead there."""
+
+    prompt: int
+    position: int
+    token: int
+    expected: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class LogitFigures:
+    """Logits at every position of every prompt; KL divergences are from the reference's distribution, in nats."""
+
+    difference: Difference
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float  # the share of positions at which the likeliest token is the same
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The residual stream after one layer; `allowed` is what `relative` may be before it is out of line."""
+
+    name: str
+    difference: Difference
+    allowed: float
+
+    @property
+    def is_out_of_line(self) -> bool:
+        """Whether this is more than rounding."""
+        return not self.difference.relative <= self.allowed
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Tokens chosen while the reference's text is forced on both, and how much their free texts have in common."""
+
+    n_tokens: int
+    flips: tuple[Flip, ...]
+    shared: tuple[int, ...]  # for each prompt: the length of what the free texts share
+    length: int  # of a free text
+
+
+def layer_names(n_layer: int) -> list[str]:
+    """Return what the rows of a trace are called."""
+    return ["embedding", *(f"block {layer}" for layer in range(n_layer)), "ln_f"]
+
+
+def difference(actual: list[FloatArray], expected: list[FloatArray]) -> Difference:
+    """Compare arrays pair by pair, as if they were one."""
+    errors = [np.abs(a.astype(np.float64) - e) for a, e in zip(actual, expected, strict=True)]
+    scale = max(float(np.abs(e).max()) for e in expected)
+    if not all(np.isfinite(error).all() for error in errors):
+        return Difference(np.inf, np.inf, np.inf)
+    largest = max(float(error.max()) for error in errors)
+    mean = sum(float(error.sum()) for error in errors) / sum(error.size for error in errors)
+    return Difference(largest, mean, largest / scale)
+
+
+def compare_layers(actual: list[FloatArray], expected: list[FloatArray], dtype: str) -> tuple[LayerFigures, ...]:
+    """Compare traces [n_layer + 2, n_seq, n_embd], one for each prompt, layer by layer."""
+    row = TOLERANCE["layer", dtype]
+    return tuple(
+        LayerFigures(
+            name,
+            difference([each[depth] for each in actual], [each[depth] for each in expected]),
+            OUT_OF_LINE * row * (depth + 1),
+        )
+        for depth, name in enumerate(layer_names(len(expected[0]) - 2))
+    )
+
+
+def compare_logits(actual: list[FloatArray], expected: list[FloatArray]) -> LogitFigures:
+    """Compare logits [n_seq, n_vocab], one array for each prompt."""
+    kl = np.concatenate([kl_divergence(a, e) for a, e in zip(actual, expected, strict=True)])
+    flips = tuple(
+        Flip(prompt, int(position), int(a[position].argmax()), int(e[position].argmax()), _lead(e[position]))
+        for prompt, (a, e) in enumerate(zip(actual, expected, strict=True))
+        for position in np.flatnonzero(a.argmax(axis=-1) != e.argmax(axis=-1))
+    )
+    return LogitFigures(
+        difference(actual, expected), float(kl.mean()), float(kl.max()), 1 - len(flips) / len(kl), flips
+    )
+
+
+def kl_divergence(actual: FloatArray, expected: FloatArray) -> FloatArray:
+    """Return KL(expected || actual) of the softmax of logits [n_seq, n_vocab], in nats: [n_seq]; inf for NaN."""
+    log_p, log_q = _log_softmax(expected), _log_softmax(actual)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return np.where(np.isnan(kl), np.inf, np.maximum(kl, 0.0))  # rounding can leave it a little below 0
+
+
+def compare_tokens(
+    forced: list[list[tuple[int, float]]],
+    expected: list[list[tuple[int, float]]],
+    free: list[list[int]],
+    free_expected: list[list[int]],
+) -> TokenFigures:
+    """Compare the choices at each step, each a token and by how much it won."""
+    flips = tuple(
+        Flip(prompt, step, token, wanted, margin)
+        for prompt, (row, wanted_row) in enumerate(zip(forced, expected, strict=True))
+        for step, ((token, _), (wanted, margin)) in enumerate(zip(row, wanted_row, strict=True))
+        if token != wanted
+    )
+    shared = tuple(_shared(a, e) for a, e in zip(free, free_expected, strict=True))
+    return TokenFigures(sum(map(len, expected)), flips, shared, max(map(len, free_expected)))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything that was compared of one run; `tokens` by mode, without an entry where nothing could be generated."""
+
+    layers: tuple[LayerFigures, ...]
+    logits: LogitFigures
+    tokens: dict[str, TokenFigures] = field(default_factory=dict)
+
+    @property
+    def first_out_of_line(self) -> LayerFigures | None:
+        """The first layer with more than rounding."""
+        return next((layer for layer in self.layers if layer.is_out_of_line), None)
+
+    def problems(self, dtype: str, largest_logit: float) -> list[str]:
+        """Say what is outside the tolerance: where, the figure, and what was allowed.
+
+        `largest_logit` is that of the reference.
+        """
+        allowed = TOLERANCE["logits", dtype]
+        found = []
+        if layer := self.first_out_of_line:
+            found.append(
+                f"{layer.name} differs by {layer.difference.relative:.1e} of its largest number "
+                f"(allowed at this depth: {layer.allowed:.1e})"
+            )
+        if not self.logits.difference.relative <= allowed:
+            found.append(
+                f"the logits differ by {self.logits.difference.relative:.1e} of the largest (allowed: {allowed:.1e})"
+            )
+        # Two logits that are each off by the tolerance can change places over twice of it.
+        tie = 2 * allowed * largest_logit
+        for what, flips in self.flips().items():
+            worst = max(flips, key=lambda flip: flip.margin, default=None)
+            if worst is not None and worst.margin > tie:
+                found.append(
+                    f"{what}: token {worst.token} instead of {worst.expected} in prompt {worst.prompt}, position "
+                    f"{worst.position}, which was ahead by {worst.margin:.1e} (a tie: up to {tie:.1e})"
+                )
+        return found
+
+    def flips(self) -> dict[str, tuple[Flip, ...]]:
+        """Return the tokens that differ, by where they were found."""
+        return {"logits": self.logits.flips} | {mode: tokens.flips for mode, tokens in self.tokens.items()}
+
+
+def _log_softmax(logits: FloatArray) -> FloatArray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _lead(logits: FloatArray) -> float:
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,70 @@
+"""A comparison as a picture: the error layer by layer, and the speed."""
+
+from pathlib import Path
+from typing import Any
+
+from gpt_xp.comparison.driver import Comparison
+from gpt_xp.errors import SettingError
+
+
+def check_matplotlib() -> None:
+    """Raise `SettingError`, with the pip command, where matplotlib is not installed; before anything is computed."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SettingError("a plot needs matplotlib, which is not installed: pip install 'gpt-xp[plot]'")
+
+
+def save_plot(comparison: Comparison, path: Path) -> None:
+    """Write the picture; the suffix of `path` says which format. Raises `SettingError` for one that is not known."""
+    check_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+
+    figure, (errors, speeds) = plt.subplots(1, 2, figsize=(11, 4.5), gridspec_kw={"width_ratios": [3, 2]})
+    _draw_errors(errors, comparison)
+    _draw_speeds(speeds, comparison)
+    figure.suptitle(f"{comparison.model}: differences to float64 on NumPy, and speed")
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=120)
+        temporary.replace(path)
+    except ValueError as error:
+        raise SettingError(f"{path} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def _draw_errors(axes: Any, comparison: Comparison) -> None:
+    allowed: dict[str, list[float]] = {}
+    names: list[str] = []
+    for run in comparison.runs:
+        if run.figures:
+            names = [layer.name.removeprefix("block ") for layer in run.figures.layers]
+            errors = [layer.difference.relative or float("nan") for layer in run.figures.layers]
+            axes.plot(errors, marker="o", markersize=3, label=f"{run.backend} {run.dtype}")
+            allowed[run.dtype] = [layer.allowed for layer in run.figures.layers]
+    for dtype, values in allowed.items():
+        axes.plot(values, color="grey", linestyle=":", label=f"out of line ({dtype})")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("largest error / largest number")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _draw_speeds(axes: Any, comparison: Comparison) -> None:
+    runs = [run for run in comparison.runs if run.speed]
+    for offset, (what, label) in enumerate((("prefill", "prefill"), ("decode", "decode"))):
+        rates = [run.speed[f"{what}_tokens_per_second"] or 0 for run in runs]
+        axes.barh([place + 0.4 * offset for place in range(len(runs))], rates, height=0.38, label=label)
+    axes.set_yticks([place + 0.2 for place in range(len(runs))], [f"{run.backend}\n{run.dtype}" for run in runs])
+    axes.set_xlabel("tokens per second")
+    axes.set_xscale("log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, axis="x")

@@ -1,0 +1,125 @@
+"""A comparison for people: tables for a terminal of 80 columns, or Markdown."""
+
+from collections.abc import Callable, Sequence
+
+from gpt_xp._text import size
+from gpt_xp.comparison.driver import Comparison, Run
+from gpt_xp.comparison.figures import Flip
+
+Table = Sequence[Sequence[str]]
+
+
+def as_text(comparison: Comparison) -> str:
+    """Return the report for a terminal."""
+    return _report(comparison, _aligned)
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return the report with tables in Markdown."""
+    return _report(comparison, _markdown)
+
+
+def _report(comparison: Comparison, table: Callable[[Table], str]) -> str:
+    n_prompts, n_tokens = len(comparison.prompts), sum(comparison.prompt_tokens)
+    parts = [
+        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_prompts} prompts, {n_tokens} tokens; "
+        f"{comparison.max_tokens} generated from each;\nheld against float64 on NumPy {comparison.reference.version}\n",
+        table(_logits(comparison)),
+        table(_tokens(comparison)),
+        table(_speed(comparison)),
+        _flips(comparison),
+        "".join(f"{_name(run)}: {run.device}; {_settings(run)}\n" for run in comparison.runs if run.figures),
+        verdict(comparison),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def verdict(comparison: Comparison) -> str:
+    """Return a line for each run: inside the tolerance, or what is not, or why there is nothing to say."""
+    lines = []
+    for run in comparison.runs:
+        if run.skipped:
+            lines.append(f"{_name(run)}: skipped, {run.skipped}")
+        elif run.is_ok:
+            lines.append(f"{_name(run)}: inside the tolerance")
+        else:
+            lines += [f"{_name(run)}: {'OUTSIDE' if run.figures else 'FAILED'}: {problem}" for problem in run.problems]
+    return "".join(line + "\n" for line in lines)
+
+
+def _logits(comparison: Comparison) -> Table:
+    rows = [("logits", "max diff", "mean diff", "KL mean", "KL max", "top-1", "out of line from")]
+    for run in comparison.runs:
+        if run.figures:
+            logits, layer = run.figures.logits, run.figures.first_out_of_line
+            rows.append((
+                _name(run), f"{logits.difference.max:.1e}", f"{logits.difference.mean:.1e}", f"{logits.kl_mean:.0e}",
+                f"{logits.kl_max:.0e}", f"{logits.top1_agreement:.2%}", layer.name if layer else "-",
+            ))  # fmt: skip
+    return rows
+
+
+def _tokens(comparison: Comparison) -> Table:
+    rows = [("tokens", "greedy", "differ", "shared", "sampled", "differ", "shared")]
+    for run in comparison.runs:
+        if run.figures and run.figures.tokens:
+            cells = [_name(run)]
+            for mode in ("greedy", "sampled"):
+                found = run.figures.tokens[mode]
+                cells += [str(found.n_tokens), str(len(found.flips)), f"{min(found.shared)}/{found.length}"]
+            rows.append(tuple(cells))  # type: ignore[arg-type]
+    return rows
+
+
+def _speed(comparison: Comparison) -> Table:
+    rows = [("speed", "first token", "compiling", "prefill tok/s", "decode tok/s", "peak memory")]
+    for run in (comparison.reference, *comparison.runs):
+        if run.speed:
+            speed, peak = run.speed, run.peak_memory_bytes
+            rows.append((
+                _name(run), f"{speed['time_to_first_token']:.3f} s", f"{speed['compile_seconds']:.2f} s",
+                _rate(speed["prefill_tokens_per_second"]), _rate(speed["decode_tokens_per_second"]),
+                "-" if peak is None else size(peak),
+            ))  # fmt: skip
+    return rows
+
+
+def _flips(comparison: Comparison) -> str:
+    """Each token that differs, with the margin that tells a tie from an error; the first few of each run."""
+    lines = []
+    for run in comparison.runs:
+        if run.figures:
+            for what, flips in run.figures.flips().items():
+                lines += [f"{_name(run)}, {what}: {_flip(flip)}" for flip in flips[:5]]
+                lines += [f"{_name(run)}, {what}: and {len(flips) - 5} more"] if len(flips) > 5 else []
+    return "".join(line + "\n" for line in lines)
+
+
+def _flip(flip: Flip) -> str:
+    return (
+        f"prompt {flip.prompt}, position {flip.position}: token {flip.token}, not {flip.expected}, "
+        f"which was ahead by {flip.margin:.1e}"
+    )
+
+
+def _settings(run: Run) -> str:
+    return ", ".join(f"{key} {value}" for key, value in {f"{run.backend}": run.version or "", **run.settings}.items())
+
+
+def _name(run: Run) -> str:
+    return f"{run.backend} {run.dtype}"
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1f}"
+
+
+def _aligned(rows: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(line + "\n" for line in lines)
+
+
+def _markdown(rows: Table) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
