@@ -179,13 +179,18 @@ class _Transfer:
                 self._receive(response)
 
     def _receive(self, response: "requests.Response") -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
         assert self.hash is not None
         # Not iter_content: it waits for a whole block, and a reset of the connection would lose what had come of it.
-        while block := response.raw.read1(_BLOCK, decode_content=False):
-            self._check_room_in_file(len(block))
-            self._write(block)
-            self.hash.update(block)
-            self.progress.advance(len(block))
+        with ThreadPoolExecutor(1) as other:  # hash one block while the next is received and written
+            hashed: Future[Any] = other.submit(bool)
+            while block := response.raw.read1(_BLOCK, decode_content=False):
+                self._check_room_in_file(len(block))
+                self._write(block)
+                hashed.result()
+                hashed = other.submit(self.hash.update, block)
+                self.progress.advance(len(block))
         if self.total is None:
             self.total = self.offset
         if self.offset < self.total:
