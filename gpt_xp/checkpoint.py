@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from gpt_xp._text import size
 from gpt_xp._typing import Params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
@@ -393,7 +394,7 @@ def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "chec
         os.replace(temporary, target)
     except OSError as error:
         if error.errno in _NO_SPACE:
-            fix = f"it needs {n_bytes / 1e6:,.1f} MB there: make room and try again"
+            fix = f"it needs {size(n_bytes)} there: make room and try again"
         raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error
     finally:
         with suppress(OSError):  # it has been renamed, or was never made

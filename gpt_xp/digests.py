@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
+DIGEST = "sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git-sha1:[0-9a-f]{40}"  # a regular expression
 
 
 def algorithm_of(digest: str) -> str:

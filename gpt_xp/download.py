@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt_xp._text import size
-from gpt_xp.digests import Hash, algorithm_of, content_md5, linked_digest
+from gpt_xp.digests import DIGEST, Hash, algorithm_of, content_md5, linked_digest
 from gpt_xp.errors import DownloadError
 from gpt_xp.http_rules import check_token, may_carry_token, origin, reason_of, redirected
 
@@ -36,7 +36,6 @@ _VERSION = 1  # of the file beside a .part
 _BLOCK = 1 << 20
 _MAX_REDIRECTS = 8
 _NUMBER = "[0-9]{1,18}"  # of bytes, as servers say it
-_DIGEST = "None|sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git-sha1:[0-9a-f]{40}"
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -70,16 +69,16 @@ class Progress(Protocol):
         """Say that this file is over, come or not."""
 
 
-def download(remote: Remote, target: Path, progress: Progress, *, spare: int = 0) -> str:
+def download(remote: Remote, target: Path, progress: Progress, *, twice: bool = False) -> str:
     """Fetch `remote` into `target`; return the digest that it was found to have ("sha256:...").
 
     Size and digest are those of `remote`, else those that the server tells; without any, a sha256 is only computed.
-    `spare` bytes must be free on the disk besides the file. Raises `DownloadError`; what has come is kept for the next
+    With `twice`, the disk must have room for a copy too. Raises `DownloadError`; what has come is kept for the next
     try, but for wrong bytes. Ctrl-C keeps it too.
     """
     import requests
 
-    with _disk_errors(target), _Transfer(remote, target, spare, progress) as transfer:
+    with _disk_errors(target), _Transfer(remote, target, twice, progress) as transfer:
         with requests.Session() as session:
             transfer.run(session)
         return transfer.finish()
@@ -103,9 +102,9 @@ class _State:
 
 
 class _Transfer:
-    def __init__(self, remote: Remote, target: Path, spare: int, progress: Progress) -> None:
+    def __init__(self, remote: Remote, target: Path, twice: bool, progress: Progress) -> None:
         check_token(remote.token)
-        self.remote, self.target, self.spare, self.progress = remote, target, spare, progress
+        self.remote, self.target, self.twice, self.progress = remote, target, twice, progress
         self.part = target.with_name(f"{target.name}.part")
         self.state_file = target.with_name(f"{target.name}.part.json")
         self.total, self.digest = remote.n_bytes, remote.digest
@@ -180,13 +179,18 @@ class _Transfer:
                 self._receive(response)
 
     def _receive(self, response: "requests.Response") -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
         assert self.hash is not None
         # Not iter_content: it waits for a whole block, and a reset of the connection would lose what had come of it.
-        while block := response.raw.read1(_BLOCK, decode_content=False):
-            self._check_room_in_file(len(block))
-            self._write(block)
-            self.hash.update(block)
-            self.progress.advance(len(block))
+        with ThreadPoolExecutor(1) as other:  # hash one block while the next is received and written
+            hashed: Future[Any] = other.submit(bool)
+            while block := response.raw.read1(_BLOCK, decode_content=False):
+                self._check_room_in_file(len(block))
+                self._write(block)
+                hashed.result()
+                hashed = other.submit(self.hash.update, block)
+                self.progress.advance(len(block))
         if self.total is None:
             self.total = self.offset
         if self.offset < self.total:
@@ -225,7 +229,10 @@ class _Transfer:
             except RequestException:
                 raise
             except ValueError:  # requests parses the Location of an answer also where it is not to follow it
-                raise self._error("it redirects to a malformed address") from None
+                where = "HF_ENDPOINT" if url == self.remote.url else "the address that it redirects to"
+                raise self._error(f"{where} is malformed, or the Location of its answer is") from None
+            except OSError as error:  # of a file: the certificates that REQUESTS_CA_BUNDLE names
+                raise self._error(f"the request could not be prepared ({error})") from None
             with response:
                 if origin(url) == origin(self.remote.url):
                     linked = linked or linked_digest(response.headers.get("X-Linked-ETag"))
@@ -288,10 +295,10 @@ class _Transfer:
     def _prepare(self, response: "requests.Response") -> None:
         """Before the first byte: is there room, what will be hashed, and what must a later process know?"""
         if self.total is not None:
-            self._check_space(self.total - self.offset + self.spare)
+            self._check_space(self.total - self.offset + self.twice * self.total)
         if not self.offset:
             self.state = _State(etag=_strong(response.headers.get("ETag")), digest=self.digest)
-            self.state_file.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            self._write_state(self.state)
         self._hash_what_is_here()
         self.progress.start(self.remote.label, self.total, self.offset)
 
@@ -347,14 +354,25 @@ class _Transfer:
 
     def _read_state(self) -> _State | None:
         try:
+            if not self.state_file.is_file():  # a pipe would never end
+                return None
             state = _State(**json.loads(self.state_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # absent, no JSON, or with other fields
+        except (OSError, ValueError, TypeError, RecursionError):  # absent, no JSON, or with other fields
             return None
         is_ours = state.version == _VERSION and state.etag == _strong(state.etag)
-        if not is_ours or not re.fullmatch(_DIGEST, str(state.digest)) or state.digest != (self.digest or state.digest):
+        if (
+            not is_ours
+            or not re.fullmatch(f"None|{DIGEST}", str(state.digest))
+            or state.digest != (self.digest or state.digest)
+        ):
             return None
         self.digest = state.digest
         return state
+
+    def _write_state(self, state: _State) -> None:
+        temporary = self.state_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
+        os.replace(temporary, self.state_file)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.target.parent).free

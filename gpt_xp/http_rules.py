@@ -63,8 +63,10 @@ def reason_of(error: Exception) -> tuple[str, bool]:
 
     cause = _cause(error)
     reason, final = f"the connection broke ({type(cause).__name__})", False
-    if isinstance(error, requests.InvalidURL | requests.MissingSchema | requests.InvalidSchema):
-        reason, final = "that is no address of a server; see HF_ENDPOINT", True
+    if isinstance(error, requests.InvalidProxyURL) or "SOCKS" in str(error):
+        reason, final = "the proxy's address is malformed, or of a kind that needs more (HTTPS_PROXY, HTTP_PROXY)", True
+    elif isinstance(error, requests.InvalidURL | requests.MissingSchema | requests.InvalidSchema):
+        reason, final = "that is no address of a server; see HF_ENDPOINT and HTTPS_PROXY", True
     elif isinstance(error, requests.ProxyError):
         reason = "the proxy cannot be reached, or refuses"
     elif "CERTIFICATE_VERIFY_FAILED" in str(cause):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from gpt_xp import store
 from gpt_xp.backend import closest_first
-from gpt_xp.errors import ModelNotFoundError
-from gpt_xp.openai_checkpoint import convert, is_openai_layout
-from gpt_xp.published import MODELS, Published, find_published
+from gpt_xp.errors import CheckpointError, ModelNotFoundError
+from gpt_xp.openai_checkpoint import convert, has_index, is_openai_layout
+from gpt_xp.published import MODELS, OPENAI_FILES, Published, find_published
 
 BUNDLED = Path(__file__).parent / "models"
 BUNDLED_DEFAULT = "shakespeare"
@@ -27,18 +27,30 @@ def find_model(name: str | Path | None = None, *, offline: bool = False) -> Path
         return here[0].folder if here else BUNDLED / BUNDLED_DEFAULT
     name = default_model() if name is None else str(name)
     if os.path.isdir(name):
-        if is_openai_layout(name):
-            convert(name)
-        return Path(name)
+        return _ready(Path(name))
     if model := find_published(name):
         here = store.copies(model)
         return here[0].folder if here else store.pull(model, offline=offline)
     if name in bundled():
         return BUNDLED / name
     raise ModelNotFoundError(
-        f"there is no directory {name!r}, and no model of that name: give a directory that holds config.json, "
+        f"there is no directory {name!r:.200}, and no model of that name: give a directory that holds config.json, "
         f"model.safetensors and tokenizer files, or one of: {', '.join(closest_first(name, names()))}"
     )
+
+
+def _ready(folder: Path) -> Path:
+    """Convert a directory in OpenAI's layout, so that it can be read as any other."""
+    if is_openai_layout(folder):
+        convert(folder)
+    elif not (folder / "config.json").exists():
+        here = [file for file in OPENAI_FILES if (folder / file).exists()]
+        lacks = [file for file in ("hparams.json", "model.ckpt.index") if file not in here]
+        if here and lacks:
+            raise CheckpointError(
+                f"{folder} has {here[0]}, as OpenAI's checkpoints do, but not {' and '.join(lacks)}; copy all the files"
+            )
+    return folder
 
 
 def default_model() -> str:
@@ -51,9 +63,11 @@ def default_model() -> str:
 def get_published(name: str) -> Published:
     """Return the published model called `name`. Raises `ModelNotFoundError`, with the right names."""
     model = find_published(name)
+    if name in bundled():
+        raise ModelNotFoundError(f"{name} comes with gpt-xp: there is nothing to fetch, to verify or to remove")
     if model is None:
         raise ModelNotFoundError(
-            f"{name!r} is no published model; they are: {', '.join(closest_first(name, _published_names()))}"
+            f"{name!r:.80} is no published model; they are: {', '.join(closest_first(name, _published_names()))}"
         )
     return model
 
@@ -63,13 +77,16 @@ def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = Fal
 
     Raises as `find_model` does.
     """
-    model, folder = find_published(size), Path(models_dir) / size
-    if is_openai_layout(folder) or (folder / "config.json").exists():
-        return find_model(folder)
+    model = find_published(size)
+    if "\0" in os.fspath(models_dir) + size:
+        raise ModelNotFoundError("the name of a folder of models holds a NUL, which no name does; correct it")
+    for folder in (os.path.join(models_dir, size), os.path.join(models_dir, model.name if model else size)):
+        # An index without the rest is somebody's checkpoint too: nothing is fetched over it.
+        if os.path.exists(os.path.join(folder, "config.json")) or has_index(folder):
+            return find_model(folder)
     if model is None:
-        raise ModelNotFoundError(
-            f"there is no model in {folder}; these can be fetched: {', '.join(closest_first(size, _published_names()))}"
-        )
+        known = ", ".join(closest_first(size, _published_names()))
+        raise ModelNotFoundError(f"there is no model in {str(folder)!r:.200}; these can be fetched: {known}")
     return store.pull(model, "openai", Path(models_dir) / model.name, offline=offline)
 
 
@@ -79,9 +96,9 @@ def bundled() -> list[str]:
 
 
 def names() -> list[str]:
-    """Return every name that `find_model` knows, aliases too."""
+    """Return the names that `find_model` knows, aliases too, but for those of the Hub's repositories."""
     return [*_published_names(), *bundled()]
 
 
 def _published_names() -> list[str]:
-    return [name for model in MODELS.values() for name in (model.name, *model.aliases)]
+    return [name for model in MODELS.values() for name in (model.name, *model.aliases) if "/" not in name]

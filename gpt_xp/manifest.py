@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt_xp.digests import digest_of
+from gpt_xp.digests import DIGEST, digest_of
 
 NAME = "gpt-xp.json"
 _VERSION = 1
@@ -71,9 +72,11 @@ class Manifest:
 
 def _read(path: Path) -> dict[str, _Entry]:
     try:
+        if not path.is_file():  # a pipe would never end
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] == _VERSION:
-            return {file: _Entry(**entry) for file, entry in content["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return {}
+        entries = {file: _Entry(**entry) for file, entry in content["files"].items()}
+        is_ours = content["version"] == _VERSION and all(re.fullmatch(DIGEST, each.digest) for each in entries.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return entries if is_ours else {}

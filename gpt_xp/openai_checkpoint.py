@@ -49,11 +49,16 @@ _MADE_FROM = "gpt_xp.made_from_index_sha256"
 
 def is_openai_layout(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds `hparams.json` and the index of a TensorFlow checkpoint."""
+    return os.path.exists(os.path.join(directory, "hparams.json")) and has_index(directory)
+
+
+def has_index(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds the index of a TensorFlow checkpoint."""
     try:
         names = os.listdir(directory)
     except (OSError, ValueError):  # no directory, or none that can be read; ValueError: a NUL in its name
         return False
-    return "hparams.json" in names and any(name.endswith(".index") for name in names)
+    return any(name.endswith(".index") for name in names)
 
 
 def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What a person sees of a download, on stderr: a bar on a terminal, elsewhere a line every ten percent."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -15,29 +16,38 @@ class StderrProgress:
 
     def start(self, label: str, n_bytes: int | None, done: int) -> None:
         """Show a file, or one that goes on at `done`; nothing where there is no stderr."""
-        if self._bar is not None:
-            self._bar.go_to(done)
-        elif sys.stderr is not None:
-            self._bar = _Bar(label, n_bytes, done) if sys.stderr.isatty() else _Lines(label, n_bytes, done)
+        with _whatever_becomes_of_stderr():
+            if self._bar is not None:
+                self._bar.go_to(done)
+            elif sys.stderr is not None:
+                self._bar = _Bar(label, n_bytes, done) if sys.stderr.isatty() else _Lines(label, n_bytes, done)
 
     def advance(self, n_bytes: int) -> None:
         """Show that so many bytes have come."""
         if self._bar is not None:
-            self._bar.advance(n_bytes)
+            with _whatever_becomes_of_stderr():
+                self._bar.advance(n_bytes)
 
     def note(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
         if sys.stderr is not None:
             from tqdm import tqdm
 
-            tqdm.write(f"gpt-xp: {text}", file=sys.stderr)
-            sys.stderr.flush()
+            with _whatever_becomes_of_stderr():
+                tqdm.write(f"gpt-xp: {text}", file=sys.stderr)
+                sys.stderr.flush()
 
     def end(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
-            self._bar.close()
+            with _whatever_becomes_of_stderr():
+                self._bar.close()
         self._bar = None
+
+
+def _whatever_becomes_of_stderr() -> contextlib.AbstractContextManager[None]:
+    """No download ends because a bar cannot be drawn: the reader of a pipe may have gone, or a disk be full."""
+    return contextlib.suppress(OSError)
 
 
 class _Bar:

@@ -26,7 +26,7 @@ from gpt_xp.errors import DownloadError, ModelNotFoundError
 from gpt_xp.http_rules import origin
 from gpt_xp.manifest import Manifest
 from gpt_xp.progress import StderrProgress
-from gpt_xp.published import HUB_FILES, OPENAI_FILES, WEIGHTS, Published
+from gpt_xp.published import HUB_FILES, OPENAI_FILES, OPENAI_WEIGHTS, WEIGHTS, Published
 
 SOURCES = ("hub", "openai")
 HUB_CACHE = "the Hub's cache"  # where huggingface_hub and transformers keep what they have fetched
@@ -50,27 +50,32 @@ class Copy:
 def home() -> Path:
     """Return the cache folder: `GPT_XP_HOME`, or the user's own for gpt-xp."""
     if own := os.environ.get("GPT_XP_HOME"):
-        return Path(own).expanduser().absolute()
+        return Path(os.path.abspath(os.path.expanduser(own)))
     import platformdirs
 
     return platformdirs.user_cache_path("gpt-xp")
 
 
 def is_offline() -> bool:
-    """Whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids to use the network."""
-    yes = ("1", "true", "t", "yes", "y", "on")
-    return any(os.environ.get(name, "").strip().lower() in yes for name in ("GPT_XP_OFFLINE", "HF_HUB_OFFLINE"))
+    """Whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids to use the network: any value does that does not say no."""
+    no = ("", "0", "false", "f", "no", "n", "off")
+    return any(os.environ.get(name, "").strip().lower() not in no for name in ("GPT_XP_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 def copies(model: Published) -> list[Copy]:
     """Return the whole copies of `model` that are here, the one to use first."""
-    return [copy for copy in stored(model) if copy.source == HUB_CACHE or _is_whole(copy.folder, copy.source)]
+    return [copy for copy in stored(model) if is_whole(copy)]
 
 
 def stored(model: Published) -> list[Copy]:
     """Return what is here of `model`, also copies that are not whole yet, or no more."""
-    own = [Copy(source, folder) for source in SOURCES if (folder := _folder(model, source)).exists()]
-    return own + [Copy(HUB_CACHE, folder) for folder in _snapshots(model) if _is_complete_snapshot(folder)]
+    own = [Copy(source, folder) for source in SOURCES if os.path.exists(folder := _folder(model, source))]
+    return own + [Copy(HUB_CACHE, folder) for folder in _snapshots(model) if _is_complete_snapshot(model, folder)]
+
+
+def is_whole(copy: Copy) -> bool:
+    """Whether every file of a copy is here, and as it was verified, as far as sizes and times tell."""
+    return copy.source == HUB_CACHE or _is_whole(copy.folder, copy.source)
 
 
 def pull(
@@ -95,14 +100,12 @@ def pull(
         openai_checkpoint.check_tensorflow()  # before anything is fetched for nothing
     _check_online(model, offline)
     with _busy(folder, progress):
-        if _is_whole(folder, source):  # by another process, for which this one has waited
-            return folder
-        server = _endpoint() if source == "hub" else published.BUCKET
-        progress.note(f"fetching {model.name} from {origin(server)[1]} into {folder}")
-        _throw_away_damaged(model, folder, source, progress)
-        if home() in folder.parents:
-            _sweep(folder)
-        (_pull_hub if source == "hub" else _pull_openai)(model, folder, progress)
+        if not _is_whole(folder, source):  # else by another process, for which this one has waited
+            try:
+                _pull(model, source, folder, progress)
+            except KeyboardInterrupt:
+                progress.note("stopped; what has come is kept, and the next time goes on from there")
+                raise
     return folder
 
 
@@ -111,9 +114,11 @@ def remove(model: Published) -> list[Path]:
     removed = []
     for source in SOURCES:
         folder = _folder(model, source)
-        if folder.exists():
+        if os.path.lexists(folder):
             with _busy(folder, StderrProgress()):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder.resolve())
+                if folder.is_symlink():  # to a larger disk, say
+                    folder.unlink()
             removed.append(folder)
     return removed
 
@@ -127,7 +132,7 @@ def verifiable(copy: Copy, model: Published) -> list[str]:
 
 
 def verify(copy: Copy, model: Published, file: str) -> bool:
-    """Hash a file again: whether it is as it was published, or as it was written here.
+    """Hash a file again: whether it is as it was published, or as it was written here. Raises `OSError`.
 
     One in gpt-xp's own folder that is not so is thrown away, and fetched again the next time the model is used.
     """
@@ -136,7 +141,8 @@ def verify(copy: Copy, model: Published, file: str) -> bool:
     manifest = Manifest(copy.folder)
     whole = manifest.holds(file, rehash=True)
     if not whole:
-        manifest.discard(file)
+        with contextlib.suppress(DownloadError), _busy(copy.folder, StderrProgress()):  # or it may only be read
+            Manifest(copy.folder).discard(file)
     return whole
 
 
@@ -172,7 +178,7 @@ def _fetch_weights(model: Published, file: str, folder: Path, progress: Progress
         if original.exists() and remote.digest != digest_of(original):  # of a process that was killed
             original.unlink()
         if not original.exists():
-            download(remote, original, progress, spare=remote.n_bytes or 0)
+            download(remote, original, progress, twice=True)
     digest = align_weights(cached or original, folder / file)
     original.unlink(missing_ok=True)
     return f"sha256:{digest}"
@@ -200,22 +206,28 @@ def _snapshots(model: Published) -> Iterator[Path]:
         xdg = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         own = os.path.join(os.environ.get("HF_HOME", os.path.join(xdg, "huggingface")), "hub")
     for repo in (model.repo, model.repo.rpartition("/")[2]):
-        folder = Path(os.path.expandvars(own)).expanduser() / f"models--{repo.replace('/', '--')}"
-        yield folder / "snapshots" / model.revision
+        folder = os.path.expanduser(os.path.expandvars(own))
+        yield Path(folder, f"models--{repo.replace('/', '--')}", "snapshots", model.revision)
 
 
-def _is_complete_snapshot(folder: Path) -> bool:
-    tokenizers = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    return all((folder / file).exists() for file in (CONFIG, WEIGHTS)) and any(
-        all((folder / file).exists() for file in files) for files in tokenizers
-    )
+def _is_complete_snapshot(model: Published, folder: Path) -> bool:
+    def has(*files: str) -> bool:
+        return all(os.path.exists(folder / file) for file in files)
+
+    if not (has(CONFIG, WEIGHTS) and (has("tokenizer.json") or has("vocab.json", "merges.txt"))):
+        return False
+    return model.weights.n_bytes in (None, os.path.getsize(folder / WEIGHTS))
 
 
 def _in_hub_cache(model: Published, file: str) -> Path | None:
     """The file in the Hub's cache, if it is there and right."""
     pin = model.pin(file).digest
-    found = (folder / file for folder in _snapshots(model) if (folder / file).exists())
-    return next((path for path in found if pin is None or digest_of(path) == pin), None)
+    for path in (folder / file for folder in _snapshots(model)):
+        with contextlib.suppress(OSError):  # absent, or not for us to read
+            digest = digest_of(path)
+            if pin in (None, digest):
+                return path
+    return None
 
 
 # --- the bucket ---
@@ -225,7 +237,8 @@ def _pull_openai(model: Published, folder: Path, progress: Progress) -> None:
     manifest = Manifest(folder)
     for file in OPENAI_FILES:
         if not manifest.holds(file):
-            manifest.record(file, download(_in_bucket(model, file), folder / file, progress))
+            is_large = file == OPENAI_WEIGHTS  # of which a converted copy is made
+            manifest.record(file, download(_in_bucket(model, file), folder / file, progress, twice=is_large))
         if file == "hparams.json":
             _check_sizes(model, folder, GPT2Config(**openai_checkpoint.read_hparams(folder)))
     openai_checkpoint.convert(folder)
@@ -283,6 +296,15 @@ def _check_sizes(model: Published, folder: Path, found: GPT2Config) -> None:
         )
 
 
+def _pull(model: Published, source: str, folder: Path, progress: Progress) -> None:
+    server = _endpoint() if source == "hub" else published.BUCKET
+    progress.note(f"fetching {model.name} from {origin(server)[1]} into {folder}")
+    _throw_away_damaged(model, folder, source, progress)
+    if home() in folder.parents:
+        _sweep(folder)
+    (_pull_hub if source == "hub" else _pull_openai)(model, folder, progress)
+
+
 def _sweep(folder: Path) -> None:
     """Throw away what a process that was killed had written aside; a download's own .part has another name."""
     for path in folder.glob("*.part"):
@@ -300,13 +322,10 @@ def _busy(folder: Path, progress: Progress) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, progress):
             yield
-    except KeyboardInterrupt:
-        progress.note("stopped; what has come is kept, and the next time goes on from there")
-        raise
     except (OSError, NotImplementedError) as error:  # NotImplementedError: filelock's, for a disk without locks
+        other = "set GPT_XP_HOME to another folder" if home() in folder.parents else "name another folder"
         raise DownloadError(
-            f"cannot work in {folder} ({error}): check the space and the permissions there, or set GPT_XP_HOME to "
-            f"another folder"
+            f"cannot work in {folder} ({error}): check the space and the permissions there, or {other}"
         ) from error
 
 

@@ -1005,7 +1005,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_what_is_needed(tmp_path, mon
         return io.BufferedWriter(Disk(path, "w")) if mode == "wb" else real(path, mode, **options)
 
     monkeypatch.setattr(safetensors_file, "open", guarded, raising=False)
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} \(No space left.*needs 0\.2 MB.*make room") as caught:
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} \(No space left.*needs 171\.9 kB.*make room") as caught:
         align_weights(tmp_path / "downloaded", tmp_path / WEIGHTS)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == {"downloaded": published(make_tensors(CONFIG)), WEIGHTS: b"former"}

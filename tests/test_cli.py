@@ -377,7 +377,7 @@ def test_a_bug_is_not_hidden(call, monkeypatch):
 def test_every_option_has_a_variable():
     names = []
     for command in cli.commands.values():
-        for option in (param for param in command.params if isinstance(param, click.Option)):
+        for option in (param for param in command.params if isinstance(param, click.Option) and not param.hidden):
             long = next(name for name in option.opts if name.startswith("--"))
             assert option.envvar == "GPT_XP_" + long.removeprefix("--").replace("-", "_").upper()
             names.append(long)

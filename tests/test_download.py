@@ -740,19 +740,19 @@ def test_the_space_is_checked_before_anything_is_written(monkeypatch, server, ta
 
     def spared(match: str) -> None:
         with pytest.raises(DownloadError, match=match):
-            download(pinned(server), target, Recorder(), spare=1009)
+            download(pinned(server), target, Recorder(), twice=True)
 
-    disk(100_003 + 1008)
-    spared(r"needs 101\.0 kB of disk space, and .* has 101\.0 kB free")
+    disk(2 * 100_003 - 1)
+    spared(r"needs 200\.0 kB of disk space, and .* has 200\.0 kB free")
     assert os.listdir(target.parent) == []
-    disk(100_003 + 1009)
+    disk(2 * 100_003)
     server.faults[PATH] = [reset(40_009), status(404)]
     spared("404")
-    disk(59_994 + 1008)  # of which a part is here
+    disk(59_994 + 100_003 - 1)  # of which a part is here
     spared("disk space")
-    disk(59_994 + 1009)
+    disk(59_994 + 100_003)
     server.forget()
-    assert download(pinned(server), target, Recorder(), spare=1009) == digest_of(CONTENT)
+    assert download(pinned(server), target, Recorder(), twice=True) == digest_of(CONTENT)
     assert starts(server) == [40_009]
 
 

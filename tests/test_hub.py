@@ -120,6 +120,7 @@ def test_a_wrong_name_lists_the_right_ones_closest_first(home, wrong, first):
         gpt_xp.load(wrong)
     listed = str(raised.value).rpartition("one of: ")[2].split(", ")
     assert sorted(listed) == sorted(hub.names())
+    assert set(MODELS) < set(listed)
     assert listed[0].startswith(first)
     assert not home.exists()
 
@@ -454,3 +455,88 @@ def test_what_a_process_that_was_killed_wrote_aside_is_swept_away(server, home):
         (folder / name).write_bytes(b"half")
     gpt_xp.load("124M")
     assert not list(folder.glob("*.part"))
+
+
+# --- odd surroundings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["GPT_XP_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("value", ["~no-such-user/x", "x" * 300, "a/" * 3000, "/dev/null/x", "ä\n*?["])
+def test_a_cache_folder_that_cannot_be_does_not_stop_the_bundled_model(home, monkeypatch, tmp_path, variable, value):
+    monkeypatch.chdir(tmp_path)
+    if variable != "GPT_XP_HOME":
+        monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, value)
+    assert hub.find_model() == hub.BUNDLED / "shakespeare"
+    assert store.copies(MODELS["124M"]) == []
+
+
+@pytest.mark.parametrize("digest", ['"foo:bar"', "5", '"shake_128:00"', "null", "[" * 200_000])
+def test_an_odd_manifest_knows_nothing(server, home, digest):
+    gpt_xp.load("124M")
+    manifest = home / "models" / "124M" / "hub" / "gpt-xp.json"
+    entry = f'{{"n_bytes": 1, "mtime_ns": 1, "digest": {digest}}}'
+    manifest.write_text(f'{{"version": 1, "files": {{"config.json": {entry}}}}}')
+    assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
+def test_a_pipe_in_place_of_a_manifest_does_not_hang(server, home):
+    folder = home / "models" / "124M" / "hub"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "gpt-xp.json")
+    os.mkfifo(folder / f"{WEIGHTS}.original.part.json")
+    assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
+
+
+def test_a_bad_ca_bundle_is_told_as_one(home, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/file")
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
+    with pytest.raises(DownloadError, match="TLS CA certificate bundle"):
+        gpt_xp.load("124M")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://", "::::"])
+def test_a_bad_proxy_is_told_as_one(home, monkeypatch, proxy):
+    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
+    monkeypatch.setenv("HF_ENDPOINT", "http://example.invalid")
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(DownloadError, match=r"(?i)proxy"):
+        gpt_xp.load("124M")
+
+
+def test_a_truncated_weight_file_in_a_hub_cache_is_not_used(server):
+    folder = snapshot(MODELS["124M"])
+    fill(folder)
+    os.truncate(folder / WEIGHTS, 1000)
+    assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
+    assert server.cdn.sent(path_of(WEIGHTS)) == len(server.files[path_of(WEIGHTS)])
+
+
+def test_space_for_two_is_asked_for_also_where_the_size_is_not_pinned(server, home, monkeypatch):
+    weights = gpt_xp.published.Pin(None, MODELS["124M"].weights.digest)
+    monkeypatch.setitem(MODELS, "124M", dataclasses.replace(MODELS["124M"], weights=weights))
+    size = len(server.files[path_of(WEIGHTS)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 2 * size - 1))
+    with pytest.raises(DownloadError, match="disk space"):
+        gpt_xp.load("124M")
+
+
+def test_removing_what_lies_on_another_disk(server, home, tmp_path):
+    gpt_xp.load("124M")
+    folder = home / "models" / "124M" / "hub"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
+    assert store.remove(MODELS["124M"]) == [folder]
+    assert not folder.is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("missing", ["hparams.json", "model.ckpt.index"])
+def test_an_incomplete_checkpoint_of_openais_is_told_as_one(home, tmp_path, missing):
+    shutil.copytree(small_published.GOLDEN, tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"but not {missing}; copy all the files"):
+        gpt_xp.load(tmp_path / "model")

@@ -68,7 +68,9 @@ def test_the_table(call, server, folder):
     assert lines[1].endswith("no")
     assert lines[2].split() == ["355M", "gpt2-medium,", "345M", "354.8M", "1.42", "GB", "no"]
     assert call("models", "pull", "gpt2").out == f"{folder}\n"
-    assert f"hub: {folder}" in call("models").out
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    assert call("models").out.splitlines()[1].endswith(f"  {n_bytes / 1e3:.1f} kB (hub)")
+    assert max(map(len, lines[:-1])) <= 80
 
 
 def test_the_table_as_json(call, server, folder):
@@ -115,7 +117,9 @@ def test_rm(call, server, folder):
 
 
 def test_verify(call, server, folder):
-    assert call("models", "verify") == (0, "", "")
+    nothing = call("models", "verify")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "nothing to verify" in nothing.err
     assert call("models", "verify", "124M").code == 1
     call("models", "pull", "124M")
     whole = call("models", "verify", "124M")
@@ -127,9 +131,44 @@ def test_verify(call, server, folder):
     assert damaged.code == 1
     assert f"DAMAGED  {folder / 'merges.txt'}\n" in damaged.out
     assert damaged.out.count("ok ") == 3
-    assert "thrown away" in damaged.err
+    assert "is not whole: the next use of the model fetches what is missing" in damaged.err
     assert call("models", "pull", "124M").code == 0
     assert call("models", "verify").code == 0
+
+
+def test_verify_says_what_is_not_whole(call, server, folder):
+    call("models", "pull", "124M")
+    (folder / WEIGHTS).unlink()
+    result = call("models", "verify", "124M")
+    assert result.code == 1
+    assert f"{folder} is not whole" in result.err
+    (folder / "gpt-xp.json").unlink()
+    result = call("models", "verify", "124M")
+    assert (result.code, result.out) == (1, "")
+    assert f"{folder} is not whole" in result.err
+
+
+def test_what_comes_with_gpt_xp(call):
+    for verb in ("pull", "rm", "verify"):
+        result = call("models", verb, "shakespeare")
+        assert result.code == 1
+        assert "comes with gpt-xp" in result.err
+
+
+def test_an_empty_name_is_no_name(call, server):
+    assert "there is no directory ''" in call("-m", "", "x").err
+    assert call("--models_dir", "", "x").code == 2
+
+
+@posix
+def test_a_reader_that_goes_away_does_not_end_a_download(server, folder):
+    server.cdn.rate = 200_000
+    running = start("models", "pull", "124M", command=GPT_XP)
+    assert running.stderr is not None
+    running.stderr.close()
+    assert running.wait(timeout=60) == 0
+    assert (folder / WEIGHTS).exists()
+    running.communicate()
 
 
 def test_a_wrong_name(call, server):

@@ -383,7 +383,7 @@ def test_a_conversion_that_is_stopped_is_finished_by_the_next(folder, tensorflow
     [
         (errno.EACCES, r"cannot write .*model\.safetensors \(Permission denied\); copy .* where you may write"),
         (errno.EROFS, r"cannot write .*model\.safetensors \(Read-only file system\); copy .* where you may write"),
-        (errno.ENOSPC, r"cannot write .*model\.safetensors \(No space left on device\); it needs 0\.0 MB .* make room"),
+        (errno.ENOSPC, r"cannot write .*model\.safetensors \(No space left on device\); it needs .* there: make room"),
     ],
 )
 @pytest.mark.parametrize("former", [False, True])

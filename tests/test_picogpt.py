@@ -102,6 +102,31 @@ def test_what_picogpt_left_when_it_was_stopped_is_not_taken_for_a_model(tensorfl
     assert (folder / OPENAI_WEIGHTS).read_bytes() == small_published.openai_layout()[OPENAI_WEIGHTS]
 
 
+@pytest.mark.parametrize("name", ["124m", "gpt2", "117M"])
+def test_an_alias_finds_the_folder_and_nothing_is_fetched_over_it(tensorflow, models, bucket, name):
+    shutil.copytree(GOLDEN, models / "124M")
+    mine = models / "124M" / "model.ckpt.data-00000-of-00001"
+    mine.write_bytes(b"fine-tuned")
+    assert_same(gpt_xp.load_encoder_hparams_and_params(name, models)[2], TENSORS)
+    assert mine.read_bytes() == b"fine-tuned"
+    assert not bucket.requests
+
+
+def test_nothing_is_fetched_over_an_index_without_the_rest(tensorflow, models, bucket):
+    (models / "124M").mkdir(parents=True)
+    (models / "124M" / "model.ckpt.index").write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match=r"but not hparams\.json"):
+        gpt_xp.load_encoder_hparams_and_params("124M", models)
+    assert (models / "124M" / "model.ckpt.index").read_bytes() == b"mine"
+    assert not bucket.requests
+
+
+@pytest.mark.parametrize("models_dir", ["a\0b", "x" * 5000])
+def test_a_folder_that_cannot_be_is_one_error(tensorflow, bucket, models_dir):
+    with pytest.raises((DownloadError, ModelNotFoundError)):
+        gpt_xp.load_encoder_hparams_and_params("124M", models_dir)
+
+
 def test_a_wrong_size_lists_the_right_ones(models):
     with pytest.raises(ModelNotFoundError, match="these can be fetched: 124M, "):
         gpt_xp.load_encoder_hparams_and_params("124", models)

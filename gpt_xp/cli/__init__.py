@@ -10,14 +10,16 @@ import click
 
 from gpt_xp.cli.group import cli
 from gpt_xp.cli.interrupts import resend_interrupt
-from gpt_xp.cli.output import discard_stdout, make_encodable, note
+from gpt_xp.cli.output import discard_stdout, make_encodable, note, settle_stderr
 from gpt_xp.errors import GptXpError
 
 
 def main() -> None:
     """Run the command and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     sys.unraisablehook = resend_interrupt
-    sys.exit(run())
+    code = run()
+    settle_stderr()
+    sys.exit(code)
 
 
 def run() -> int:

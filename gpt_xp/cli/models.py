@@ -13,8 +13,13 @@ from gpt_xp.errors import ModelNotFoundError
 from gpt_xp.hub import BUNDLED, bundled, default_model, find_model, get_published
 from gpt_xp.published import MODELS, Published, find_published
 
+EPILOG = """\
+Models are kept in GPT_XP_HOME (default: the user's cache folder). HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are
+honoured, and so are HTTPS_PROXY and GPT_XP_OFFLINE=1.
+"""
 
-@click.group(invoke_without_command=True, context_settings=CONTEXT)
+
+@click.group(invoke_without_command=True, context_settings=CONTEXT, epilog=EPILOG)
 @json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
@@ -25,9 +30,11 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 @models.command("list", context_settings=CONTEXT)
 @json_option
-def list_models(as_json: bool) -> None:
+@click.pass_context
+def list_models(ctx: click.Context, as_json: bool) -> None:
     """Show the models that are known by name, and which are here."""
-    show(as_json)
+    assert ctx.parent is not None
+    show(as_json or ctx.parent.params["as_json"])
 
 
 @models.command(context_settings=CONTEXT)
@@ -69,27 +76,40 @@ def rm(name: str) -> None:
 @click.argument("name", required=False)
 @click.pass_context
 def verify(ctx: click.Context, name: str | None) -> None:
-    """Read the files of the model NAME, or of all that are here, and compare their hashes with what they must be."""
+    """Read the files of the model NAME, or of all that are here, and compare their hashes with what they must be.
+
+    A damaged file is thrown away, and fetched again the next time the model is used.
+    """
     asked = [get_published(name)] if name else list(MODELS.values())
     found = [(model, copy) for model in asked for copy in store.stored(model)]
     if name and not found:
         _is_not_here(asked[0])
-    damaged = [copy for model, copy in found if not all(_verify(copy, model))]
-    for copy in damaged:
+    if not found:
+        note(f"there is nothing to verify in {store.home()}")
+    bad = [copy for model, copy in found if not _verify(copy, model)]
+    for copy in bad:
         fate = (
-            "remove it there" if copy.source == store.HUB_CACHE else "it was thrown away, and the next use fetches it"
+            "remove it there" if copy.source == store.HUB_CACHE else "the next use of the model fetches what is missing"
         )
-        note(f"{copy.folder} has a damaged file: {fate}")
-    ctx.exit(1 if damaged else 0)
+        note(f"{copy.folder} is not whole: {fate}")
+    ctx.exit(1 if bad else 0)
 
 
-def _verify(copy: store.Copy, model: Published) -> list[bool]:
-    results = []
+def _verify(copy: store.Copy, model: Published) -> bool:
+    right = []
     for file in store.verifiable(copy, model):
         with waiting(f"reading {model.name} {file}"):
-            results.append(store.verify(copy, model, file))
-        write(f"{'ok     ' if results[-1] else 'DAMAGED'}  {copy.folder / file}\n")
-    return results
+            right.append(_is_right(copy, model, file))
+        write(f"{'ok     ' if right[-1] else 'DAMAGED'}  {copy.folder / file}\n")
+    return all(right) and store.is_whole(copy)
+
+
+def _is_right(copy: store.Copy, model: Published, file: str) -> bool:
+    try:
+        return store.verify(copy, model, file)
+    except OSError as error:
+        note(f"{copy.folder / file} cannot be read: {error.strerror}")
+        return False
 
 
 def _is_not_here(model: Published) -> NoReturn:
@@ -104,13 +124,12 @@ def show(as_json: bool) -> None:
         return
     rows = [("model", "also called", "params", "float32", "here")]
     for record in records:
-        n_params = record["n_params"]
         also = ", ".join(alias for alias in record["aliases"] if "/" not in alias)
-        first = (record["name"], also, f"{n_params / 1e6:.1f}M", size(4 * n_params))
-        places = [f"{copy['source']}: {copy['folder']} ({size(copy['n_bytes'])})" for copy in record["copies"]]
-        rows += [(*(first if number == 0 else ("",) * 4), place) for number, place in enumerate(places or ["no"])]
+        n_params = record["n_params"]
+        here = ", ".join(f"{size(copy['n_bytes'])} ({copy['source']})" for copy in record["copies"]) or "no"
+        rows.append((record["name"], also, f"{n_params / 1e6:.1f}M", size(4 * n_params), here))
     write(table(rows))
-    write("`gpt-xp models pull NAME` fetches one; `gpt-xp -m NAME` does so when it is not here\n")
+    write(f"`gpt-xp models pull NAME` fetches one; they are kept in {store.home()}\n")
 
 
 def _record(model: Published) -> dict[str, Any]:

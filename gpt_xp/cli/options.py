@@ -74,8 +74,8 @@ model_option = together(
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
 loading_options = together(
     model_option,
-    option("--model_size", hidden=True),
-    option("--models_dir", hidden=True),
+    click.option("--model_size", hidden=True),  # picoGPT's two
+    click.option("--models_dir", hidden=True),
     option(
         "-b", "--backend", metavar="NAME",
         help="numpy, jax, torch or cupy: see `gpt-xp backends`.  [default: numpy]",

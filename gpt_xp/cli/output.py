@@ -100,6 +100,15 @@ def discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def settle_stderr() -> None:
+    """Throw away what stderr no longer takes, as when the reader of a pipe has gone: or Python exits with 120."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def _end(error: OSError) -> NoReturn:
     discard_stdout()
     # Windows says EINVAL when the other end of a pipe is closed.

@@ -53,10 +53,12 @@ def locate(
 ) -> tuple[str, Path]:
     """Return the name and the directory of the model that is asked for, in gpt-xp's words or in picoGPT's."""
     if models_dir is not None:
+        if not models_dir:
+            raise click.UsageError("--models_dir is empty; . is the current directory")
         folder = find_in_models_dir(model_size or PICOGPT_DEFAULT, models_dir, offline=offline)
         return str(folder), folder
-    model = model or model_size
-    return model or default_model(), find_model(model, offline=offline)
+    model = model_size if model is None else model
+    return default_model() if model is None else model, find_model(model, offline=offline)
 
 
 def tell_default() -> None:

@@ -182,7 +182,8 @@ class Figures:
 def _log_softmax(logits: FloatArray) -> FloatArray:
     with np.errstate(invalid="ignore", over="ignore"):
         shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        log_p: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return log_p
 
 
 def _lead(logits: FloatArray) -> float:
