@@ -23,9 +23,11 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     matplotlib.use("Agg")  # no window
     import matplotlib.pyplot as plt
 
-    figure, (errors, speeds) = plt.subplots(1, 2, figsize=(11, 4.5), gridspec_kw={"width_ratios": [3, 2]})
+    figure, (errors, *speeds) = plt.subplots(1, 3, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 1, 1]})
     _draw_errors(errors, comparison)
-    _draw_speeds(speeds, comparison)
+    for axes, what in zip(speeds, ("prefill", "decode"), strict=True):
+        _draw_speed(axes, comparison, what)
+    speeds[1].set_yticklabels([])
     figure.suptitle(f"{comparison.model}: differences to float64 on NumPy, and speed")
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
@@ -58,13 +60,9 @@ def _draw_errors(axes: Any, comparison: Comparison) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_speeds(axes: Any, comparison: Comparison) -> None:
-    runs = [run for run in comparison.runs if run.speed]
-    for offset, (what, label) in enumerate((("prefill", "prefill"), ("decode", "decode"))):
-        rates = [run.speed[f"{what}_tokens_per_second"] or 0 for run in runs]
-        axes.barh([place + 0.4 * offset for place in range(len(runs))], rates, height=0.38, label=label)
-    axes.set_yticks([place + 0.2 for place in range(len(runs))], [f"{run.backend}\n{run.dtype}" for run in runs])
-    axes.set_xlabel("tokens per second")
-    axes.set_xscale("log")
-    axes.legend(fontsize=8)
+def _draw_speed(axes: Any, comparison: Comparison, what: str) -> None:
+    runs = [run for run in comparison.runs if run.speed][::-1]  # the first one at the top
+    names = [f"{run.backend}\n{run.dtype}" for run in runs]
+    axes.barh(names, [run.speed[f"{what}_tokens_per_second"] or 0 for run in runs], height=0.5)
+    axes.set_xlabel(f"{what}, tokens per second")
     axes.grid(alpha=0.3, axis="x")

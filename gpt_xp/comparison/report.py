@@ -1,5 +1,6 @@
 """A comparison for people: tables for a terminal of 80 columns, or Markdown."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 from gpt_xp._text import size
@@ -28,7 +29,7 @@ def _report(comparison: Comparison, table: Callable[[Table], str]) -> str:
         table(_tokens(comparison)),
         table(_speed(comparison)),
         _flips(comparison),
-        "".join(f"{_name(run)}: {run.device}; {_settings(run)}\n" for run in comparison.runs if run.figures),
+        "".join(_lines(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
         verdict(comparison),
     ]
     return "\n".join(part for part in parts if part)
@@ -44,7 +45,7 @@ def verdict(comparison: Comparison) -> str:
             lines.append(f"{_name(run)}: inside the tolerance")
         else:
             lines += [f"{_name(run)}: {'OUTSIDE' if run.figures else 'FAILED'}: {problem}" for problem in run.problems]
-    return "".join(line + "\n" for line in lines)
+    return "".join(map(_lines, lines))
 
 
 def _logits(comparison: Comparison) -> Table:
@@ -90,7 +91,7 @@ def _flips(comparison: Comparison) -> str:
     for run in comparison.runs:
         if run.figures:
             for what, flips in run.figures.flips().items():
-                lines += [f"{_name(run)}, {what}: {_flip(flip)}" for flip in flips[:5]]
+                lines += [_lines(f"{_name(run)}, {what}: {_flip(flip)}").rstrip() for flip in flips[:5]]
                 lines += [f"{_name(run)}, {what}: and {len(flips) - 5} more"] if len(flips) > 5 else []
     return "".join(line + "\n" for line in lines)
 
@@ -103,7 +104,11 @@ def _flip(flip: Flip) -> str:
 
 
 def _settings(run: Run) -> str:
-    return ", ".join(f"{key} {value}" for key, value in {f"{run.backend}": run.version or "", **run.settings}.items())
+    return ", ".join(f"{key} {value}" for key, value in {"version": run.version, **run.settings}.items())
+
+
+def _lines(text: str) -> str:
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False) + "\n"
 
 
 def _name(run: Run) -> str:
