@@ -325,7 +325,9 @@ def test_json_and_markdown():
     assert content["schema"] == 1
     assert content["runs"][0]["figures"]["logits"]["difference"]["max"] > 0
     assert content["config"]["n_layer"] == 6
-    text = process(*COMPARE, "--backends", "numpy", "--markdown").out
+    text = process(*COMPARE, "--backends", "numpy", "--markdown", "--layers").out
+    names = ["embedding", *(f"block {layer}" for layer in range(6)), "ln_f"]
+    assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.endswith("e-05 |")] == names[1:]
     assert "| logits | max diff | mean diff | KL mean | KL max | top-1 | out of line from |\n| --- |" in text
     assert "| numpy float32 | " in text
 

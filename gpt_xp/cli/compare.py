@@ -22,6 +22,7 @@ from gpt_xp.hub import find_model
 @option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampled tokens.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.")
 @json_option
+@flag("--layers", help="Show the error after each layer too.")
 @flag("--markdown", help="Print tables in Markdown.")
 @option("--plot", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Draw FILE (png, svg, pdf).")
 @click.pass_context
@@ -36,6 +37,7 @@ def compare(
     seed: int,
     threads: int | None,
     as_json: bool,
+    layers: bool,
     markdown: bool,
     plot: str | None,
 ) -> None:
@@ -58,7 +60,7 @@ def compare(
     if as_json:
         write_json(found.as_dict())
     else:
-        write((report.as_markdown if markdown else report.as_text)(found))
+        write((report.as_markdown if markdown else report.as_text)(found, layers))
     ctx.exit(0 if found.is_ok else 1)
 
 

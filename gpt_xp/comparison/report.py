@@ -10,22 +10,23 @@ from gpt_xp.comparison.figures import Flip
 Table = Sequence[Sequence[str]]
 
 
-def as_text(comparison: Comparison) -> str:
-    """Return the report for a terminal."""
-    return _report(comparison, _aligned)
+def as_text(comparison: Comparison, layers: bool = False) -> str:
+    """Return the report for a terminal; with `layers`, the error after each of them too."""
+    return _report(comparison, _aligned, layers)
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: Comparison, layers: bool = False) -> str:
     """Return the report with tables in Markdown."""
-    return _report(comparison, _markdown)
+    return _report(comparison, _markdown, layers)
 
 
-def _report(comparison: Comparison, table: Callable[[Table], str]) -> str:
+def _report(comparison: Comparison, table: Callable[[Table], str], layers: bool) -> str:
     n_prompts, n_tokens = len(comparison.prompts), sum(comparison.prompt_tokens)
     parts = [
-        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_prompts} prompts, {n_tokens} tokens; "
+        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_prompts} {'prompt' if n_prompts == 1 else 'prompts'}, {n_tokens} tokens; "
         f"{comparison.max_tokens} generated from each;\nheld against float64 on NumPy {comparison.reference.version}\n",
         table(_logits(comparison)),
+        *(table(_layers(run)) for run in comparison.runs if layers and run.figures),
         table(_tokens(comparison)),
         table(_speed(comparison)),
         _flips(comparison),
@@ -57,6 +58,16 @@ def _logits(comparison: Comparison) -> Table:
                 _name(run), f"{logits.difference.max:.1e}", f"{logits.difference.mean:.1e}", f"{logits.kl_mean:.0e}",
                 f"{logits.kl_max:.0e}", f"{logits.top1_agreement:.2%}", layer.name if layer else "-",
             ))  # fmt: skip
+    return rows
+
+
+def _layers(run: Run) -> Table:
+    assert run.figures is not None
+    rows = [(_name(run), "max diff", "mean diff", "of the largest number", "out of line above")]
+    for layer in run.figures.layers:
+        found = layer.difference
+        figures = (found.max, found.mean, found.relative, layer.allowed)
+        rows.append((layer.name, *(f"{figure:.1e}" for figure in figures)))  # type: ignore[arg-type]
     return rows
 
 
