@@ -23,7 +23,7 @@ def as_markdown(comparison: Comparison, layers: bool = False) -> str:
 def _report(comparison: Comparison, table: Callable[[Table], str], layers: bool) -> str:
     n_prompts, n_tokens = len(comparison.prompts), sum(comparison.prompt_tokens)
     parts = [
-        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_prompts} {'prompt' if n_prompts == 1 else 'prompts'}, {n_tokens} tokens; "
+        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_tokens} tokens in {n_prompts} prompt(s), "
         f"{comparison.max_tokens} generated from each;\nheld against float64 on NumPy {comparison.reference.version}\n",
         table(_logits(comparison)),
         *(table(_layers(run)) for run in comparison.runs if layers and run.figures),
