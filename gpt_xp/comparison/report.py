@@ -21,10 +21,11 @@ def as_markdown(comparison: Comparison, layers: bool = False) -> str:
 
 
 def _report(comparison: Comparison, table: Callable[[Table], str], layers: bool) -> str:
-    n_prompts, n_tokens = len(comparison.prompts), sum(comparison.prompt_tokens)
+    n_params, n_prompts = comparison.config.n_params, len(comparison.prompts)
     parts = [
-        f"{comparison.model}, {comparison.config.n_params / 1e6:.1f}M params; {n_tokens} tokens in {n_prompts} prompt(s), "
-        f"{comparison.max_tokens} generated from each;\nheld against float64 on NumPy {comparison.reference.version}\n",
+        f"{comparison.model}, {n_params / 1e6:.1f}M params; "
+        f"{sum(comparison.prompt_tokens)} tokens in {n_prompts} prompt(s),\n"
+        f"{comparison.max_tokens} generated from each; held against float64 on NumPy {comparison.reference.version}\n",
         table(_logits(comparison)),
         *(table(_layers(run)) for run in comparison.runs if layers and run.figures),
         table(_tokens(comparison)),
