@@ -1,5 +1,6 @@
 """`gpt-xp compare`: the figures against hand-made numbers, right backends that pass, and wrong ones that are caught."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -196,6 +197,7 @@ def test_what_cannot_be_compared_is_said_at_once():
         ({"backends": []}, SettingError, "no backend"),
         ({"backends": ["numpy"], "dtypes": ["float8"]}, SettingError, "there is no dtype 'float8'"),
         ({"backends": ["numpy"], "max_tokens": 0}, SettingError, "max_tokens"),
+        ({"backends": ["numpy"], "max_tokens": 256}, SettingError, "the context of 256"),
         ({"backends": ["numpy"], "prompts": ["x" * 900]}, PromptError, "the context of 256"),
         ({"backends": ["numpy"], "prompts": [""]}, PromptError, "0 tokens"),
     ):
@@ -286,11 +288,17 @@ def test_the_report_fits_a_terminal_of_80_columns():
     assert result.code == 1
     assert result.err == ""
     assert max(map(len, result.out.splitlines())) <= 80
-    assert [block.split()[0] for block in result.out.split("\n\n")][1:4] == ["logits", "tokens", "speed"]
+    assert [block.split()[0] for block in result.out.split("\n\n")][1:4] == ["logits", "tokens", "tokens"]
     assert "numpy float32: inside the tolerance" in result.out
     assert "numpy float16: skipped, numpy does not compute in float16" in result.out
     assert "numpy@cuda:0 float32: FAILED: numpy has no device" in result.out
     assert "numpy float32 on cpu: version " in result.out
+    found = gpt_xp.compare(["numpy"], "shakespeare", ["A"], max_tokens=2)
+    [run] = found.runs
+    assert run.figures is not None
+    wide = dataclasses.replace(run, backend="array-api-strict", dtype="bfloat16")
+    text = report.as_text(dataclasses.replace(found, runs=(wide,)), layers=True)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_exit_codes(third_party):
@@ -328,8 +336,8 @@ def test_json_and_markdown():
     text = process(*COMPARE, "--backends", "numpy", "--markdown", "--layers").out
     names = ["embedding", *(f"block {layer}" for layer in range(6)), "ln_f"]
     assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.endswith("e-05 |")] == names[1:]
-    assert "| logits | max diff | mean diff | KL mean | KL max | top-1 | out of line from |\n| --- |" in text
-    assert "| numpy float32 | " in text
+    assert "| logits | max diff | mean diff | KL mean | KL max | top-1 | begins at |\n| --- |" in text
+    assert "| numpy f32 | " in text
 
 
 def test_a_plot(tmp_path):
@@ -339,13 +347,13 @@ def test_a_plot(tmp_path):
         assert (result.code, result.err) == (0, "")
         assert (tmp_path / name).read_bytes().startswith(magic)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "out.svg"]
-    wrong = process(*COMPARE, "--backends", "numpy", "--plot", str(tmp_path / "out.xyz"))
-    assert wrong.code == 1
-    assert "xyz" in wrong.err
-    assert "Traceback" not in wrong.err
+    for name in ("out.xyz", "out", "no-such-directory/out.png"):
+        wrong = process(*COMPARE, "--backends", "numpy", "--plot", str(tmp_path / name))
+        assert (wrong.code, wrong.out) == (1, "")
+        assert f"a plot cannot be written to {tmp_path / name}" in wrong.err
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"pip install 'gpt-xp\[plot\]'"):
-        plot.check_matplotlib()
+        plot.check_plot(Path("out.png"))

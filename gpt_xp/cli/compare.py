@@ -46,10 +46,10 @@ def compare(
     Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
     """
     from gpt_xp.comparison import compare, report
-    from gpt_xp.comparison.plot import check_matplotlib, save_plot
+    from gpt_xp.comparison.plot import check_plot, save_plot
 
     if plot is not None:
-        check_matplotlib()
+        check_plot(Path(plot))
     find_model(model, offline=offline)  # a download shows its own bar
     found = compare(
         None if backends is None else _names(backends), model, prompts or None, dtypes=_names(dtypes),

@@ -107,7 +107,7 @@ def compare(
     Raises `SettingError`, `BackendError`, `PromptError`, and the errors of `load`; what goes wrong in a backend's own
     process is in its `Run`.
     """
-    names = _usable() if backends is None else list(backends)
+    names = _usable() if backends is None else [name.removesuffix("@") for name in backends]
     _check(names, dtypes, max_tokens, seed)
     folder = find_model(model)
     config = read_config(folder)
@@ -150,6 +150,10 @@ def _check(names: list[str], dtypes: Sequence[str], max_tokens: int, seed: int) 
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, config: GPT2Config, max_tokens: int) -> list[list[int]]:
+    if max_tokens >= config.n_ctx:
+        raise SettingError(
+            f"max_tokens is {max_tokens}, and must leave room for a prompt in the context of {config.n_ctx}"
+        )
     ids = [tokenizer.encode(text) for text in texts]
     for text, row in zip(texts, ids, strict=True):
         if not 1 <= len(row) <= config.n_ctx - max_tokens:

@@ -6,18 +6,24 @@ from typing import Any
 from gpt_xp.comparison.driver import Comparison
 from gpt_xp.errors import SettingError
 
+SUFFIXES = (".png", ".svg", ".pdf")
 
-def check_matplotlib() -> None:
-    """Raise `SettingError`, with the pip command, where matplotlib is not installed; before anything is computed."""
+
+def check_plot(path: Path) -> None:
+    """Raise `SettingError`, before anything is computed, where no picture can be written to `path`."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingError("a plot needs matplotlib, which is not installed: pip install 'gpt-xp[plot]'")
+    if path.suffix.lower() not in SUFFIXES:
+        raise SettingError(f"a plot cannot be written to {path}: its name must end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise SettingError(f"a plot cannot be written to {path}: there is no directory {path.parent}")
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture; the suffix of `path` says which format. Raises `SettingError` for one that is not known."""
-    check_matplotlib()
+    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` does, and `OSError`."""
+    check_plot(path)
     import matplotlib
 
     matplotlib.use("Agg")  # no window
@@ -34,8 +40,6 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     try:
         figure.savefig(temporary, dpi=120)
         temporary.replace(path)
-    except ValueError as error:
-        raise SettingError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
         plt.close(figure)

@@ -26,10 +26,7 @@ def _report(comparison: Comparison, table: Callable[[Table], str], layers: bool)
         f"{comparison.model}, {n_params / 1e6:.1f}M params; "
         f"{sum(comparison.prompt_tokens)} tokens in {n_prompts} prompt(s),\n"
         f"{comparison.max_tokens} generated from each; held against float64 on NumPy {comparison.reference.version}\n",
-        table(_logits(comparison)),
-        *(table(_layers(run)) for run in comparison.runs if layers and run.figures),
-        table(_tokens(comparison)),
-        table(_speed(comparison)),
+        *(table(rows) for rows in _tables(comparison, layers) if len(rows) > 1),
         _flips(comparison),
         "".join(_lines(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
         verdict(comparison),
@@ -50,13 +47,18 @@ def verdict(comparison: Comparison) -> str:
     return "".join(map(_lines, lines))
 
 
+def _tables(comparison: Comparison, layers: bool) -> list[Table]:
+    each = [_layers(run) for run in comparison.runs if layers and run.figures]
+    return [_logits(comparison), *each, _tokens(comparison), _speed(comparison)]
+
+
 def _logits(comparison: Comparison) -> Table:
-    rows = [("logits", "max diff", "mean diff", "KL mean", "KL max", "top-1", "out of line from")]
+    rows = [("logits", "max diff", "mean diff", "KL mean", "KL max", "top-1", "begins at")]
     for run in comparison.runs:
         if run.figures:
             logits, layer = run.figures.logits, run.figures.first_out_of_line
             rows.append((
-                _name(run), f"{logits.difference.max:.1e}", f"{logits.difference.mean:.1e}", f"{logits.kl_mean:.0e}",
+                _short(run), f"{logits.difference.max:.1e}", f"{logits.difference.mean:.1e}", f"{logits.kl_mean:.0e}",
                 f"{logits.kl_max:.0e}", f"{logits.top1_agreement:.2%}", layer.name if layer else "-",
             ))  # fmt: skip
     return rows
@@ -64,7 +66,7 @@ def _logits(comparison: Comparison) -> Table:
 
 def _layers(run: Run) -> Table:
     assert run.figures is not None
-    rows = [(_name(run), "max diff", "mean diff", "of the largest number", "out of line above")]
+    rows = [(_short(run), "max diff", "mean diff", "of the largest", "out of line above")]
     for layer in run.figures.layers:
         found = layer.difference
         figures = (found.max, found.mean, found.relative, layer.allowed)
@@ -76,7 +78,7 @@ def _tokens(comparison: Comparison) -> Table:
     rows = [("tokens", "greedy", "differ", "shared", "sampled", "differ", "shared")]
     for run in comparison.runs:
         if run.figures and run.figures.tokens:
-            cells = [_name(run)]
+            cells = [_short(run)]
             for mode in ("greedy", "sampled"):
                 found = run.figures.tokens[mode]
                 cells += [str(found.n_tokens), str(len(found.flips)), f"{min(found.shared)}/{found.length}"]
@@ -85,13 +87,13 @@ def _tokens(comparison: Comparison) -> Table:
 
 
 def _speed(comparison: Comparison) -> Table:
-    rows = [("speed", "first token", "compiling", "prefill tok/s", "decode tok/s", "peak memory")]
+    rows = [("tokens per second", "prefill", "decode", "first token", "compiling", "memory")]
     for run in (comparison.reference, *comparison.runs):
         if run.speed:
             speed, peak = run.speed, run.peak_memory_bytes
             rows.append((
-                _name(run), f"{speed['time_to_first_token']:.3f} s", f"{speed['compile_seconds']:.2f} s",
-                _rate(speed["prefill_tokens_per_second"]), _rate(speed["decode_tokens_per_second"]),
+                _short(run), _rate(speed["prefill_tokens_per_second"]), _rate(speed["decode_tokens_per_second"]),
+                f"{speed['time_to_first_token']:.3f} s", f"{speed['compile_seconds']:.2f} s",
                 "-" if peak is None else size(peak),
             ))  # fmt: skip
     return rows
@@ -125,6 +127,10 @@ def _lines(text: str) -> str:
 
 def _name(run: Run) -> str:
     return f"{run.backend} {run.dtype}"
+
+
+def _short(run: Run) -> str:
+    return f"{run.backend} {run.dtype.replace('bfloat', 'bf').replace('float', 'f')}"
 
 
 def _rate(rate: float | None) -> str:
