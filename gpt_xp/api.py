@@ -14,7 +14,7 @@ from gpt_xp import checkpoint
 from gpt_xp._text import size
 from gpt_xp._tree import leaves, tree_map
 from gpt_xp._typing import Params
-from gpt_xp.backend import Backend, get_backend
+from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation import Engine, Piece, Prompt
@@ -50,7 +50,7 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.backend.keep_compiled()
-        self._bytes = sum(leaf.size for leaf in leaves(params)) * _ITEM_SIZE[self.backend.dtype]
+        self._bytes = sum(leaf.size for leaf in leaves(params)) * ITEM_SIZE[self.backend.dtype]
         with self._memory_errors(batch=0):
             self.params: Params = tree_map(lambda leaf: self.backend.asarray(leaf, self.backend.dtype), params)
         self._engine = Engine(self.params, config, tokenizer, self.backend)
@@ -182,7 +182,7 @@ class Model:
 
     def _cache_bytes(self, rows: int, n_slots: int) -> int:
         config = self.config
-        return 2 * rows * n_slots * config.n_layer * config.n_embd * _ITEM_SIZE[self.backend.dtype]
+        return 2 * rows * n_slots * config.n_layer * config.n_embd * ITEM_SIZE[self.backend.dtype]
 
     def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
         # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
@@ -256,9 +256,6 @@ def save(model: Model, directory: str | Path) -> None:
     else:
         params = tree_map(to_numpy, model.params)
     checkpoint.save_checkpoint(directory, params, model.config, model.tokenizer)
-
-
-_ITEM_SIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _is_one(prompt: Any) -> bool:

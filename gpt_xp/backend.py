@@ -72,6 +72,9 @@ def physical_memory() -> int | None:
         return None
 
 
+ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of a number, by dtype
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One array library, on one device, in one dtype. The defaults suit a library that computes at once."""

@@ -13,12 +13,11 @@ import numpy as np
 from array_api_compat import device as device_of
 
 from gpt_xp._typing import Array, Namespace
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, get_backend
+from gpt_xp.backend import ITEM_SIZE, Backend, BackendInfo, DeviceInfo, get_backend
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.published import MODELS
 
-ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 SMALLEST, LARGEST = 2**14, 2**15  # rows of the float32 matrix that is read: 1 GB, more than processors cache, and 4 GB
 LONG_ENOUGH = 5e-3  # seconds to read it in, so that the time to begin does not count
 

@@ -10,7 +10,7 @@ from conftest import make_backend
 
 import gpt_xp
 from gpt_xp import Backend, BackendInfo, doctor
-from gpt_xp.backend import DeviceInfo, get_backend
+from gpt_xp.backend import ITEM_SIZE, DeviceInfo, get_backend
 from gpt_xp.doctor import Diagnosis, Outlook, diagnose, measure_bandwidth, outlook
 from gpt_xp.published import MODELS
 
@@ -167,7 +167,7 @@ def test_lines_are_no_longer_than_a_terminal(call, monkeypatch: pytest.MonkeyPat
     models = tuple(
         outlook(name, model.config, dtype, device.memory, 4.8e12)
         for name, model in MODELS.items()
-        for dtype in doctor.ITEM_SIZE
+        for dtype in ITEM_SIZE
     )
     settings = {"XLA_FLAGS": "--xla_gpu_something=true --xla_gpu_something_else=false", "platform": "cuda 13"}
     found = [Diagnosis("jax", device, settings, 4.8e12, models), Diagnosis("cupy", problem="word " * 40)]

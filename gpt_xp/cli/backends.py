@@ -5,10 +5,11 @@ import textwrap
 
 import click
 
+from gpt_xp._text import table
 from gpt_xp.backend import BackendInfo, DeviceInfo, default_backend
 from gpt_xp.backend import backends as find_backends
 from gpt_xp.cli.options import CONTEXT, flag, json_option
-from gpt_xp.cli.output import table, waiting, write, write_json
+from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.doctor import Diagnosis, Outlook, diagnose
 
 

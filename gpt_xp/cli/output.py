@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
@@ -39,13 +39,6 @@ def write_json(record: dict[str, Any]) -> None:
 def note(text: str) -> None:
     """Write one line to stderr."""
     click.echo(f"gpt-xp: {text}", err=True)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return lines with aligned columns, the last of which is not padded."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "".join(line + "\n" for line in lines)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

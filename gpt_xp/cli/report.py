@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_xp import __version__
-from gpt_xp.cli.output import table
+from gpt_xp._text import table
 from gpt_xp.cli.session import Session
 from gpt_xp.generation import Generation, Stats
 

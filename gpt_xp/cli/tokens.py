@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import click
 
+from gpt_xp._text import table
 from gpt_xp.cli.options import CONTEXT, json_option, model_option
-from gpt_xp.cli.output import table, write, write_json
+from gpt_xp.cli.output import write, write_json
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.session import locate, tell_default
 from gpt_xp.tokenizer import Tokenizer

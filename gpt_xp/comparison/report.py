@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Callable, Sequence
 
-from gpt_xp._text import size
+from gpt_xp._text import size, table
 from gpt_xp.comparison.driver import Comparison, Run
 from gpt_xp.comparison.figures import Flip
 
@@ -12,7 +12,7 @@ Table = Sequence[Sequence[str]]
 
 def as_text(comparison: Comparison, layers: bool = False) -> str:
     """Return the report for a terminal; with `layers`, the error after each of them too."""
-    return _report(comparison, _aligned, layers)
+    return _report(comparison, table, layers)
 
 
 def as_markdown(comparison: Comparison, layers: bool = False) -> str:
@@ -20,13 +20,13 @@ def as_markdown(comparison: Comparison, layers: bool = False) -> str:
     return _report(comparison, _markdown, layers)
 
 
-def _report(comparison: Comparison, table: Callable[[Table], str], layers: bool) -> str:
+def _report(comparison: Comparison, layout: Callable[[Table], str], layers: bool) -> str:
     n_params, n_prompts = comparison.config.n_params, len(comparison.prompts)
     parts = [
         f"{comparison.model}, {n_params / 1e6:.1f}M params; "
         f"{sum(comparison.prompt_tokens)} tokens in {n_prompts} prompt(s),\n"
         f"{comparison.max_tokens} generated from each; held against float64 on NumPy {comparison.reference.version}\n",
-        *(table(rows) for rows in _tables(comparison, layers) if len(rows) > 1),
+        *(layout(rows) for rows in _tables(comparison, layers) if len(rows) > 1),
         _flips(comparison),
         "".join(_lines(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
         verdict(comparison),
@@ -135,12 +135,6 @@ def _short(run: Run) -> str:
 
 def _rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f}"
-
-
-def _aligned(rows: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "".join(line + "\n" for line in lines)
 
 
 def _markdown(rows: Table) -> str:
