@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small_published
 from commands import Result
 from openai_files import FakeReader, make_tensors, variables
+from servers import HubServer
 
 from gpt_xp import Backend, Model, openai_checkpoint
 from gpt_xp.backend import get_backend
 from gpt_xp.cli import run
 from gpt_xp.errors import BackendError
+from gpt_xp.published import MODELS
 
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
@@ -103,3 +106,22 @@ def tensorflow(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
     monkeypatch.setattr(openai_checkpoint, "check_tensorflow", lambda: None)
     return fake
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and an empty one of the Hub's."""
+    monkeypatch.setenv("GPT_XP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that has a small 124M."""
+    small_published.install(monkeypatch, "124M")
+    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        small_published.on_hub(server, MODELS["124M"])
+        yield server

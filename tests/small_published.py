@@ -68,6 +68,12 @@ def on_hub(server: HubServer, model: Published, seed: int = 0) -> dict[str, str]
     return paths
 
 
+def path_of(file: str) -> str:
+    """Where the Hub has a file of 124M."""
+    model = published.MODELS["124M"]
+    return f"/{model.repo}/resolve/{model.revision}/{file}"
+
+
 def in_bucket(server: BucketServer, name: str) -> dict[str, str]:
     paths = {file: f"/gpt-2/models/{name}/{file}" for file in openai_layout()}
     server.files |= {paths[file]: content for file, content in openai_layout().items()}

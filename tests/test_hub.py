@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import openai_files
 import pytest
 import small_published
 from checkpoint_files import assert_same
-from servers import HubServer, status
+from servers import status
+from small_published import path_of
 
 import gpt_xp
 from gpt_xp import hub, store
@@ -21,30 +21,6 @@ from gpt_xp.published import MODELS, find_published
 
 TENSORS = openai_files.make_tensors()
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, and an empty one of the Hub's."""
-    monkeypatch.setenv("GPT_XP_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that has a small 124M."""
-    small_published.install(monkeypatch, "124M")
-    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        small_published.on_hub(server, MODELS["124M"])
-        yield server
-
-
-def path_of(file: str) -> str:
-    model = MODELS["124M"]
-    return f"/{model.repo}/resolve/{model.revision}/{file}"
 
 
 def snapshot(model: gpt_xp.published.Published, repo: str | None = None) -> Path:

@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_published
 from commands import Result, Terminal, posix, process, start
-from servers import HubServer, reset, status
+from servers import reset, status
+from small_published import path_of
 
 from gpt_xp import store
 from gpt_xp.published import MODELS
@@ -20,24 +21,6 @@ from gpt_xp.published import MODELS
 WEIGHTS = "model.safetensors"
 pytestmark = pytest.mark.usefixtures("no_variables")
 GPT_XP = small_published.command("124M")
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub with a small 124M, for this process and for those that it starts."""
-    monkeypatch.setenv("GPT_XP_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    small_published.install(monkeypatch, "124M")
-    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        small_published.on_hub(server, MODELS["124M"])
-        yield server
-
-
-def path_of(file: str) -> str:
-    model = MODELS["124M"]
-    return f"/{model.repo}/resolve/{model.revision}/{file}"
 
 
 @pytest.fixture

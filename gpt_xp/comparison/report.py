@@ -53,7 +53,7 @@ def _tables(comparison: Comparison, layers: bool) -> list[Table]:
 
 
 def _logits(comparison: Comparison) -> Table:
-    rows = [("logits", "max diff", "mean diff", "KL mean", "KL max", "top-1", "begins at")]
+    rows: list[tuple[str, ...]] = [("logits", "max diff", "mean diff", "KL mean", "KL max", "top-1", "begins at")]
     for run in comparison.runs:
         if run.figures:
             logits, layer = run.figures.logits, run.figures.first_out_of_line
@@ -66,28 +66,28 @@ def _logits(comparison: Comparison) -> Table:
 
 def _layers(run: Run) -> Table:
     assert run.figures is not None
-    rows = [(_short(run), "max diff", "mean diff", "of the largest", "out of line above")]
+    rows: list[tuple[str, ...]] = [(_short(run), "max diff", "mean diff", "of the largest", "out of line above")]
     for layer in run.figures.layers:
         found = layer.difference
         figures = (found.max, found.mean, found.relative, layer.allowed)
-        rows.append((layer.name, *(f"{figure:.1e}" for figure in figures)))  # type: ignore[arg-type]
+        rows.append((layer.name, *(f"{figure:.1e}" for figure in figures)))
     return rows
 
 
 def _tokens(comparison: Comparison) -> Table:
-    rows = [("tokens", "greedy", "differ", "shared", "sampled", "differ", "shared")]
+    rows: list[tuple[str, ...]] = [("tokens", "greedy", "differ", "shared", "sampled", "differ", "shared")]
     for run in comparison.runs:
         if run.figures and run.figures.tokens:
             cells = [_short(run)]
             for mode in ("greedy", "sampled"):
                 found = run.figures.tokens[mode]
                 cells += [str(found.n_tokens), str(len(found.flips)), f"{min(found.shared)}/{found.length}"]
-            rows.append(tuple(cells))  # type: ignore[arg-type]
+            rows.append(tuple(cells))
     return rows
 
 
 def _speed(comparison: Comparison) -> Table:
-    rows = [("tokens per second", "prefill", "decode", "first token", "compiling", "memory")]
+    rows: list[tuple[str, ...]] = [("tokens per second", "prefill", "decode", "first token", "compiling", "memory")]
     for run in (comparison.reference, *comparison.runs):
         if run.speed:
             speed, peak = run.speed, run.peak_memory_bytes
