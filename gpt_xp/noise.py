@@ -19,6 +19,8 @@ def gumbel_noise(seed: int, sample: int, step: int, n_vocab: int) -> "np.ndarray
     key, counter = np.array([seed, sample], dtype=np.uint64), np.array([0, step, 0, 0], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw((n_vocab + 1) // 2)
     bits = raw.astype("<u8").view("<u4")[:n_vocab]
-    # The middle of one of 2^32 equal parts: never 0 or 1, and in float64 both it and its distance from 1 are exact.
-    uniform = (bits + 0.5) * 2.0**-32
-    return (-np.log(-np.log(1 - uniform))).astype(np.float32)
+    # From 1, the distance of the middle of one of 2^32 equal parts: never 0 or 1, and exact in float64.
+    x = (2.0**32 - 0.5 - bits) * 2.0**-32
+    for _ in range(2):  # -log(-log(x)), in place: a new array for each function would take as long as the logarithms
+        np.negative(np.log(x, out=x), out=x)
+    return x.astype(np.float32)

@@ -152,10 +152,10 @@ def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p:
 def keep_largest(scores: Array, ordered: Array, count: Array, xp: Namespace) -> Array:
     """Keep exactly `count` [batch, 1] scores of each row, those of the lowest ids among equals."""
     threshold = xp.take_along_axis(ordered, count - 1, axis=-1)  # [batch, 1]
-    above = xp.astype(scores > threshold, xp.int32)
-    equal = xp.astype(scores == threshold, xp.int32)
-    room = count - xp.sum(above, axis=-1, keepdims=True)
-    keep = (above == 1) | ((equal == 1) & (xp.cumulative_sum(equal, axis=-1) <= room))
+    above, equal = scores > threshold, scores == threshold
+    room = count - xp.sum(xp.astype(above, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+    rank = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=-1, dtype=xp.int32)  # among the equals
+    keep = above | (equal & (rank <= room))
     return xp.where(keep, scores, lowest(scores, xp))
 
 

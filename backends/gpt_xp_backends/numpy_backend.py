@@ -45,6 +45,8 @@ def namespace() -> SimpleNamespace:
     that every line of Python between two products costs several times what it does elsewhere.
     """
     shorter = {
+        "float32": np.dtype("float32"),  # compared with an array's dtype, a class is made into one first
+        "float64": np.dtype("float64"),
         "matmul": np.matmul,
         "max": _reduction(np.maximum),
         "sum": _reduction(np.add),
@@ -53,12 +55,24 @@ def namespace() -> SimpleNamespace:
         "reshape": lambda x, shape: x.reshape(shape),
         "permute_dims": lambda x, axes: x.transpose(axes),
         "matrix_transpose": lambda x: x.mT,
+        "arange": lambda n, dtype=None, device=None: np.arange(n, dtype=dtype),
+        "full": lambda shape, value, dtype=None, device=None: np.full(shape, value, dtype=dtype),
+        "clip": lambda x, min, max: np.minimum(np.maximum(x, min), max),
+        "take_along_axis": _take_along_last_axis,
     }
     return SimpleNamespace(**vars(array_api_compat.numpy) | shorter)
 
 
+def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
+    if axis != -1 or x.ndim != 2:
+        return np.take_along_axis(x, indices, axis=axis)
+    return x[np.arange(len(x))[:, None], indices]
+
+
 def _mean(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
-    return np.add.reduce(x, axis=axis, keepdims=keepdims) / (x.size if axis is None else x.shape[axis])
+    mean = np.add.reduce(x, axis=axis, keepdims=keepdims)
+    mean /= x.size if axis is None else x.shape[axis]
+    return mean
 
 
 def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
