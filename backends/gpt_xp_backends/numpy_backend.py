@@ -11,12 +11,11 @@ import threadpoolctl
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physical_memory
 from gpt_xp.errors import BackendError
 
-
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
-    "arange argmax asarray broadcast_to clip cumulative_sum exp finfo float32 float64 full int32 log ones sqrt take "
-    "take_along_axis tanh where zeros"
-).split()
+    *("arange", "argmax", "asarray", "broadcast_to", "clip", "cumulative_sum", "exp", "finfo", "float32", "float64"),
+    *("full", "int32", "log", "ones", "sqrt", "take", "take_along_axis", "tanh", "where", "zeros"),
+)
 
 
 class NumPy(SimpleNamespace):
