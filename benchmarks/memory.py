@@ -7,7 +7,8 @@ tokens, each in a process of its own. The figure is the peak resident set (VmHWM
 parts: the interpreter and its libraries (measured beside it, in a process that imports the array library and computes
 nothing); the weights' file, where it is mapped: its pages are clean page cache, which the system can take back and
 other processes share, and they count in full; and what the process allocates itself. `ratio` is the whole figure over
-the bytes of the weights and of the cache that it makes (JAX: for the whole context); `less base` is the same without the libraries.
+the bytes of the weights and of the cache that it makes (on JAX for the whole context); `less base` is the same without
+the libraries.
 """
 
 import argparse

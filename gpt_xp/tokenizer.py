@@ -79,7 +79,7 @@ class Tokenizer:
         self.ids = frozenset(self.decoder)
         self.n_vocab = max(self.ids) + 1
         self.eos_token_id = self.encoder.get(EOS)
-        self._rank = {merge: rank for rank, merge in enumerate(self.merges)}
+        self._rank: dict[tuple[str | None, str | None], int] = {merge: rank for rank, merge in enumerate(self.merges)}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special = regex.compile(f"({'|'.join(map(regex.escape, longest_first))})")
         self._cache: dict[str, list[int]] = {}
