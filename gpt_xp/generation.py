@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.backend import Backend
+from gpt_xp.backend import Backend, get_backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
@@ -193,6 +193,7 @@ class Engine:
         self._new_cache = backend.compile(new_cache, static=("config", "n_slots", "xp"))
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
+        self._choosing = get_backend("numpy") if backend.samples_on_host else backend
         self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("top_k", "xp"))
         self._allowed = self._allowed_ids()
 
@@ -317,7 +318,7 @@ class Engine:
             noise=noise,
             seen=seen,
             allowed=None if self._allowed is None else asarray(self._allowed),
-            xp=None if host else self.backend.xp,
+            xp=self._choosing.xp,
             **numbers,
         )
         if not host:

@@ -9,6 +9,7 @@ stand for bytes are those of `encoder.py` in openai/gpt-2.
 """
 
 import heapq
+import itertools
 import json
 import operator
 import os
@@ -78,12 +79,7 @@ class Tokenizer:
         self.ids = frozenset(self.decoder)
         self.n_vocab = max(self.ids) + 1
         self.eos_token_id = self.encoder.get(EOS)
-        self._bytes = _all_token_bytes(self.encoder, self.merges, self.special_tokens)
-        self._byte_ids = [self.encoder[character] for character in CHARACTER_OF_BYTE]
-        self._ranked = {  # the ids of a pair -> its rank, the id of the two as one
-            (self.encoder[left], self.encoder[right]): (rank, self.encoder[left + right])
-            for rank, (left, right) in enumerate(self.merges)
-        }
+        self._rank: dict[tuple[str | None, str | None], int] = {merge: rank for rank, merge in enumerate(self.merges)}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special = regex.compile(f"({'|'.join(map(regex.escape, longest_first))})")
         self._cache: dict[str, list[int]] = {}
@@ -177,10 +173,21 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token. Raises `TokenizerError` if `id` has no token or is not an integer."""
         try:
-            return self._bytes[_integer(id)]
+            token = self.decoder[_integer(id)]
         except KeyError:
             gaps = "" if len(self) == self.n_vocab else ", with gaps"
             raise TokenizerError(f"token id {id} has no token: ids are 0 to {self.n_vocab - 1}{gaps}") from None
+        if not BYTE_OF_CHARACTER.keys() >= set(token) or self._is_literal(token):
+            return token.encode()
+        return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
+
+    def _is_literal(self, token: str) -> bool:
+        """Whether `token` stands for its own characters: a special one, unless ordinary text can become it too."""
+        return (
+            token in self.special_tokens
+            and token not in BYTE_OF_CHARACTER
+            and not any(left + right == token for left, right in self.merges)
+        )
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -190,55 +197,45 @@ class Tokenizer:
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        ids = self._merged([self._byte_ids[byte] for byte in word.encode()])
+        characters = [CHARACTER_OF_BYTE[byte] for byte in word.encode()]
+        ids = [self.encoder[token] for token in self._merged(characters)]
         if len(word) <= LONGEST_CACHED_WORD:
             if len(self._cache) >= CACHED_WORDS:
                 self._cache.clear()  # simpler than forgetting the oldest, and common words are soon back
             self._cache[word] = ids
         return ids
 
-    def _merged(self, ids: list[int]) -> list[int]:
-        """`ids` after all merges: each time the one of lowest rank, and of several such the leftmost.
+    def _merged(self, characters: list[str]) -> list[str]:
+        """The tokens of a word after all merges: each time the one of lowest rank, and of several such the leftmost.
 
         O(n log n): a heap holds the merges that are possible, two linked lists the neighbours. The lists are rings
         closed by a place without a token, so that the first and the last token too have two neighbours.
         """
-        nothing = -1
-        ids = [*ids, nothing]
-        size = len(ids)
+        tokens = [*characters, None]
+        size = len(tokens)
         before, after = [size - 1, *range(size - 1)], [*range(1, size), 0]
-        possible: list[tuple[int, int, int]] = []
+        possible: list[tuple[int, int]] = []
+
+        def rank_at(left: int) -> int | None:
+            return self._rank.get((tokens[left], tokens[after[left]]))
 
         def propose(left: int) -> None:
-            if merge := self._ranked.get((ids[left], ids[after[left]])):
-                heapq.heappush(possible, (merge[0], left, merge[1]))
+            if (rank := rank_at(left)) is not None:
+                heapq.heappush(possible, (rank, left))
 
         for place in range(size):
             propose(place)
         while possible:
-            rank, left, merged = heapq.heappop(possible)
-            right = after[left]
-            if self._ranked.get((ids[left], ids[right])) != (rank, merged):
+            rank, left = heapq.heappop(possible)
+            if rank_at(left) != rank:
                 continue  # another merge has taken one of the two since
-            ids[left], ids[right] = merged, nothing
+            right = after[left]
+            tokens[left], tokens[right] = "".join(self.merges[rank]), None
             after[left] = after[right]
             before[after[left]] = left
             propose(before[left])
             propose(left)
-        return [id for id in ids if id != nothing]
-
-
-def _all_token_bytes(
-    encoder: dict[str, int], merges: list[tuple[str, str]], special_tokens: frozenset[str]
-) -> dict[int, bytes]:
-    """id -> bytes; a special token stands for its own characters, unless ordinary text can become it too."""
-    literal = special_tokens - {*CHARACTER_OF_BYTE, *(left + right for left, right in merges)}
-    return {
-        id: token.encode()
-        if token in literal or not BYTE_OF_CHARACTER.keys() >= set(token)
-        else bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
-        for token, id in encoder.items()
-    }
+        return [token for token in tokens if token is not None]
 
 
 def _integer(id: Any) -> int:
@@ -267,23 +264,34 @@ def _check_parts(
     encoder: dict[str, int], merges: list[tuple[str, str]], special_tokens: frozenset[str], places: Places
 ) -> None:
     """Raises `TokenizerError` where vocabulary, merges and special tokens do not fit each other."""
-    first: dict[int, str] = {}
     for token, id in encoder.items():
-        if not isinstance(id, int) or isinstance(id, bool) or id < 0:
+        if type(id) is not int or id < 0:
             raise TokenizerError(f"{places.vocabulary}: the id of {token!r} is {id!r}, expected an integer >= 0")
-        if first.setdefault(id, token) != token:
-            raise TokenizerError(f"{places.vocabulary}: {first[id]!r} and {token!r} have the same id {id}")
-        if token.encode(errors="ignore").decode() != token:
-            raise TokenizerError(f"{places.vocabulary}: {token!r} has a lone surrogate, so it is not text")
+    if len(set(encoder.values())) < len(encoder):
+        first, second = _same_id(encoder)
+        raise TokenizerError(f"{places.vocabulary}: {first!r} and {second!r} have the same id {encoder[first]}")
+    try:
+        "".join(encoder).encode()  # all at once: there are 50 000 of them
+    except UnicodeEncodeError as error:
+        token = next(token for token in encoder if error.object[error.start] in token)
+        raise TokenizerError(f"{places.vocabulary}: {token!r} has a lone surrogate, so it is not text") from None
     for byte, character in enumerate(CHARACTER_OF_BYTE):
         if character not in encoder:
             raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: no {character!r} for byte {byte:#04x}")
-    for rank, (left, right) in enumerate(merges):
+    made = set(map("".join, merges))
+    unknown = {*itertools.chain.from_iterable(merges), *made} - encoder.keys()
+    for rank, (left, right) in enumerate(merges if unknown or EOS in made else ()):
         for token in (left, right, left + right):
-            if token not in encoder:
+            if token in unknown:
                 raise TokenizerError(f"{places.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
         if left + right == EOS:
             raise TokenizerError(f"{places.merge(rank)}: makes {EOS}, which text must not become by itself")
     for token in special_tokens:
         if not token or token not in encoder:
             raise TokenizerError(f"{places.vocabulary}: special token {token!r} is empty or has no id")
+
+
+def _same_id(encoder: dict[str, int]) -> tuple[str, str]:
+    """The first two tokens with the same id."""
+    first: dict[int, str] = {}
+    return next((first[id], token) for token, id in encoder.items() if first.setdefault(id, token) != token)

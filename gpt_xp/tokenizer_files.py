@@ -66,7 +66,7 @@ def read_pair(vocab: Path, merges: Path) -> Parts:
     lines = [line.removesuffix("\r") for line in _read_text(merges).rstrip("\r\n").split("\n")]
     first = int(lines[0].startswith("#version"))  # further down it is a merge
     places = Places(str(vocab), lambda rank: f"{merges}, line {first + rank + 1}")
-    return encoder, [_pair(line, places.merge(rank)) for rank, line in enumerate(lines[first:])], added, places
+    return encoder, _pairs(lines[first:], places), added, places
 
 
 def read_tokenizer_json(path: Path) -> Parts:
@@ -84,8 +84,7 @@ def read_tokenizer_json(path: Path) -> Parts:
     added = dict(_added_token(entry, f"{path}: added_tokens[{i}]") for i, entry in enumerate(document["added_tokens"]))
     encoder = _with_added(document["model"]["vocab"], added, f"{path}: added_tokens")
     places = Places(f"{path}: model.vocab", lambda rank: f"{path}: model.merges[{rank}]")
-    merges = [_pair(merge, places.merge(rank)) for rank, merge in enumerate(document["model"]["merges"])]
-    return encoder, merges, added, places
+    return encoder, _pairs(document["model"]["merges"], places), added, places
 
 
 def _field(document: Any, field: str) -> Any:
@@ -108,15 +107,20 @@ def _with_added(encoder: dict[str, int], added: dict[str, int], place: str) -> d
     for token, id in added.items():
         if encoder.get(token, id) != id:
             raise TokenizerError(f"{place}: {token!r} is {id!r}, but {encoder[token]!r} in the vocabulary")
-    return encoder | added
+    return encoder | added if added else encoder
 
 
-def _pair(merge: Any, place: str) -> tuple[str, str]:
-    """The two parts of a merge, which is "left right" or ["left", "right"]."""
-    match merge.split(" ") if isinstance(merge, str) else merge:
-        case [str(left), str(right)] if left and right:
-            return left, right
-    raise TokenizerError(f"{place}: {merge!r} is no merge: expected two tokens with one space between them")
+def _pairs(merges: Iterable[Any], places: Places) -> list[tuple[str, str]]:
+    """The two parts of each merge, which is "left right" or ["left", "right"]."""
+    pairs = []
+    for rank, merge in enumerate(merges):
+        match merge.split(" ") if isinstance(merge, str) else merge:
+            case [left, right] if left and right and isinstance(left, str) and isinstance(right, str):
+                pairs.append((left, right))
+            case _:
+                problem = f"{merge!r} is no merge: expected two tokens with one space between them"
+                raise TokenizerError(f"{places.merge(rank)}: {problem}")
+    return pairs
 
 
 def _read_text(path: Path) -> str:

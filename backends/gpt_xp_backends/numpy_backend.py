@@ -5,12 +5,29 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import array_api_compat.numpy
 import numpy as np
 import threadpoolctl
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physical_memory
 from gpt_xp.errors import BackendError
+
+# What is in NumPy as the standard has it, of that which every step calls.
+STANDARD = (
+    *("argmax", "asarray", "broadcast_to", "cumulative_sum", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
+    *("tanh", "where", "zeros"),
+)
+
+
+class NumPy(SimpleNamespace):
+    """NumPy's namespace; what it was not given comes from array_api_compat, when it is asked for.
+
+    That loads every corner of NumPy, its Fortran compiler too, which takes longer than NumPy itself.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        import array_api_compat.numpy
+
+        return getattr(array_api_compat.numpy, name)
 
 
 def info() -> BackendInfo:
@@ -38,7 +55,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     )
 
 
-def namespace() -> SimpleNamespace:
+def namespace() -> NumPy:
     """Return NumPy as the standard has it, with the shortest way into the functions that every step calls.
 
     Each weight matrix that a step reads pushes the interpreter's own code and data out of the processor's caches, so
@@ -59,8 +76,10 @@ def namespace() -> SimpleNamespace:
         "full": lambda shape, value, dtype=None, device=None: np.full(shape, value, dtype=dtype),
         "clip": lambda x, min, max: np.minimum(np.maximum(x, min), max),
         "take_along_axis": _take_along_last_axis,
+        "sort": _sort,
     }
-    return SimpleNamespace(**vars(array_api_compat.numpy) | shorter)
+    # NumPy 2.0 has no cumulative_sum.
+    return NumPy(**{name: getattr(np, name) for name in STANDARD if hasattr(np, name)} | shorter)
 
 
 def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
@@ -73,6 +92,11 @@ def _mean(x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     mean = np.add.reduce(x, axis=axis, keepdims=keepdims)
     mean /= x.size if axis is None else x.shape[axis]
     return mean
+
+
+def _sort(x: Any, axis: int = -1, descending: bool = False, stable: bool = True) -> Any:
+    ordered = np.sort(x, axis=axis, stable=stable)
+    return np.flip(ordered, axis) if descending else ordered
 
 
 def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:

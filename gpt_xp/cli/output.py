@@ -59,12 +59,12 @@ def waiting(what: str, delay: float = 1, exit_at_once: bool = True) -> Iterator[
 
     Without `exit_at_once`, Ctrl-C is left to the body, which has something to clean up.
     """
-    from tqdm import tqdm
-
     done = threading.Event()
 
     def show() -> None:
         if not done.wait(delay):
+            from tqdm import tqdm
+
             with tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False) as bar:
                 while not done.wait(0.5):
                     bar.refresh()
