@@ -153,13 +153,12 @@ def test_one_slow_step_decides_nothing() -> None:
 
 
 class Prophet:
-    """Proposes what really follows, with every token that `errs` names replaced by another."""
+    """Proposes what really follows, with the tokens at some places replaced by others."""
 
-    futures: Iterator[list[int]]
-    errs: frozenset[int]
+    rows: Iterator[tuple[list[int], set[int]]]  # of each: what follows, and where to err
 
     def __init__(self, prompt: Iterable[int]) -> None:
-        self.future, self.place = next(self.futures), 0
+        (self.future, self.errs), self.place = next(self.rows), 0
 
     def append(self, token: int) -> None:
         self.place += 1
@@ -179,11 +178,11 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prophesy(monkeypatch: pytest.MonkeyPatch, always: None) -> Callable[..., None]:
-    """Make a prophet of these continuations the one who guesses."""
+    """Let a prophet guess these continuations; each row errs a token later than the one before."""
 
     def prophesy(*plain: Generation, errs: Iterable[int] = ()) -> None:
-        monkeypatch.setattr(Prophet, "futures", iter([out.token_ids for out in plain]), raising=False)
-        monkeypatch.setattr(Prophet, "errs", frozenset(errs), raising=False)
+        rows = [(out.token_ids, {place + row for place in errs}) for row, out in enumerate(plain)]
+        monkeypatch.setattr(Prophet, "rows", iter(rows), raising=False)
         monkeypatch.setattr(speculation, "NGrams", Prophet)
 
     return prophesy
@@ -388,9 +387,8 @@ def test_jax_compiles_one_more_program(monkeypatch: pytest.MonkeyPatch, always: 
     prompt = [1, 2, 3, 1, 2]
     for speculate in (False, True, True, False):
         model.generate(prompt, max_tokens=100, speculate=speculate)
-        if not speculate:
-            assert traced == ["last_logits (1, 16) 128", "last_logits (1, 1) 128"] + traced[2:]
-    assert traced[2:] == [f"each_logits (1, {WIDTH}) 128"]
+    plain = ["last_logits (1, 16) 128", "last_logits (1, 1) 128"]
+    assert traced == [*plain, f"each_logits (1, {WIDTH}) 128"]
     assert model.generate(prompt, max_tokens=100, speculate=True).stats.compile_seconds == 0
 
 
