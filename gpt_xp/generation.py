@@ -22,7 +22,7 @@ from gpt_xp.errors import NumericalError
 from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.sampling import Choice, Sampling, choose
-from gpt_xp.speculation import WIDTH, Speculation
+from gpt_xp.speculation import WIDTH, Speculation, agree
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
@@ -281,13 +281,13 @@ class Engine:
     def _speculate(self, run: Run) -> Iterator[Choice]:
         """Decode without end, several tokens at a time where it pays; yield the choices of `_one_by_one`."""
         speculation = Speculation([row.prompt.token_ids for row in run.rows])
-        speculation.append(run.choice.token)
+        speculation.append(run.choice.token, run.alive)
         while True:
             step, began = run.step, run.clock.decode
             fits = run.used + WIDTH <= run.cache.n_slots  # where the ring begins again, a wrong guess would destroy
             proposed = speculation.propose(run.alive) if fits else None
             for choice in [self._next(run)] if proposed is None else self._verify(run, proposed):
-                speculation.append(choice.token)
+                speculation.append(choice.token, run.alive)
                 yield choice
             seconds = run.clock.decode - began
             if proposed is None:
@@ -320,9 +320,8 @@ class Engine:
             with run.clock.measure("decode"):
                 run.choice = self._sample(logits, run.rows, run.sampling, run.step)
             run.step, run.used = run.step + 1, run.used + 1
-            alive = run.alive  # as it is before the choice is taken
-            agrees = position < proposed.shape[1] and all((run.choice.token == proposed[:, position])[alive])
-            run.accepted += agrees * sum(alive)
+            agrees = agree(run.choice.token, proposed, position, run.alive)
+            run.accepted += agrees * sum(run.alive)
             yield run.choice
             if not agrees:
                 break

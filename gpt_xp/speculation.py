@@ -11,16 +11,17 @@ Saxena 2023, "Prompt Lookup Decoding" (guess by n-grams).
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+
+Tokens: TypeAlias = np.ndarray[Any, Any]
 
 WIDTH = 8  # tokens of one pass: the last that was chosen, and 7 proposed (BLAS takes eight rows sooner than five)
 LONGEST, SHORTEST = 4, 2  # tokens that must have stood before; a single one says too little of what follows
 
-# In steps of plain decoding:
-CREDIT = 3.0  # what speculation may lose before it pauses
-FIRST_PAUSE = 16  # how long; twice as long each time, until it has paid again
+CREDIT = 3.0  # what speculation may lose before it stops, in steps of plain decoding
+FADING = 0.98  # of a price that keeps perfect guesses off: it may have been measured in a bad moment
 
 
 class NGrams:
@@ -53,62 +54,78 @@ class NGrams:
 
 
 class Account:
-    """Whether speculation pays: an account of the seconds that it saves.
+    """Whether speculation pays: an account of what it saves, in steps of plain decoding.
 
-    Each pass earns the time of the plain steps that it replaces, and costs its own. An account that is overdrawn by
-    `CREDIT` pauses speculation, and begins anew after the pause; nothing above `CREDIT` is saved up, or an old gain
-    would pay for a long loss.
+    Each pass earns the steps that it replaces, and costs its own time. While the account is overdrawn, decoding is
+    plain; proposals are then watched, and earn and cost what they would have. Nothing above `CREDIT` or below
+    -`CREDIT` is kept, so that the past is soon forgotten.
     """
 
     def __init__(self) -> None:
-        self._plain: deque[float] = deque(maxlen=9)  # seconds of the latest steps
-        self._balance = 0.0  # seconds
-        self._pause = FIRST_PAUSE
-        self._waiting = 1  # plain steps to go: the first shows what a step costs
+        self._steps: deque[float] = deque(maxlen=9)  # seconds of the latest
+        self._price = 0.0  # steps that the latest pass took as long as
+        self._balance = CREDIT
 
     @property
     def is_open(self) -> bool:
-        """Whether to speculate now."""
-        return self._waiting == 0
+        """Whether to speculate now: not before a step has shown what it costs."""
+        return len(self._steps) > 0 and self._balance > 0
 
     def add_step(self, seconds: float) -> None:
         """Count a step of plain decoding."""
-        self._plain.append(seconds)
-        self._waiting = max(self._waiting - 1, 0)
+        self._steps.append(seconds)
 
     def add_pass(self, tokens: int, seconds: float) -> None:
         """Count a pass over proposed tokens, and how many tokens of each row it gave."""
-        step = statistics.median(self._plain)
-        credit = CREDIT * step
-        self._balance = min(self._balance + tokens * step - seconds, credit)
-        if self._balance == credit:
-            self._pause = FIRST_PAUSE
-        elif self._balance < -credit:
-            self._balance, self._waiting, self._pause = 0.0, self._pause, 2 * self._pause
+        price = seconds / max(statistics.median(self._steps), 1e-9)
+        self._add(tokens - price)
+        self._price = min(price, WIDTH)  # more, and even a perfect guess could not open the account again
+
+    def add_watched(self, tokens: int) -> None:
+        """Count a pass that was not made, and how many tokens it would have given."""
+        self._add(tokens - self._price)
+        if tokens == WIDTH:
+            self._price *= FADING
+
+    def _add(self, gain: float) -> None:
+        self._balance = max(-CREDIT, min(self._balance + gain, CREDIT))
 
 
 class Speculation:
-    """What to propose for the rows of a batch.
+    """What to propose for the rows of a batch, and whether it turned out right.
 
-    All rows advance together, so proposals serve as far as they are right for every row that still goes on.
+    All rows advance together, so a proposal serves as far as it is right for every row that still goes on.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.account = Account()
         self._texts = [NGrams(text) for text in texts]
+        self._watched: Tokens | None = None  # a proposal that plain decoding has borne out so far
+        self._right = 0  # how many of its tokens
 
-    def append(self, tokens: Iterable[Any]) -> None:
-        """Add the next token of each row."""
+    def append(self, tokens: Tokens, alive: Sequence[bool]) -> None:
+        """Add the next token of each row [batch]."""
         for text, token in zip(self._texts, tokens, strict=True):
             text.append(int(token))
+        if self._watched is not None:
+            self._right += 1
+            if not agree(tokens, self._watched, self._right - 1, alive):
+                self.account.add_watched(self._right)
+                self._watched = None
 
-    def propose(self, alive: Sequence[bool]) -> "np.ndarray[Any, np.dtype[np.int32]] | None":
+    def propose(self, alive: Sequence[bool]) -> Tokens | None:
         """Return proposed tokens [batch, WIDTH - 1] for the rows that are `alive`, and anything for the others.
 
         None if speculation does not pay now, or one of those rows has no proposal.
         """
-        if not self.account.is_open:
-            return None
+        if self.account.is_open:
+            self._watched = None
+            return self._look_up(alive)
+        if self._watched is None:
+            self._watched, self._right = self._look_up(alive), 0
+        return None
+
+    def _look_up(self, alive: Sequence[bool]) -> Tokens | None:
         proposed = np.zeros((len(self._texts), WIDTH - 1), dtype=np.int32)
         for row in np.flatnonzero(alive):
             tokens = self._texts[row].propose(WIDTH - 1)
@@ -116,3 +133,8 @@ class Speculation:
                 return None
             proposed[row] = tokens
         return proposed
+
+
+def agree(tokens: Tokens, proposed: Tokens, place: int, alive: Sequence[bool]) -> bool:
+    """Whether the tokens [batch] are those at one place of `proposed` [batch, n], in every row that is `alive`."""
+    return place < proposed.shape[1] and bool(np.all((tokens == proposed[:, place])[alive]))
