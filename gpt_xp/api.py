@@ -87,13 +87,15 @@ class Model:
         seed: int | None = None,
         ignore_eos: bool = False,
         num_samples: int = 1,
+        speculate: bool = False,
     ) -> Any:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
         A prompt is text or token ids; an empty one begins with the end-of-text token. With `num_samples`, the samples
         of the first prompt come first, then those of the second. `max_tokens` None goes on to the end of the context.
         `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos` goes on after the end token, and keeps
-        it. See `sampling.Sampling` for the filters.
+        it. See `sampling.Sampling` for the filters. `speculate` guesses tokens from repeats in the text and checks
+        several at once, while that saves time: the same text, but for choices whose margin is within rounding.
 
         Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for other
         arguments that make no sense, `DeviceMemoryError`.
@@ -101,6 +103,7 @@ class Model:
         pieces = self.stream(
             prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, stop=stop, seed=seed, ignore_eos=ignore_eos, num_samples=num_samples,
+            speculate=speculate,
         )  # fmt: skip
         results = [piece.result for piece in pieces if piece.result is not None]
         return results[0] if _is_one(prompt) and num_samples == 1 else results
@@ -119,6 +122,7 @@ class Model:
         seed: int | None = None,
         ignore_eos: bool = False,
         num_samples: int = 1,
+        speculate: bool = False,
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -139,7 +143,7 @@ class Model:
         encoded = [self._encode(text) for text in texts]
         self._check_memory(encoded, num_samples, max_tokens)
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
-        return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, called)
+        return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""

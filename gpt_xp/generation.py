@@ -2,7 +2,8 @@
 
 Prefill runs a prompt through the model in pieces, so that activations stay in the processor's cache and attention
 never builds a matrix of context x context; decode runs one token per row and step. Both are the same function,
-`last_logits`, which a backend may compile.
+`last_logits`, which a backend may compile. With speculation, decode runs several tokens that were guessed, and keeps
+those that it would have chosen: the same text from fewer steps.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from gpt_xp.errors import NumericalError
 from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.sampling import Choice, Sampling, choose
+from gpt_xp.speculation import WIDTH, Speculation, agree
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
@@ -46,6 +48,8 @@ class Stats:
     device: str = ""
     dtype: str = ""
     rows: int = 1
+    proposed_tokens: int = 0  # by speculation, and how many of them were what the model chose
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -163,6 +167,14 @@ def all_logits(
     return at_least_float32(logits, xp), cache
 
 
+def each_logits(
+    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
+) -> tuple[list[Array], KVCache]:
+    """Logits [batch, n_vocab], at least float32, after each of tokens [batch, n_seq]."""
+    logits, cache = all_logits(params, tokens, cache, config, window, xp)
+    return [logits[:, position, :] for position in range(tokens.shape[1])], cache
+
+
 class Clock:
     """Adds up the seconds of each phase, with compiling apart."""
 
@@ -180,6 +192,26 @@ class Clock:
         setattr(self, phase, getattr(self, phase) + time.perf_counter() - begin - compiling)
 
 
+@dataclass
+class Run:
+    """Where a generation stands, between two steps."""
+
+    rows: Sequence[Row]
+    sampling: Sampling
+    clock: Clock
+    choice: Choice  # the latest, not yet in the cache
+    cache: KVCache
+    used: int  # slots of the cache
+    step: int = 1  # how many tokens were chosen for each row
+    proposed: int = 0  # tokens, over all rows
+    accepted: int = 0
+
+    @property
+    def alive(self) -> list[bool]:
+        """Which rows go on, [batch]."""
+        return [row.finish_reason is None for row in self.rows]
+
+
 class Engine:
     """A model on its backend: the compiled steps, and the loop around them."""
 
@@ -194,6 +226,7 @@ class Engine:
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
         self._choosing = get_backend("numpy") if backend.samples_on_host else backend
+        self._each_logits = backend.compile(each_logits, static=static, donate=donate)
         self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("top_k", "xp"))
         self._allowed = self._allowed_ids()
 
@@ -204,6 +237,7 @@ class Engine:
         max_tokens: int | None,
         stops: Sequence[str],
         ignore_eos: bool,
+        speculate: bool,
         called: float,
     ) -> Iterator[Piece]:
         """Continue all prompts together, yielding text as it comes and, at the end, each row's result.
@@ -211,20 +245,17 @@ class Engine:
         `called` is the `time.perf_counter()` at which the user's call began.
         """
         rows = [self._row(prompt, max_tokens, stops, ignore_eos) for prompt in prompts]
-        n_new = max(row.limit for row in rows)
+        n_new = max(row.limit for row in rows) + (WIDTH if speculate else 0)  # with room for what is refused
         clock = Clock(self.backend)
         with clock.measure("prefill"):
             logits, cache, used = self.prefill([prompt.token_ids for prompt in prompts], n_new)
             choice = self._sample(logits, rows, sampling, step=0)
         time_to_first_token = time.perf_counter() - called
         yield from _take(rows, choice)
-        for step in range(1, n_new):
-            if all(row.finish_reason for row in rows):
-                break
-            with clock.measure("decode"):
-                logits, cache, used = self.decode(choice.token, cache, used)
-                choice = self._sample(logits, rows, sampling, step)
-            yield from _take(rows, choice)
+        state = Run(rows, sampling, clock, choice, cache, used)
+        choices = self._speculate(state) if speculate else self._one_by_one(state)
+        while any(state.alive):
+            yield from _take(rows, next(choices))
         stats = Stats(
             rows=len(rows),
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
@@ -237,9 +268,65 @@ class Engine:
             backend=self.backend.name,
             device=self.backend.device,
             dtype=self.backend.dtype,
+            proposed_tokens=state.proposed,
+            accepted_tokens=state.accepted,
         )
         for index, row in enumerate(rows):
             yield Piece("", index, result=row.result(stats))
+
+    def _one_by_one(self, run: Run) -> Iterator[Choice]:
+        """Decode without end; yield each choice."""
+        while True:
+            yield self._next(run)
+
+    def _speculate(self, run: Run) -> Iterator[Choice]:
+        """Decode without end, several tokens at a time where it pays; yield the choices of `_one_by_one`."""
+        speculation = Speculation([row.prompt.token_ids for row in run.rows])
+        speculation.append(run.choice.token, run.alive)
+        while True:
+            step, began = run.step, run.clock.decode
+            fits = run.used + WIDTH <= run.cache.n_slots  # where the ring begins again, a wrong guess would destroy
+            proposed = speculation.propose(run.alive) if fits else None
+            for choice in [self._next(run)] if proposed is None else self._verify(run, proposed):
+                speculation.append(choice.token, run.alive)
+                yield choice
+            seconds = run.clock.decode - began
+            if proposed is None:
+                speculation.account.add_step(seconds)
+            else:
+                speculation.account.add_pass(run.step - step, seconds)
+
+    def _next(self, run: Run) -> Choice:
+        """Decode one token of each row."""
+        with run.clock.measure("decode"):
+            logits, run.cache, run.used = self.decode(run.choice.token, run.cache, run.used)
+            run.choice = self._sample(logits, run.rows, run.sampling, run.step)
+        run.step += 1
+        return run.choice
+
+    def _verify(self, run: Run, proposed: "np.ndarray[Any, Any]") -> Iterator[Choice]:
+        """Decode the latest tokens and those proposed after them [batch, WIDTH - 1] in one pass.
+
+        Yield the choice after each, up to the first that is not what was proposed: it is right too.
+        """
+        tokens = np.column_stack([run.choice.token, proposed]).astype(np.int32)
+        window = min(self.backend.window(run.used + WIDTH), run.cache.n_slots)
+        with run.clock.measure("decode"):
+            each, cache = self._each_logits(
+                self.params, self.backend.asarray(tokens), run.cache,
+                config=self.config, window=window, xp=self.backend.xp,
+            )  # fmt: skip
+        run.proposed += proposed.shape[1] * sum(run.alive)
+        for position, logits in enumerate(each):
+            with run.clock.measure("decode"):
+                run.choice = self._sample(logits, run.rows, run.sampling, run.step)
+            run.step, run.used = run.step + 1, run.used + 1
+            agrees = agree(run.choice.token, proposed, position, run.alive)
+            run.accepted += agrees * sum(run.alive)
+            yield run.choice
+            if not agrees:
+                break
+        run.cache = cache._replace(position=run.used)  # what was refused is looked at by nobody, and overwritten
 
     def prefill(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple[Array, KVCache, int]:
         """Run the prompts; return logits [batch, n_vocab] after the last token of each, the cache, and its used slots.

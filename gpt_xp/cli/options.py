@@ -104,6 +104,7 @@ sampling_options = together(
     option("--seed", metavar="N", type=int, help="Same seed, same text.  [default: drawn, and told on stderr]"),
     option("--num-samples", metavar="N", type=COUNT, default=1, show_default=True, help="Continue the prompt N times."),
     flag("--ignore-eos", help="Go on after <|endoftext|>."),
+    flag("--speculate", help="Guess from repeats in the text and check several tokens at once: same text, sooner."),
 )  # fmt: skip
 output_options = together(
     flag("--no-stream", help="Print the text at the end, on a terminal too."),

@@ -50,6 +50,8 @@ def stats_line(name: str, stats: Stats) -> str:
         f"generated {_tokens(stats.generated_tokens, stats.decode_tokens_per_second)}",
         f"first token after {stats.time_to_first_token:.3f} s",
     ]
+    if stats.proposed_tokens:
+        parts.append(f"speculation accepted {stats.accepted_tokens} of {stats.proposed_tokens} proposed tokens")
     if stats.compile_seconds:
         parts.append(f"compiling {stats.compile_seconds:.2f} s")
     if stats.peak_memory_bytes is not None:
@@ -63,7 +65,10 @@ def add_stats(each: Sequence[Stats]) -> Stats:
     def total(field: str) -> Any:
         return sum(getattr(stats, field) for stats in each)
 
-    sums = ("rows", "prompt_tokens", "generated_tokens", "compile_seconds", "prefill_seconds", "decode_seconds")
+    sums = (
+        "rows", "prompt_tokens", "generated_tokens", "proposed_tokens", "accepted_tokens",
+        "compile_seconds", "prefill_seconds", "decode_seconds",
+    )  # fmt: skip
     return dataclasses.replace(
         each[0],
         **{field: total(field) for field in sums},
