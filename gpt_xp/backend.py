@@ -93,6 +93,8 @@ class Backend:
     window: Callable[[int], int] = lambda n: n
     # How many slots to make for n tokens in a model of context n_ctx.
     slots: Callable[[int, int], int] = lambda n, n_ctx: n
+    # How many tokens of each of so many prompts are computed together: few stay in the processor's cache.
+    piece: Callable[[int], int] = lambda batch: 128
     # To how many tokens a piece of n, out of a prompt of `total`, is padded on the right.
     pad: Callable[[int, int], int] = lambda n, total: n
     # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.1: there, logits are sampled by NumPy.

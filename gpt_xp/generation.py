@@ -26,7 +26,7 @@ from gpt_xp.speculation import WIDTH, Speculation, agree
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
-PIECE = 128  # tokens of a prompt that are computed together
+PIECE = 128  # tokens whose logits are computed together
 
 
 @dataclass(frozen=True)
@@ -334,9 +334,10 @@ class Engine:
         The cache has room for `n_new` more tokens of each row.
         """
         tokens, cache, total = self._begin(prompts, n_new)
-        for begin in range(0, total, PIECE):
-            piece, window = self._piece(tokens, begin, cache)
-            logits, cache = self._step(piece, cache, min(PIECE, total - begin), window)
+        length = self.backend.piece(len(prompts))
+        for begin in range(0, total, length):
+            piece, window = self._piece(tokens, begin, cache, length)
+            logits, cache = self._step(piece, cache, min(length, total - begin), window)
         return logits, cache, total
 
     def decode(self, token: Any, cache: KVCache, used: int) -> tuple[Array, KVCache, int]:
@@ -376,9 +377,11 @@ class Engine:
         )
         return tokens, cache, total
 
-    def _piece(self, tokens: "np.ndarray[Any, Any]", begin: int, cache: KVCache) -> tuple[Array, int]:
+    def _piece(
+        self, tokens: "np.ndarray[Any, Any]", begin: int, cache: KVCache, length: int = PIECE
+    ) -> tuple[Array, int]:
         """Return the piece of tokens [batch, total] that begins at `begin`, on the device, and its window."""
-        piece = tokens[:, begin : begin + PIECE]
+        piece = tokens[:, begin : begin + length]
         padding = self.backend.pad(piece.shape[1], tokens.shape[1]) - piece.shape[1]
         piece = np.pad(piece, ((0, 0), (0, padding)))
         window = min(self.backend.window(begin + piece.shape[1]), cache.n_slots)

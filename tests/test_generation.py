@@ -127,7 +127,7 @@ def test_jax_compiles_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(generation, "last_logits", spy)
     model = Model(params, config, backend=make_backend("jax"))
-    allowed = 2 + int(math.log2(config.n_ctx / 128))
+    windows = 1 + int(math.log2(config.n_ctx / 128))
 
     def everything(rows: int) -> None:
         for n_prompt, n_new in ((1, 5), (16, 1), (17, 300), (130, 2), (500, 100), (1024, None), (700, 400)):
@@ -140,8 +140,9 @@ def test_jax_compiles_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         everything(rows)
         decode = [each for each in traced if each[0] == (rows, 1)]
         prefill = [each for each in traced if each[0] != (rows, 1)]
-        assert 0 < len(decode) <= allowed
-        assert 0 < len(prefill) <= allowed
+        assert 0 < len(decode) <= windows
+        # One prompt's pieces of 16, of 1 to 4 times 128, and those after the first 512; of several, of 128 alone.
+        assert 0 < len(prefill) <= (9 if rows == 1 else 1 + windows)
         traced.clear()
         everything(rows)
         assert not traced, "compiled again after warm-up"

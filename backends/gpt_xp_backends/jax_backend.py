@@ -5,11 +5,12 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
+from gpt_xp._typing import Array, Namespace
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -24,8 +25,9 @@ from gpt_xp.store import home
 
 GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
 FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
-BLOCK = 128  # the shortest window, and the length of a piece of a prompt
+BLOCK = 128  # the shortest window; pieces of a prompt are padded to multiples of it
 SHORT = 16  # a shorter piece for short prompts
+LONG = 512  # tokens of a piece, over all rows: 512 at once take 0.83 of the time of four times 128
 
 
 def info() -> BackendInfo:
@@ -60,14 +62,15 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         version=jax.__version__,
         device=_name(where),
         dtype=dtype,
-        xp=jax.numpy,
+        xp=_namespace_for_cpus() if on_cpu else jax.numpy,
         asarray=asarray,
         to_numpy=np.asarray,
         compile=functools.partial(_compile, jax, scope),
         synchronize=lambda array: array.block_until_ready(),
         window=window,
         slots=lambda n, n_ctx: -(-n_ctx // BLOCK) * BLOCK,  # one size, or each would be compiled anew
-        pad=lambda n, total: SHORT if total <= SHORT else BLOCK,
+        piece=lambda batch: max(LONG // batch // BLOCK, 1) * BLOCK,
+        pad=lambda n, total: SHORT if total <= SHORT else -(-n // BLOCK) * BLOCK,
         samples_on_host=on_cpu,
         is_out_of_memory=lambda error: "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError),
         device_memory=_device_info(where).memory,
@@ -84,6 +87,25 @@ def window(n: int) -> int:
     while size < n:
         size *= 2
     return size
+
+
+@functools.cache  # one object: JAX compiles anew for another
+def _namespace_for_cpus() -> Namespace:
+    """Return jax.numpy with a `matmul` that reads the keys of attention where they are.
+
+    Each query of a decode step is multiplied with the transposed keys, which XLA's CPU compiler first copies into
+    that order. Written the other way round, keys times query, the same product needs no such copy.
+    """
+    import jax.numpy as jnp
+
+    def matmul(a: Array, b: Array) -> Array:
+        if a.ndim > 2 and a.shape[-2] == 1 and b.shape[-1] > b.shape[-2]:
+            return jnp.matrix_transpose(jnp.matmul(jnp.matrix_transpose(b), jnp.matrix_transpose(a)))
+        return jnp.matmul(a, b)
+
+    namespace = ModuleType("jax.numpy for CPUs")
+    vars(namespace).update(vars(jnp) | {"matmul": matmul})
+    return namespace
 
 
 @contextlib.contextmanager
