@@ -225,8 +225,8 @@ class Engine:
         self._new_cache = backend.compile(new_cache, static=("config", "n_slots", "xp"))
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
-        self._choosing = get_backend("numpy") if backend.samples_on_host else backend
         self._each_logits = backend.compile(each_logits, static=static, donate=donate)
+        self._choosing = get_backend("numpy") if backend.samples_on_host else backend
         self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("top_k", "xp"))
         self._allowed = self._allowed_ids()
 

@@ -11,6 +11,8 @@ import threadpoolctl
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physical_memory
 from gpt_xp.errors import BackendError
 
+ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
+
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
     *("argmax", "asarray", "broadcast_to", "cumulative_sum", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
@@ -50,6 +52,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         asarray=lambda array, dtype=None: np.asarray(array, dtype=dtype),
         to_numpy=np.asarray,
         compile=_within_threads(threads),
+        piece=lambda batch: max(ROWS // batch, 16),
         device_memory=physical_memory(),
         settings=lambda: _settings(threads),
     )
