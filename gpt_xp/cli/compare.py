@@ -45,8 +45,9 @@ def compare(
 
     Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
     """
+    from gpt_xp._plots import check_plot
     from gpt_xp.comparison import compare, report
-    from gpt_xp.comparison.plot import check_plot, save_plot
+    from gpt_xp.comparison.plot import save_plot
 
     if plot is not None:
         check_plot(Path(plot))
