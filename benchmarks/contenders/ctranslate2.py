@@ -67,14 +67,17 @@ class Contender:
         self.threads, self.device = threads, device
 
     def describe(self) -> dict[str, Any]:
+        """Return name, version, device, dtype and settings."""
         return {"name": "CTranslate2", "version": ctranslate2.__version__, "device": self.device,
                 "dtype": self.generator.compute_type, "settings": {"threads": str(self.threads)}}  # fmt: skip
 
     def logits(self, tokens: list[int]) -> Any:
+        """Return the logits [n_vocab] after the last token."""
         result = self._generate([tokens], 1, return_logits_vocab=True)[0]
         return np.asarray(result.logits[0][0], dtype=np.float32)
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
+        """Return the seconds of prefill, and of each later token of all rows."""
         times = [0.0] * n_tokens
 
         def took(step: Any) -> bool:  # once for each row and token: the last row's call is the token's time

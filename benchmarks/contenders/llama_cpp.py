@@ -110,17 +110,19 @@ class Contender:
         self.rows, self.context = 0, None
 
     def describe(self) -> dict[str, Any]:
+        """Return name, version, device, dtype and settings."""
         settings = {"threads": str(self.threads), "cache": "float32" if self.dtype == "F32" else "float16",
-                    "flash attention": str(self.flash), "tokens together": str(MICRO_BATCH[self.flash]),
-                    "system": llama_cpp.llama_print_system_info().decode().strip()}  # fmt: skip
+                    "flash attention": str(self.flash), "tokens together": str(MICRO_BATCH[self.flash])}  # fmt: skip
         return {"name": "llama.cpp", "version": f"llama-cpp-python {llama_cpp.__version__}", "device": self.device,
                 "dtype": self.dtype, "settings": settings}  # fmt: skip
 
     def logits(self, tokens: list[int]) -> Any:
+        """Return the logits [n_vocab] after the last token."""
         self._begin([tokens])
         return self._logits(1)[0].copy()
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
+        """Return the seconds of prefill, and of each later token of all rows."""
         self._open(len(prompts))
         begin = time.perf_counter()
         batch, position = self._begin(prompts), len(prompts[0])
@@ -158,8 +160,12 @@ class Contender:
         self._open(len(prompts))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
         last = len(prompts[0]) - 1
-        self._fill(self.batch, [(token, position, row, position == last)
-                                for row, prompt in enumerate(prompts) for position, token in enumerate(prompt)])  # fmt: skip
+        entries = [
+            (token, position, row, position == last)
+            for row, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        self._fill(self.batch, entries)
         self._decode(self.batch)
         return self.batch
 

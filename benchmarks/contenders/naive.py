@@ -63,13 +63,16 @@ class Contender:
         self.n_head, self.threads = config.n_head, threads
 
     def describe(self) -> dict[str, Any]:
+        """Return name, version, device, dtype and settings."""
         return {"name": "picoGPT's algorithm", "version": f"NumPy {np.__version__}", "device": "cpu",
                 "dtype": "float32", "settings": {"threads": str(self.threads)}}  # fmt: skip
 
     def logits(self, tokens: list[int]) -> Any:
+        """Return the logits [n_vocab] after the last token."""
         return all_logits(tokens, **self.params, n_head=self.n_head)[-1]
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
+        """Return the seconds of prefill, and of each later token of all rows."""
         rows = [list(prompt) for prompt in prompts]
         seconds = []
         for _ in range(n_tokens):

@@ -25,6 +25,7 @@ class Contender:
         self.compiled = bool(compiled)
 
     def describe(self) -> dict[str, Any]:
+        """Return name, version, device, dtype and settings."""
         on = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         settings = {"threads": str(torch.get_num_threads()), "attention": self.model.config._attn_implementation,
                     "torch.compile": str(self.compiled)}  # fmt: skip
@@ -33,11 +34,13 @@ class Contender:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Any:
+        """Return the logits [n_vocab] after the last token."""
         ids = torch.tensor([tokens], device=self.device)
         return self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].float().cpu().numpy()
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
+        """Return the seconds of prefill, and of each later token of all rows."""
         cache = self._cache(len(prompts), len(prompts[0]) + n_tokens)
         seconds = []
         begin = time.perf_counter()

@@ -1,0 +1,120 @@
+"""How fast gpt-xp is beside the engines that people would pick instead, on the same machine and the same weights.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
+
+gpt-xp on each backend against transformers, CTranslate2, llama.cpp and picoGPT's algorithm, beside the floor: the bare
+matrix products over the same weights. Whoever is not installed is skipped, with the reason.
+
+The model has random weights of a published shape and is read from a file laid out as the published ones; CTranslate2's
+and llama.cpp's files are converted from it, in a temporary folder. Each contender lives in a process of its own, with
+its threads pinned. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B; decode
+is one token, and prefill a whole prompt up to the choice of the first token, both greedy, from token ids to token ids.
+llama.cpp F32 takes part twice, with its flash attention and without: one is faster in prefill, the other in decode.
+
+The last tables are the targets: ratios within each round, with their quartiles.
+"""
+
+import argparse
+import dataclasses
+
+import common
+
+from gpt_xp.bench import Benchmark, Workload
+from gpt_xp.bench.figures import Spread
+
+FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
+NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
+NAIVE = "picoGPT's algorithm"
+README_COMMAND = Workload(context=10, n_new=40)  # picoGPT's README: a prompt of 10 tokens, and 40 more
+AT_512 = Workload(context=512, n_new=2)
+
+
+def script() -> None:
+    """Run the comparison and print its tables."""
+    made = common.parser(__doc__)
+    made.add_argument("--contexts", type=common.numbers, default=[16, 512, 960], help="prompt tokens (default: 16,512,960)")
+    made.add_argument("--backends", default="numpy,jax,torch,cupy", help="of gpt-xp (default: numpy,jax,torch,cupy)")
+    made.add_argument("--quantize", help="gpt-xp on NumPy takes part quantized too, as --quantize of gpt-xp has it")
+    made.add_argument("--without-naive", action="store_true", help="leave picoGPT's algorithm out, which takes long")
+    options = made.parse_args()
+
+    found = []
+    with common.checkpoint(options) as folder:
+        ours = common.own(folder, options.backends.split(","))
+        if options.quantize:
+            ours += common.own(folder, ["numpy"], f" {options.quantize}", quantize=options.quantize)
+        entries = [*ours, *common.peers(folder, FLOAT32 + NARROW, options), *common.floor(folder)]
+        found.append(common.run("peers", entries, [Workload(context) for context in options.contexts], options))
+        if not options.without_naive and (options.only is None or NAIVE in options.only):
+            found.append(against_naive([*ours[:1], *common.peers(folder, [NAIVE], options)], options))
+    common.report(options, found, "\n".join(targets(found, options)))
+
+
+def against_naive(entries: list, options: argparse.Namespace) -> Benchmark:
+    """picoGPT's algorithm on its README's command, and on one token at 512 tokens of context; fewer rounds will do."""
+    fewer = argparse.Namespace(**{**vars(options), "rounds": min(options.rounds, 5), "plot": None})
+    found = common.run(NAIVE, entries, [README_COMMAND, AT_512], fewer)
+    return dataclasses.replace(found, title=found.title)
+
+
+def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
+    """Return tables: gpt-xp's backends to the fastest float32 engine and to the floor, and NumPy to the naive."""
+    engines = [
+        ["float32", "tokens", "to the faster of CTranslate2 and llama.cpp", "", "to CTranslate2", "to the floor", ""]
+    ]
+    for place, workload in enumerate(found[0].workloads):
+        for phase in ("decode", "prefill"):
+            for backend in ("numpy", "jax", "torch"):
+                row = engine_ratios(found[0], place, phase, backend)
+                if row:
+                    engines.append([f"{phase}, {backend}", str(workload.context), *row])
+    parts = [common.show(engines, options)] if len(engines) > 1 else []
+    naive = [row for each in found[1:] for row in naive_ratios(each)]
+    if naive:
+        parts.append(common.show([["against picoGPT's algorithm, NumPy", "times as fast", ""], *naive], options))
+    return parts
+
+
+def engine_ratios(found: Benchmark, place: int, phase: str, backend: str) -> list[str]:
+    """Return the cells of one row: to the faster engine and its name, to CTranslate2, to the floor; [] if not run."""
+    mine = common.measured(found, f"gpt-xp {backend}")
+    rivals = [each for name in FLOAT32[1:] if (each := common.measured(found, name))]
+    if mine is None or not rivals:
+        return []
+    taken = common.seconds(mine, place, phase)
+    fastest = min(rivals, key=lambda each: getattr(each.figures[place], phase).seconds.median)
+    to_fastest = common.ratio(taken, common.seconds(fastest, place, phase))
+    ctranslate2, bare = common.measured(found, "CTranslate2 float32"), common.measured(found, "floor")
+    limit = {"decode": 1.10, "prefill": 1.15}[phase]
+    to_floor = common.ratio(taken, common.seconds(bare, place, phase)) if bare else None
+    return [
+        f"{common.as_ratio(to_fastest)} {fastest.name}",
+        common.verdict(to_fastest, 1.0) if backend == "numpy" and phase == "decode" else "",
+        common.as_ratio(common.ratio(taken, common.seconds(ctranslate2, place, phase))) if ctranslate2 else "-",
+        common.as_ratio(to_floor) if to_floor else "-",
+        common.verdict(to_floor, limit) if to_floor and backend == "numpy" else "",
+    ]
+
+
+def naive_ratios(found: Benchmark) -> list[list[str]]:
+    """Return how many times as fast gpt-xp is: the whole README command, and one token at 512."""
+    naive = common.measured(found, NAIVE)
+    mine = next((each for each in found.standings if each.figures and each.name != NAIVE), None)
+    if naive is None or mine is None:
+        return []
+
+    def whole(standing, place: int) -> list[float]:
+        later = found.workloads[place].n_new - 1
+        return [turn.prefill + later * turn.decode for turn in standing.turns[place]]
+
+    command: Spread = common.ratio(whole(naive, 0), whole(mine, 0))
+    token: Spread = common.ratio(common.seconds(naive, 1, "decode"), common.seconds(mine, 1, "decode"))
+    return [
+        ["its README's command: 10 tokens, and 40 more", common.as_ratio(command), common.verdict(command, 5, at_least=True)],
+        ["one token at 512", common.as_ratio(token), common.verdict(token, 30, at_least=True)],
+    ]
+
+
+if __name__ == "__main__":
+    common.main(script)
