@@ -1,5 +1,6 @@
 """What the plots of `compare` and `bench` share; only here is matplotlib imported."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def check_plot(path: Path) -> None:
         raise SettingError(f"a plot cannot be written to {path}: its name must end in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise SettingError(f"a plot cannot be written to {path}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise SettingError(f"a plot cannot be written to {path}: no file may be made in {path.parent}")
 
 
 def new_figure(rows: int, columns: int, **settings: Any) -> tuple[Any, Any]:

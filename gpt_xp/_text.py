@@ -28,3 +28,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def wrapped(text: str) -> str:
     """Return lines of at most 80 columns, all but the first indented."""
     return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False) + "\n"
+
+
+def short_dtypes(text: str) -> str:
+    """Return text with f32 for float32, and bf16 for bfloat16."""
+    return text.replace("bfloat", "bf").replace("float", "f")

@@ -18,7 +18,9 @@ from gpt_xp.comparison.figures import difference
 from gpt_xp.errors import SettingError
 from gpt_xp.tolerances import TOLERANCE
 
-PAUSE = 0.05  # seconds between turns, in which the threads of the last contender stop to spin
+# Seconds between turns. The threads of the last contender spin on for a while and take their cores from the next: those
+# of OpenBLAS for 2**28 cycles, which is 0.1 s, and those of Intel's OpenMP for 0.2 s.
+PAUSE = 0.25
 CHECKED = 16  # tokens whose logits are compared
 # JAX takes most of a GPU when it starts, and would leave nothing to the others.
 MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -123,6 +125,7 @@ def race(
             _start(lanes, prompts(Workload(min(CHECKED, workloads[0].context)))[0])
         for lane in lanes:
             with progress(f"warming up {lane.entry.name}"):
+                time.sleep(pause)
                 lane.warm_up([(prompts(workload), workload) for workload in workloads])
         for number in range(rounds):
             with progress(f"round {number + 1} of {rounds}"):

@@ -23,7 +23,7 @@ def environment() -> dict[str, str | int | None]:
         "gpt_xp": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "memory_bytes": physical_memory(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from gpt_xp._text import markdown_table, size, table, wrapped
+from gpt_xp._text import markdown_table, short_dtypes, size, table, wrapped
 from gpt_xp.comparison.driver import Comparison, Run
 from gpt_xp.comparison.figures import Flip
 
@@ -125,7 +125,7 @@ def _name(run: Run) -> str:
 
 
 def _short(run: Run) -> str:
-    return f"{run.backend} {run.dtype.replace('bfloat', 'bf').replace('float', 'f')}"
+    return f"{run.backend} {short_dtypes(run.dtype)}"
 
 
 def _rate(rate: float | None) -> str:
