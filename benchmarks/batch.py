@@ -3,8 +3,8 @@
     python benchmarks/batch.py --plot benchmarks/results/batch-124M.png
 
 gpt-xp on NumPy, JAX and PyTorch, beside the floor: the bare products of thin matrices, one row for each prompt, with
-the same weights, and one read of all rows' caches. Float32, random weights of a published shape, read from a file laid out
-as the published ones. They take turns, A B A B. The last table is the throughput of each batch to that of a single
+the same weights, and one read of all rows' caches. Float32, random weights of a published shape, read from a file laid
+out as the published ones. They take turns, A B A B. The last table is the throughput of each batch to that of a single
 prompt, within each round.
 """
 
@@ -12,8 +12,8 @@ import argparse
 
 import common
 
-from gpt_xp.bench import Benchmark, Workload
-from gpt_xp.bench.figures import spread
+from gpt_xp.bench import Benchmark, Standing, Workload
+from gpt_xp.bench.figures import Spread, spread
 
 TARGET_BATCH, TARGET = 8, 4.0
 
@@ -40,18 +40,20 @@ def gains(found: Benchmark, options: argparse.Namespace) -> str:
     batches = [workload.batch for workload in found.workloads]
     if 1 not in batches or len(batches) < 2:
         return ""
-    single = batches.index(1)
-    rows = [["times the throughput of one", *map(str, batches), f"{TARGET_BATCH}: target"]]
+    rows = [["times the throughput of one", *map(str, batches), f"at {TARGET_BATCH}"]]
     for standing in found.standings:
         if standing.figures:
-            gained = [
-                spread([batch * one / many for one, many in
-                        zip(common.seconds(standing, single, "decode"), common.seconds(standing, place, "decode"), strict=True)])
-                for place, batch in enumerate(batches)
-            ]  # fmt: skip
-            met = common.verdict(gained[batches.index(TARGET_BATCH)], TARGET, at_least=True) if TARGET_BATCH in batches else ""
+            gained = [gain(standing, batches.index(1), place, batch) for place, batch in enumerate(batches)]
+            target = [each for batch, each in zip(batches, gained, strict=True) if batch == TARGET_BATCH]
+            met = common.verdict(target[0], TARGET, at_least=True) if target else ""
             rows.append([standing.name, *map(common.as_ratio, gained), met])
     return common.show(rows, options)
+
+
+def gain(standing: Standing, single: int, place: int, batch: int) -> Spread:
+    """Return the tokens per second of a batch to those of one prompt, each of one round to the other's of the same."""
+    one, many = (common.seconds(standing, at, "decode") for at in (single, place))
+    return spread([batch * alone / together for alone, together in zip(one, many, strict=True)])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/decode.py --plot benchmarks/results/decode-124M.png
 
 gpt-xp greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), beside the floor: the bare matrix-vector products
-over the same weights and one read of the cache's keys and values. Float32, random weights of a published shape, read from a
-file laid out as the published ones. They take turns, A B A B; the time of a token is from ids to the choice of an id.
+over the same weights and one read of the cache's keys and values. Float32, random weights of a published shape, read
+from a file laid out as the published ones. They take turns, A B A B; a token is from ids to the choice of an id.
 
 The last table is about growth: what a token takes more at the longest context than at the shortest of 64 and above,
 beside the time that the cache's extra bytes take at the bandwidth at which the floor reads everything.
@@ -30,8 +30,10 @@ def script() -> None:
     options = made.parse_args()
 
     with common.checkpoint(options) as folder:
-        ours = [*common.own(folder, options.backends.split(",")), *common.own(folder, ["numpy"], " sampled", sampling=SAMPLED)]
-        found = common.run("decode", [*ours, *common.floor(folder)], [Workload(context) for context in options.contexts], options)
+        ours = common.own(folder, options.backends.split(","))
+        ours += common.own(folder, ["numpy"], " sampled", sampling=SAMPLED)
+        workloads = [Workload(context) for context in options.contexts]
+        found = common.run("decode", [*ours, *common.floor(folder)], workloads, options)
     common.report(options, [found], "\n".join([*growth(found, options), *sampling(found, options)]))
 
 
@@ -58,11 +60,10 @@ def growth(found: Benchmark, options: argparse.Namespace) -> list[str]:
     rows = [[f"one token, from {short} to {long}", "more ms (quartiles)", "of what the extra bytes take"]]
     for standing in found.standings:
         if standing.figures:
-            pairs = zip(common.seconds(standing, last, "decode"), common.seconds(standing, first, "decode"), strict=True)
-            more = spread([late - early for late, early in pairs])
-            of_allowed = spread([more.median / allowed, more.low / allowed, more.high / allowed])
+            early, late = (common.seconds(standing, place, "decode") for place in (first, last))
+            more = spread([after - before for before, after in zip(early, late, strict=True)])
             rows.append([standing.name, f"{1e3 * more.median:.2f} ({1e3 * more.low:.2f}-{1e3 * more.high:.2f})",
-                         f"{of_allowed.median:.2f} x"])  # fmt: skip
+                         f"{more.median / allowed:.2f} x"])  # fmt: skip
     rows.append([f"the cache's extra {extra / 1e6:.1f} MB at {bandwidth.median / 1e9:.1f} GB/s",
                  f"{1e3 * allowed:.2f}", "1.00 x"])  # fmt: skip
     return [common.show(rows, options)]

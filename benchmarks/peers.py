@@ -16,15 +16,23 @@ The last tables are the targets: ratios within each round, with their quartiles.
 """
 
 import argparse
-import dataclasses
 
 import common
 
-from gpt_xp.bench import Benchmark, Workload
+from gpt_xp.bench import Benchmark, Entry, Standing, Workload
 from gpt_xp.bench.figures import Spread
 
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
+ENGINES = FLOAT32[1:]
+# How many times the seconds of others it may take; those of prefill are for long prompts.
+TARGETS = {
+    ("decode", "numpy"): {"fastest": 1.0, "floor": 1.10},
+    ("prefill", "numpy"): {"CTranslate2 float32": 1.0, "floor": 1.15},
+    ("decode", "jax"): {"CTranslate2 float32": 1.0},
+    ("prefill", "jax"): {"CTranslate2 float32": 1.0},
+}
+LONG_PROMPT = 512
 NAIVE = "picoGPT's algorithm"
 README_COMMAND = Workload(context=10, n_new=40)  # picoGPT's README: a prompt of 10 tokens, and 40 more
 AT_512 = Workload(context=512, n_new=2)
@@ -33,7 +41,9 @@ AT_512 = Workload(context=512, n_new=2)
 def script() -> None:
     """Run the comparison and print its tables."""
     made = common.parser(__doc__)
-    made.add_argument("--contexts", type=common.numbers, default=[16, 512, 960], help="prompt tokens (default: 16,512,960)")
+    made.add_argument(
+        "--contexts", type=common.numbers, default=[16, 512, 960], help="prompt tokens (default: 16,512,960)"
+    )
     made.add_argument("--backends", default="numpy,jax,torch,cupy", help="of gpt-xp (default: numpy,jax,torch,cupy)")
     made.add_argument("--quantize", help="gpt-xp on NumPy takes part quantized too, as --quantize of gpt-xp has it")
     made.add_argument("--without-naive", action="store_true", help="leave picoGPT's algorithm out, which takes long")
@@ -51,24 +61,19 @@ def script() -> None:
     common.report(options, found, "\n".join(targets(found, options)))
 
 
-def against_naive(entries: list, options: argparse.Namespace) -> Benchmark:
+def against_naive(entries: list[Entry], options: argparse.Namespace) -> Benchmark:
     """picoGPT's algorithm on its README's command, and on one token at 512 tokens of context; fewer rounds will do."""
     fewer = argparse.Namespace(**{**vars(options), "rounds": min(options.rounds, 5), "plot": None})
-    found = common.run(NAIVE, entries, [README_COMMAND, AT_512], fewer)
-    return dataclasses.replace(found, title=found.title)
+    return common.run(NAIVE, entries, [README_COMMAND, AT_512], fewer)
 
 
 def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
     """Return tables: gpt-xp's backends to the fastest float32 engine and to the floor, and NumPy to the naive."""
-    engines = [
-        ["float32", "tokens", "to the faster of CTranslate2 and llama.cpp", "", "to CTranslate2", "to the floor", ""]
-    ]
-    for place, workload in enumerate(found[0].workloads):
+    engines = [["float32", "tokens", "to the fastest engine", "to CTranslate2", "to the floor"]]
+    for place in range(len(found[0].workloads)):
         for phase in ("decode", "prefill"):
             for backend in ("numpy", "jax", "torch"):
-                row = engine_ratios(found[0], place, phase, backend)
-                if row:
-                    engines.append([f"{phase}, {backend}", str(workload.context), *row])
+                engines += engine_row(found[0], place, phase, backend)
     parts = [common.show(engines, options)] if len(engines) > 1 else []
     naive = [row for each in found[1:] for row in naive_ratios(each)]
     if naive:
@@ -76,25 +81,26 @@ def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
     return parts
 
 
-def engine_ratios(found: Benchmark, place: int, phase: str, backend: str) -> list[str]:
-    """Return the cells of one row: to the faster engine and its name, to CTranslate2, to the floor; [] if not run."""
+def engine_row(found: Benchmark, place: int, phase: str, backend: str) -> list[list[str]]:
+    """Return a row: the ratios to the fastest engine, to CTranslate2 and to the floor; none where it was not run."""
     mine = common.measured(found, f"gpt-xp {backend}")
-    rivals = [each for name in FLOAT32[1:] if (each := common.measured(found, name))]
-    if mine is None or not rivals:
+    engines = [each for name in ENGINES if (each := common.measured(found, name))]
+    if mine is None or not engines:
         return []
-    taken = common.seconds(mine, place, phase)
-    fastest = min(rivals, key=lambda each: getattr(each.figures[place], phase).seconds.median)
-    to_fastest = common.ratio(taken, common.seconds(fastest, place, phase))
-    ctranslate2, bare = common.measured(found, "CTranslate2 float32"), common.measured(found, "floor")
-    limit = {"decode": 1.10, "prefill": 1.15}[phase]
-    to_floor = common.ratio(taken, common.seconds(bare, place, phase)) if bare else None
-    return [
-        f"{common.as_ratio(to_fastest)} {fastest.name}",
-        common.verdict(to_fastest, 1.0) if backend == "numpy" and phase == "decode" else "",
-        common.as_ratio(common.ratio(taken, common.seconds(ctranslate2, place, phase))) if ctranslate2 else "-",
-        common.as_ratio(to_floor) if to_floor else "-",
-        common.verdict(to_floor, limit) if to_floor and backend == "numpy" else "",
-    ]
+    context, limits = found.workloads[place].context, TARGETS.get((phase, backend), {})
+    if phase == "prefill" and context < LONG_PROMPT:
+        limits = {}
+    fastest = min(engines, key=lambda each: getattr(each.figures[place], phase).seconds.median)
+    others = {"fastest": fastest, **{name: common.measured(found, name) for name in ("CTranslate2 float32", "floor")}}
+    cells = []
+    for kind, other in others.items():
+        if other is None:
+            cells.append("-")
+            continue
+        found_ratio = common.ratio(common.seconds(mine, place, phase), common.seconds(other, place, phase))
+        met = f", {common.verdict(found_ratio, limits[kind])}" if kind in limits else ""
+        cells.append(common.as_ratio(found_ratio) + (f" {other.name}" if kind == "fastest" else "") + met)
+    return [[f"{phase}, {backend}", str(context), *cells]]
 
 
 def naive_ratios(found: Benchmark) -> list[list[str]]:
@@ -104,16 +110,14 @@ def naive_ratios(found: Benchmark) -> list[list[str]]:
     if naive is None or mine is None:
         return []
 
-    def whole(standing, place: int) -> list[float]:
+    def whole(standing: Standing, place: int) -> list[float]:
         later = found.workloads[place].n_new - 1
         return [turn.prefill + later * turn.decode for turn in standing.turns[place]]
 
     command: Spread = common.ratio(whole(naive, 0), whole(mine, 0))
     token: Spread = common.ratio(common.seconds(naive, 1, "decode"), common.seconds(mine, 1, "decode"))
-    return [
-        ["its README's command: 10 tokens, and 40 more", common.as_ratio(command), common.verdict(command, 5, at_least=True)],
-        ["one token at 512", common.as_ratio(token), common.verdict(token, 30, at_least=True)],
-    ]
+    kinds = (("its README's command: 10 tokens, and 40 more", command, 5), ("one token at 512", token, 30))
+    return [[what, common.as_ratio(times), common.verdict(times, least, at_least=True)] for what, times, least in kinds]
 
 
 if __name__ == "__main__":

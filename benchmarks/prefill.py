@@ -22,7 +22,8 @@ def script() -> None:
     options = made.parse_args()
 
     with common.checkpoint(options) as folder:
-        entries = [*common.own(folder, options.backends.split(",")), *common.peers(folder, FLOAT32, options), *common.floor(folder)]
+        others = common.peers(folder, FLOAT32, options)
+        entries = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
         found = common.run("prefill", entries, [Workload(context, n_new=3) for context in options.contexts], options)
     common.report(options, [found])
 

@@ -1,5 +1,6 @@
 """Models of a given shape with random weights, for timing."""
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,23 @@ def random_params(config: Any, seed: int = 0) -> Any:
     }
 
 
+def tokenizer(n_vocab: int) -> Any:
+    """Return a tokenizer that has a token for every id: the bytes, pairs of them, and the end token."""
+    from gpt_xp.tokenizer import CHARACTER_OF_BYTE, EOS, Tokenizer
+
+    pairs = list(itertools.islice(itertools.product(CHARACTER_OF_BYTE, repeat=2), n_vocab - 257))
+    tokens = [*CHARACTER_OF_BYTE, *map("".join, pairs), EOS]
+    return Tokenizer({token: id for id, token in enumerate(tokens)}, pairs)
+
+
 def write_published(folder: Path, config: Any) -> None:
-    """Write random params to `folder` as the published checkpoints have them: only the tokenizer is not there.
+    """Write random params to `folder` as the published checkpoints have them, and a tokenizer of the same size.
 
     Their header is 14283 bytes long, so that no float32 in them lies at a multiple of 4.
     """
     import gpt_xp
 
-    gpt_xp.Model(random_params(config), config, backend="numpy").save(folder)
+    gpt_xp.Model(random_params(config), config, tokenizer(config.n_vocab), backend="numpy").save(folder)
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
