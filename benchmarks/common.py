@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,7 @@ PEERS = {
     "torch.compile cuda float32": ("transformers", "float32+compile", None),
     "torch.compile cuda bfloat16": ("transformers", "bfloat16+compile", None),
 }
+TUNING = ("OPENBLAS_", "OMP_", "GOMP_", "KMP_", "MKL_", "XLA_", "JAX_", "GGML_", "CT2_")  # variables that are printed
 CONTENDER = Path(__file__).with_name("contender.py")
 
 
@@ -136,12 +138,16 @@ def _progress(what: str) -> Iterator[None]:
 def report(options: argparse.Namespace, found: Sequence[Benchmark], more: str = "") -> None:
     """Print the benchmarks and what a script has to add, and write the files that were asked for."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    print(f"    {command}\n" if options.markdown else f"{command}\n")
+    # Such a variable can make a library half as fast: OPENBLAS_CORETYPE=Haswell, where the processor has AVX-512.
+    tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(TUNING)]
+    for line in filter(None, (command, "environment: " * bool(tuned) + " ".join(tuned))):
+        print(f"    {line}" if options.markdown else line)
+    print()
     for each in found:
         print(as_markdown(each) if options.markdown else as_text(each))
     print(more)
     if options.json:
-        content = {"command": command, "benchmarks": [each.as_dict() for each in found]}
+        content = {"command": command, "environment": tuned, "benchmarks": [each.as_dict() for each in found]}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.plot:
         save_plot(found[0], options.plot)

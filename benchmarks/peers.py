@@ -45,16 +45,23 @@ def script() -> None:
         "--contexts", type=common.numbers, default=[16, 512, 960], help="prompt tokens (default: 16,512,960)"
     )
     made.add_argument("--backends", default="numpy,jax,torch,cupy", help="of gpt-xp (default: numpy,jax,torch,cupy)")
+    made.add_argument("--dtypes", default="float32", help="of gpt-xp (default: float32)")
+    made.add_argument("--peers", default=",".join(FLOAT32 + NARROW), help=f"of {', '.join(common.PEERS)}")
     made.add_argument("--quantize", help="gpt-xp on NumPy takes part quantized too, as --quantize of gpt-xp has it")
     made.add_argument("--without-naive", action="store_true", help="leave picoGPT's algorithm out, which takes long")
+    made.add_argument("--without-floor", action="store_true", help="leave the floor out, which is the CPU's")
     options = made.parse_args()
 
     found = []
     with common.checkpoint(options) as folder:
-        ours = common.own(folder, options.backends.split(","))
+        ours = []
+        for dtype in options.dtypes.split(","):
+            label = "" if dtype == "float32" else f" {dtype}"
+            ours += common.own(folder, options.backends.split(","), label, dtype=dtype)
         if options.quantize:
             ours += common.own(folder, ["numpy"], f" {options.quantize}", quantize=options.quantize)
-        entries = [*ours, *common.peers(folder, FLOAT32 + NARROW, options), *common.floor(folder)]
+        others = common.peers(folder, options.peers.split(","), options)
+        entries = [*ours, *others, *([] if options.without_floor else common.floor(folder))]
         found.append(common.run("peers", entries, [Workload(context) for context in options.contexts], options))
         if not options.without_naive and (options.only is None or NAIVE in options.only):
             found.append(against_naive([*ours[:1], *common.peers(folder, [NAIVE], options)], options))
