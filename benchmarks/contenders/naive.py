@@ -59,7 +59,7 @@ class Contender:
     def __init__(self, folder: Path, dtype: str, threads: int, device: str) -> None:
         config = read_config(folder)
         # Copied into memory of its own, as picoGPT's loader does.
-        self.params = _copied(read_params(folder, config))
+        self.params = copied(read_params(folder, config))
         self.n_head, self.threads = config.n_head, threads
 
     def describe(self) -> dict[str, Any]:
@@ -83,9 +83,10 @@ class Contender:
         return seconds
 
 
-def _copied(node: Any) -> Any:
+def copied(node: Any) -> Any:
+    """Return the params in float32 arrays of their own."""
     if isinstance(node, dict):
-        return {name: _copied(child) for name, child in node.items()}
+        return {name: copied(child) for name, child in node.items()}
     if isinstance(node, list):
-        return [_copied(child) for child in node]
+        return [copied(child) for child in node]
     return np.array(node, dtype=np.float32)
