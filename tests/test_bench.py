@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_xp import SIZES, Model
-from gpt_xp.bench import Benchmark, Entry, Standing, Workload, bench, contenders, plot, race, report
+from gpt_xp.bench import Benchmark, Entry, Standing, Workload, bench, contenders, own_entry, plot, race, report
 from gpt_xp.bench.figures import Figures, Phase, Spread, Turn, figures, spread, turn_of
 from gpt_xp.bench.models import default_context
+from gpt_xp.bench.process import Worker
 from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.generation import PIECE
 from gpt_xp.hub import find_model
@@ -66,7 +67,7 @@ WORKLOADS = (Workload(5, 1, 4), Workload(7, 2, 2))
 ROUNDS = 3
 BEHAVIOURS = {
     "right": 1.0, "noise": 2.0, "slow to compile": 4.0, "floor": 0.5, "cuda": 3.0, "int8": 1.5, "wrong": 1.0,
-    "nan": 1.0, "few": 1.0, "missing": 1.0, "no dtype": 1.0, "silent": 1.0, "dies": 1.0, "vanishes": 1.0, "raises": 1.0,
+    "nan": 1.0, "few": 1.0, "missing": 1.0, "no dtype": 1.0, "silent": 1.0, "dies": 1.0, "raises": 1.0,
     "short": 1.0,
 }  # fmt: skip
 
@@ -143,7 +144,6 @@ def test_what_libraries_write_does_not_disturb(found):
         ("nan", "its logits differ from those of right by inf of the largest (allowed: 2e-05)"),
         ("few", "it has 96 logits, where right has 97"),
         ("dies", "their_library: out of luck"),
-        ("vanishes", "it ended with 3"),
         ("raises", "ValueError: first line second line"),
         ("short", "it has timed 3 tokens, and not 4"),
     ],
@@ -197,6 +197,13 @@ def test_the_reference_is_who_is_named(log):
     for wrong in ({"entries": []}, {"workloads": []}, {"rounds": 0}):
         with pytest.raises(SettingError, match="needs a contender, a workload and a round"):
             race(**{"title": "", "entries": names, "workloads": [Workload(5)], "n_vocab": 97, **wrong})
+
+
+def test_who_does_not_answer_is_ended(log):
+    worker = Worker(fake("right", log).command, {})
+    with pytest.raises(KeyboardInterrupt), worker:
+        raise KeyboardInterrupt
+    assert worker._process.returncode == -signal.SIGKILL
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -272,6 +279,28 @@ def test_a_step_lasts_until_all_rows_have_their_token(monkeypatch):
     assert contender.run([[1], [2], [3]], 4) == [7.75, 1.75, 2.75, 3.75]
 
 
+def test_tokens_that_come_several_at_a_time_share_the_time(monkeypatch):
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+
+    def stream(prompts: list[list[int]], **settings: Any):
+        for seconds in (7.0, 3.0, 0.0, 0.0):
+            clock.now += seconds
+            yield "a piece"
+
+    contender = contenders.GptXp("shakespeare", "numpy", sampling={"speculate": True})
+    contender._model = SimpleNamespace(stream=stream)
+    monkeypatch.setattr(contenders, "time", clock)
+    assert contender.run([[1]], 4) == [7.0, 1.0, 1.0, 1.0]
+
+
+def test_a_quantized_model_says_so(monkeypatch, shakespeare: Model):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(contenders, "load", lambda model, **options: asked.update(options) or shakespeare)
+    contender = contenders.make({"contender": "gpt-xp", "model": "m", "backend": "numpy", "quantize": "int8"})
+    assert asked == {"backend": "numpy", "device": None, "dtype": "float32", "quantize": "int8"}
+    assert contender.describe()["dtype"] == "int8"
+
+
 def test_gpt_xp_is_the_model(shakespeare: Model):
     contender = contenders.GptXp("shakespeare", "numpy")
     assert np.array_equal(contender.logits([5, 6, 7]), shakespeare.logits([5, 6, 7])[-1])
@@ -344,6 +373,7 @@ def test_what_cannot_be_measured_is_said_at_once(monkeypatch):
         ({"batch": []}, SettingError, "no batch was named"),
         ({"dtypes": ["float8"]}, SettingError, "there is no dtype 'float8'"),
         ({"context": [16, 250]}, SettingError, "16 tokens after 250 do not fit the model's context of 256"),
+        ({"context": [242]}, SettingError, "16 tokens after 242 do not fit"),
         ({"context": [300], "n_new": None}, SettingError, "do not fit the model's context of 256"),
         ({"context": [0]}, SettingError, "at least one token"),
         ({"batch": [1, 0]}, SettingError, "at least one row"),
@@ -364,6 +394,8 @@ def test_workloads_are_all_combinations(monkeypatch):
     names = ["numpy float32", "numpy float64", "jax@cpu float32", "jax@cpu float64", "floor"]
     assert [entry.name for entry in entries] == names
     assert json.loads(entries[3].command[-1])["device"] == "cpu"
+    job = json.loads(own_entry("here", "torch+int8@cuda:1").command[-1])
+    assert (job["model"], job["backend"], job["quantize"], job["device"]) == ("here", "torch", "int8", "cuda:1")
 
 
 def test_the_command(tmp_path):
@@ -417,7 +449,7 @@ def test_an_end_leaves_no_process_behind(tmp_path, monkeypatch, how):
     while len(workers := children(running.pid)) < 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert len(workers) == 2
-    time.sleep(0.7)
+    time.sleep(0.4)
     running.send_signal(how)
     out, err = running.communicate(timeout=30)
     assert running.returncode == (130 if how == signal.SIGINT else -how)

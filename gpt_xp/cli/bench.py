@@ -17,7 +17,11 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 
 
 @click.command(context_settings=CONTEXT)
-@option("--backends", metavar="NAMES", help='Such as numpy,torch@cuda ("@": a device).  [default: all that are here]')
+@option(
+    "--backends",
+    metavar="NAMES",
+    help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that are here]',
+)
 @option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
 @model_option
 @option(
