@@ -66,7 +66,9 @@ def bench(
     `backends` are names as for `own_entry` ("numpy", "numpy+int8", "torch@cuda"); None: all that can be used here.
     `model` is as for `load`. Every number of prompt tokens in `context` (None: three that suit the model) is combined
     with every number of prompts in `batch`, and each prompt is continued by `n_new` tokens (None: 16, or as many as
-    there is room for). The rest is as for `race`. Raises `SettingError`, `BackendError`, and the errors of `find_model`.
+    there is room for). The rest is as for `race`.
+
+    Raises `SettingError`, `BackendError`, and the errors of `find_model`.
     """
     _check(backends, dtypes, batch, rounds)
     folder = find_model(model)
