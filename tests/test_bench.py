@@ -398,6 +398,14 @@ def test_workloads_are_all_combinations(monkeypatch):
     assert (job["model"], job["backend"], job["quantize"], job["device"]) == ("here", "torch", "int8", "cuda:1")
 
 
+def test_all_that_are_here_are_measured_and_ratios_are_to_numpy(monkeypatch):
+    monkeypatch.setattr("gpt_xp.bench.models.usable_backends", lambda: ["torch", "array-api-strict", "numpy", "jax"])
+    seen: list[Entry] = []
+    monkeypatch.setattr("gpt_xp.bench.models.race", lambda title, entries, *others, **settings: seen.extend(entries))
+    bench(model="shakespeare")
+    assert [entry.name for entry in seen] == ["numpy float32", "jax float32", "torch float32", "floor"]
+
+
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     command = ("bench", "-m", "shakespeare", "--rounds", "1", "-n", "3", "--context", "5", "--batch", "2")

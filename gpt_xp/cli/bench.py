@@ -69,12 +69,12 @@ def bench(
         None if backends is None else names(backends), model, dtypes=names(dtypes), context=context, batch=batch,
         n_new=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip
-    if plot is not None:
-        save_plot(found, Path(plot))
     if as_json:
         write_json(found.as_dict())
     else:
         write((report.as_markdown if markdown else report.as_text)(found))
+    if plot is not None:
+        save_plot(found, Path(plot))
     ctx.exit(0 if found.is_ok else 1)
 
 
