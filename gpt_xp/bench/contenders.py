@@ -24,7 +24,7 @@ def make(job: dict[str, Any]) -> "GptXp | Floor":
 
 
 class GptXp:
-    """A model on one backend. `sampling` are arguments of `Model.stream`; none of them is greedy.
+    """A model on one backend. `quantize` is as for `load`, and `sampling` are arguments of `Model.stream`.
 
     Threads are those of the environment, which every library reads by itself.
     """
@@ -35,19 +35,22 @@ class GptXp:
         backend: str,
         device: str | None = None,
         dtype: str = "float32",
+        quantize: str | None = None,
         sampling: dict[str, Any] | None = None,
     ) -> None:
-        self._model = load(model, backend=backend, device=device, dtype=dtype)
+        options: dict[str, Any] = {"quantize": quantize} if quantize else {}
+        self._model = load(model, backend=backend, device=device, dtype=dtype, **options)
+        self._quantize = quantize
         self._sampling = {"seed": 0, **(sampling or {})}
 
     def describe(self) -> dict[str, Any]:
-        """Return the backend's name, version, device, dtype and settings."""
+        """Return the backend's name, version, device, dtype (or how it is quantized) and settings."""
         backend = self._model.backend
         return {
             "name": backend.name,
             "version": backend.version,
             "device": backend.device,
-            "dtype": backend.dtype,
+            "dtype": self._quantize or backend.dtype,
             "settings": backend.settings(),
         }
 
@@ -64,7 +67,10 @@ class GptXp:
             for _ in prompts:  # one piece of each row: what they take together is one step
                 next(pieces)
             times.append(time.perf_counter())
-        return np.diff(times).tolist()
+        seconds = np.diff(times)
+        if self._sampling.get("speculate"):  # tokens come several at a time
+            seconds[1:] = (times[-1] - times[1]) / max(n_tokens - 1, 1)
+        return seconds.tolist()
 
     def peak_memory(self) -> int | None:
         """Return the most bytes in use so far."""

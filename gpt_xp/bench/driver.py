@@ -123,7 +123,7 @@ def race(
         lanes = [_Lane(entry, stack.enter_context(Worker(entry.command, variables))) for entry in entries]
         with progress("starting"):
             _start(lanes, prompts(Workload(min(CHECKED, workloads[0].context)))[0])
-        for lane in lanes:
+        for lane in _taking_part(lanes):
             with progress(f"warming up {lane.entry.name}"):
                 time.sleep(pause)
                 lane.warm_up([(prompts(workload), workload) for workload in workloads])
@@ -131,7 +131,7 @@ def race(
             with progress(f"round {number + 1} of {rounds}"):
                 for place, workload in enumerate(workloads):
                     shared, first = prompts(workload), number % len(lanes)
-                    for lane in lanes[first:] + lanes[:first]:
+                    for lane in _taking_part(lanes[first:] + lanes[:first]):
                         time.sleep(pause)
                         lane.take_turn(place, shared, workload)
         for lane in lanes:
@@ -218,6 +218,10 @@ class _Lane:
             return None
 
 
+def _taking_part(lanes: list[_Lane]) -> list[_Lane]:
+    return [lane for lane in lanes if lane.is_in]
+
+
 def _start(lanes: list[_Lane], tokens: list[int]) -> None:
     for lane in lanes:
         lane.worker.send("describe")
@@ -240,7 +244,7 @@ def _standings(
     lanes: list[_Lane], workloads: Sequence[Workload], reference: str | None
 ) -> tuple[tuple[Standing, ...], str | None]:
     """Return the standings, and the name of the reference, or None where it has no turns."""
-    fit = [lane for lane in lanes if lane.is_in]
+    fit = _taking_part(lanes)
     first = next((x for x in fit if not x.entry.is_floor and reference in (None, x.entry.name)), None)
     floor = next((lane for lane in fit if lane.entry.is_floor), None)
     return tuple(_standing(lane, workloads, first, floor) for lane in lanes), first.entry.name if first else None

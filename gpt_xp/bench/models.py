@@ -22,12 +22,13 @@ N_NEW = 16
 def own_entry(
     model: str | Path, backend: str, dtype: str = "float32", *, name: str | None = None, **options: Any
 ) -> Entry:
-    """Return gpt-xp on one backend as a contender; `backend` may have a device behind "@", `model` is a directory.
+    """Return gpt-xp on one backend as a contender; `model` is a directory.
 
-    `options` are further arguments of `contenders.GptXp`, such as `sampling={"temperature": 0.8}`.
+    `backend` is a name, with "+int8" behind it for weights that are quantized so, and "@cuda" for a device. `options`
+    are further arguments of `contenders.GptXp`, such as `sampling={"temperature": 0.8}`.
     """
-    library, _, device = backend.partition("@")
-    job = {"model": str(model), "backend": library, "device": device or None, "dtype": dtype, **options}
+    library, quantize, device = _parts(backend)
+    job = {"model": str(model), "backend": library, "device": device, "dtype": dtype, "quantize": quantize, **options}
     return _entry(name or f"{backend} {dtype}", "gpt-xp", job)
 
 
@@ -39,6 +40,13 @@ def floor_entry(model: str | Path) -> Entry:
 def _entry(name: str, contender: str, job: dict[str, Any], is_floor: bool = False) -> Entry:
     command = own_command("bench-worker", json.dumps({"contender": contender, **job}))
     return Entry(name, tuple(command), is_floor)
+
+
+def _parts(backend: str) -> tuple[str, str | None, str | None]:
+    """Return the library, quantization and device of a name such as "torch+int8@cuda"."""
+    before, _, device = backend.partition("@")
+    library, _, quantize = before.partition("+")
+    return library, quantize or None, device or None
 
 
 def bench(
@@ -55,23 +63,28 @@ def bench(
 ) -> Benchmark:
     """Measure one model on several backends in turn, and return how fast each is, beside the floor.
 
-    `backends` are names, with a device behind "@" if need be ("torch@cuda"); None: all that can be used here. `model`
-    is as for `load`. Every number of prompt tokens in `context` (None: three that suit the model's) is combined with
-    every number of prompts in `batch`, and each prompt is continued by `n_new` tokens (None: 16, or what there is room
-    for). The rest is as for `race`. Raises `SettingError`, `BackendError`, and the errors of `find_model`.
+    `backends` are names as for `own_entry` ("numpy", "numpy+int8", "torch@cuda"); None: all that can be used here,
+    but for array-api-strict. `model` is as for `load`. Every number of prompt tokens in `context` (None: three that
+    suit the model) is combined with every number of prompts in `batch`, and each prompt is continued by `n_new` tokens
+    (None: 16, or as many as there is room for). The rest is as for `race`.
+
+    Raises `SettingError`, `BackendError`, and the errors of `find_model`.
     """
-    if backends is not None:
-        backends = [name.removesuffix("@") for name in backends]
     _check(backends, dtypes, batch, rounds)
     folder = find_model(model)
     config = read_config(folder)
     workloads = _workloads(config, context, batch, n_new)
-    names = usable_backends() if backends is None else backends
+    names = _all_here() if backends is None else backends
     entries = [own_entry(folder, name, dtype) for name in names for dtype in dtypes]
     return race(
         str(model or default_model()), [*entries, floor_entry(folder)], workloads, config.n_vocab,
         rounds=rounds, threads=threads, progress=progress,
     )  # fmt: skip
+
+
+def _all_here() -> list[str]:
+    """What can be used here, but for the backend that only checks; NumPy first, for ratios are to the first."""
+    return sorted(set(usable_backends()) - {"array-api-strict"}, key=lambda name: (name != "numpy", name))
 
 
 def default_context(n_ctx: int) -> list[int]:
@@ -84,7 +97,7 @@ def _check(backends: Sequence[str] | None, dtypes: Sequence[str], batch: Sequenc
         if names is not None and not names:
             raise SettingError(f"no {what} was named, and so there is nothing to measure")
     for name in backends or ():
-        check_name(name.partition("@")[0])
+        check_name(_parts(name)[0])
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")

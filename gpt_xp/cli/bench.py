@@ -17,7 +17,11 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 
 
 @click.command(context_settings=CONTEXT)
-@option("--backends", metavar="NAMES", help='Such as numpy,torch@cuda ("@": a device).  [default: all that are here]')
+@option(
+    "--backends",
+    metavar="NAMES",
+    help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that are here]',
+)
 @option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
 @model_option
 @option(
@@ -65,12 +69,12 @@ def bench(
         None if backends is None else names(backends), model, dtypes=names(dtypes), context=context, batch=batch,
         n_new=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip
-    if plot is not None:
-        save_plot(found, Path(plot))
     if as_json:
         write_json(found.as_dict())
     else:
         write((report.as_markdown if markdown else report.as_text)(found))
+    if plot is not None:
+        save_plot(found, Path(plot))
     ctx.exit(0 if found.is_ok else 1)
 
 
