@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any)
     usable = usable_backends()
     entries = []
     for name in backends:
-        if name.partition("@")[0] in usable:
+        if re.split("[+@]", name)[0] in usable:
             entries.append(own_entry(folder, name, name=f"gpt-xp {name}{label}", **settings))
         else:
             print(f"gpt-xp {name}: skipped, `gpt-xp backends` says why", file=sys.stderr)

@@ -3,8 +3,9 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
-gpt-xp on each backend against transformers, CTranslate2, llama.cpp and picoGPT's algorithm, beside the floor: the bare
-matrix products over the same weights. Whoever is not installed is skipped, with the reason.
+gpt-xp on each backend, and on NumPy quantized to int8, against transformers, CTranslate2, llama.cpp and picoGPT's
+algorithm, beside the floor: the bare matrix products over the same weights. Whoever is not installed is skipped, with
+the reason.
 
 The model has random weights of a published shape and is read from a file laid out as the published ones; CTranslate2's
 and llama.cpp's files are converted from it, in a temporary folder. Each contender lives in a process of its own, with
@@ -25,6 +26,7 @@ from gpt_xp.bench.figures import Spread
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
 ENGINES = FLOAT32[1:]
+BACKENDS = "numpy,jax,torch,cupy,numpy+int8"
 # How many times the seconds of others it may take; those of prefill are for long prompts.
 TARGETS = {
     ("decode", "numpy"): {"fastest": 1.0, "floor": 1.10},
@@ -33,6 +35,11 @@ TARGETS = {
     ("prefill", "jax"): {"CTranslate2 float32": 1.0},
 }
 LONG_PROMPT = 512
+QUANTIZED = "gpt-xp numpy+int8"
+QUANTIZED_TARGETS = {
+    "decode": {"gpt-xp numpy": 0.35, "llama.cpp Q8_0": 1.0, "CTranslate2 int8": None},
+    "prefill": {"gpt-xp numpy": 1.0, "llama.cpp Q8_0": None, "CTranslate2 int8": None},
+}
 NAIVE = "picoGPT's algorithm"
 README_COMMAND = Workload(context=10, n_new=40)  # picoGPT's README: a prompt of 10 tokens, and 40 more
 AT_512 = Workload(context=512, n_new=2)
@@ -44,10 +51,9 @@ def script() -> None:
     made.add_argument(
         "--contexts", type=common.numbers, default=[16, 512, 960], help="prompt tokens (default: 16,512,960)"
     )
-    made.add_argument("--backends", default="numpy,jax,torch,cupy", help="of gpt-xp (default: numpy,jax,torch,cupy)")
+    made.add_argument("--backends", default=BACKENDS, help=f"of gpt-xp (default: {BACKENDS})")
     made.add_argument("--dtypes", default="float32", help="of gpt-xp (default: float32)")
     made.add_argument("--peers", default=",".join(FLOAT32 + NARROW), help=f"of {', '.join(common.PEERS)}")
-    made.add_argument("--quantize", help="gpt-xp on NumPy takes part quantized too, as --quantize of gpt-xp has it")
     made.add_argument("--without-naive", action="store_true", help="leave picoGPT's algorithm out, which takes long")
     made.add_argument("--without-floor", action="store_true", help="leave the floor out, which is the CPU's")
     options = made.parse_args()
@@ -58,8 +64,6 @@ def script() -> None:
         for dtype in options.dtypes.split(","):
             label = "" if dtype == "float32" else f" {dtype}"
             ours += common.own(folder, options.backends.split(","), label, dtype=dtype)
-        if options.quantize:
-            ours += common.own(folder, ["numpy"], f" {options.quantize}", quantize=options.quantize)
         others = common.peers(folder, options.peers.split(","), options)
         entries = [*ours, *others, *([] if options.without_floor else common.floor(folder))]
         found.append(common.run("peers", entries, [Workload(context) for context in options.contexts], options))
@@ -82,6 +86,9 @@ def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
             for backend in ("numpy", "jax", "torch"):
                 engines += engine_row(found[0], place, phase, backend)
     parts = [common.show(engines, options)] if len(engines) > 1 else []
+    quantized = [["int8", "tokens", *QUANTIZED_TARGETS["decode"]], *quantized_rows(found[0])]
+    if len(quantized) > 1:
+        parts.append(common.show(quantized, options))
     naive = [row for each in found[1:] for row in naive_ratios(each)]
     if naive:
         parts.append(common.show([["against picoGPT's algorithm, NumPy", "times as fast", ""], *naive], options))
@@ -99,15 +106,30 @@ def engine_row(found: Benchmark, place: int, phase: str, backend: str) -> list[l
         limits = {}
     fastest = min(engines, key=lambda each: getattr(each.figures[place], phase).seconds.median)
     others = {"fastest": fastest, **{name: common.measured(found, name) for name in ("CTranslate2 float32", "floor")}}
-    cells = []
-    for kind, other in others.items():
-        if other is None:
-            cells.append("-")
-            continue
-        found_ratio = common.ratio(common.seconds(mine, place, phase), common.seconds(other, place, phase))
-        met = f", {common.verdict(found_ratio, limits[kind])}" if kind in limits else ""
-        cells.append(common.as_ratio(found_ratio) + (f" {other.name}" if kind == "fastest" else "") + met)
+    cells = [cell(mine, other, place, phase, limits.get(kind)) for kind, other in others.items()]
+    cells[0] += f" ({fastest.name})"
     return [[f"{phase}, {backend}", str(context), *cells]]
+
+
+def quantized_rows(found: Benchmark) -> list[list[str]]:
+    """Return the ratios of int8 to gpt-xp's float32 and to other engines' 8 bits."""
+    mine = common.measured(found, QUANTIZED)
+    if mine is None:
+        return []
+    return [
+        [phase, str(workload.context), *(cell(mine, common.measured(found, name), place, phase, limit)
+                                         for name, limit in limits.items())]
+        for place, workload in enumerate(found.workloads)
+        for phase, limits in QUANTIZED_TARGETS.items()
+    ]  # fmt: skip
+
+
+def cell(mine: Standing, other: Standing | None, place: int, phase: str, limit: float | None) -> str:
+    """Return a ratio, and whether it meets the target that there may be."""
+    if other is None:
+        return "-"
+    times = common.ratio(common.seconds(mine, place, phase), common.seconds(other, place, phase))
+    return common.as_ratio(times) + (f", {common.verdict(times, limit)}" if limit is not None else "")
 
 
 def naive_ratios(found: Benchmark) -> list[list[str]]:
