@@ -1,5 +1,6 @@
 """Models of a given shape with random weights, for timing."""
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,31 +40,35 @@ def random_params(config: Any, seed: int = 0) -> Any:
     }
 
 
-def published_params(config: Any) -> Any:
-    """Return random params as `gpt_xp.load` reads them from a file like the published ones.
+def tokenizer(n_vocab: int) -> Any:
+    """Return a tokenizer that has a token for every id: the bytes, pairs of them, and the end token."""
+    from gpt_xp.tokenizer import CHARACTER_OF_BYTE, EOS, Tokenizer
+
+    pairs = list(itertools.islice(itertools.product(CHARACTER_OF_BYTE, repeat=2), n_vocab - 257))
+    tokens = [*CHARACTER_OF_BYTE, *map("".join, pairs), EOS]
+    return Tokenizer({token: id for id, token in enumerate(tokens)}, pairs)
+
+
+def write_published(folder: Path, config: Any) -> None:
+    """Write random params to `folder` as the published checkpoints have them, and a tokenizer of the same size.
 
     Their header is 14283 bytes long, so that no float32 in them lies at a multiple of 4.
     """
     import gpt_xp
+
+    gpt_xp.Model(random_params(config), config, tokenizer(config.n_vocab), backend="numpy").save(folder)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b"transformer.", b"").rstrip()
+    header = header.ljust(max(HEADER, len(header) + 1 - len(header) % 2))  # odd, for larger models too
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def published_params(config: Any) -> Any:
+    """Return random params as `gpt_xp.load` reads them from a file like the published ones."""
     from gpt_xp.checkpoint import read_params
 
     with tempfile.TemporaryDirectory() as directory:
-        gpt_xp.Model(random_params(config), config, backend="numpy").save(directory)
-        path = Path(directory) / "model.safetensors"
-        data = path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        header = data[8 : 8 + length].replace(b"transformer.", b"").rstrip().ljust(HEADER)
-        assert len(header) == HEADER
-        path.write_bytes(HEADER.to_bytes(8, "little") + header + data[8 + length :])
+        write_published(Path(directory), config)
         return read_params(directory, config)
-
-
-def transformers_model(params: Any, config: Any) -> Any:
-    """Return transformers' GPT2LMHeadModel with the same weights, through a checkpoint that gpt-xp writes."""
-    import transformers
-
-    import gpt_xp
-
-    with tempfile.TemporaryDirectory() as directory:
-        gpt_xp.Model(params, config, backend="numpy").save(directory)
-        return transformers.GPT2LMHeadModel.from_pretrained(directory).eval()

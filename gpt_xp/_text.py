@@ -1,5 +1,6 @@
 """How things are written for people."""
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -16,3 +17,19 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "".join(line + "\n" for line in lines)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def wrapped(text: str) -> str:
+    """Return lines of at most 80 columns, all but the first indented."""
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False) + "\n"
+
+
+def short_dtypes(text: str) -> str:
+    """Return text with f32 for float32, and bf16 for bfloat16."""
+    return text.replace("bfloat", "bf").replace("float", "f")

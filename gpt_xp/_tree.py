@@ -1,5 +1,6 @@
 """Trees of nested dicts and lists, such as params."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,3 +19,8 @@ def leaves(tree: Any) -> list[Any]:
     found: list[Any] = []
     tree_map(found.append, tree)
     return found
+
+
+def finite(tree: Any) -> Any:
+    """Return the same tree with None in place of each number that is not finite, which JSON cannot hold."""
+    return tree_map(lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, tree)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, option
+from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.hub import find_model
 
@@ -45,14 +45,15 @@ def compare(
 
     Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
     """
+    from gpt_xp._plots import check_plot
     from gpt_xp.comparison import compare, report
-    from gpt_xp.comparison.plot import check_plot, save_plot
+    from gpt_xp.comparison.plot import save_plot
 
     if plot is not None:
         check_plot(Path(plot))
     find_model(model, offline=offline)  # a download shows its own bar
     found = compare(
-        None if backends is None else _names(backends), model, prompts or None, dtypes=_names(dtypes),
+        None if backends is None else names(backends), model, prompts or None, dtypes=names(dtypes),
         max_tokens=max_tokens, seed=seed, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip
     if plot is not None:
@@ -71,7 +72,3 @@ def compare_backend(job: Path) -> None:
     from gpt_xp.comparison.worker import work
 
     work(job)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

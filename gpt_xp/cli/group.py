@@ -5,6 +5,7 @@ from click.shell_completion import CompletionItem
 
 from gpt_xp import __version__
 from gpt_xp.cli.backends import backends
+from gpt_xp.cli.bench import bench, bench_worker
 from gpt_xp.cli.compare import compare, compare_backend
 from gpt_xp.cli.generate import generate
 from gpt_xp.cli.models import models
@@ -56,6 +57,6 @@ cli = DefaultGroup(
     help=generate.help,
     epilog=generate.epilog,
     context_settings=CONTEXT,
-    commands=[backends, compare, compare_backend, models, tokens],
+    commands=[backends, bench, bench_worker, compare, compare_backend, models, tokens],
 )
 click.version_option(__version__, prog_name="gpt-xp", message="%(prog)s %(version)s")(cli)

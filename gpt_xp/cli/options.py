@@ -122,3 +122,8 @@ output_options = together(
         help="Lines of --prompt-file to continue at a time.",
     ),
 )  # fmt: skip
+
+
+def names(text: str) -> list[str]:
+    """Return the names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]

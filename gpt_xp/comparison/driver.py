@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import __version__
+from gpt_xp._processes import own_command, reason, thread_variables, usable_backends
+from gpt_xp._tree import finite
 from gpt_xp.backend import check_name
 from gpt_xp.checkpoint import read_config
 from gpt_xp.comparison.figures import Figures, compare_layers, compare_logits, compare_tokens
@@ -82,8 +82,8 @@ class Comparison:
             record["is_ok"] = run.is_ok
             layer = run.figures.first_out_of_line if run.figures else None
             record["first_layer_out_of_line"] = layer.name if layer else None
-        finite: dict[str, Any] = _finite(content)
-        return finite
+        as_json: dict[str, Any] = finite(content)
+        return as_json
 
 
 def compare(
@@ -107,7 +107,7 @@ def compare(
     Raises `SettingError`, `BackendError`, `PromptError`, and the errors of `load`; what goes wrong in a backend's own
     process is in its `Run`.
     """
-    names = _usable() if backends is None else [name.removesuffix("@") for name in backends]
+    names = usable_backends() if backends is None else [name.removesuffix("@") for name in backends]
     _check(names, dtypes, max_tokens, seed)
     folder = find_model(model)
     config = read_config(folder)
@@ -128,13 +128,6 @@ def compare(
         str(model or default_model()), config, texts, tuple(map(len, ids)), max_tokens, seed,
         reference.describe(), tuple(runs),
     )  # fmt: skip
-
-
-def _usable() -> list[str]:
-    """The backends that can be used here. Asked in another process: JAX takes most of a GPU when it looks for one."""
-    command = [sys.executable, "-m", "gpt_xp", "backends", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
-    return [info["name"] for info in json.loads(done.stdout)["backends"] if info["problem"] is None]
 
 
 def _check(names: list[str], dtypes: Sequence[str], max_tokens: int, seed: int) -> None:
@@ -174,18 +167,17 @@ class _Outcome:
         (folder / "job.json").write_text(json.dumps(job | own), encoding="utf-8")
         self.folder, self.backend, self.dtype = folder, backend, dtype
         self.n_prompts = len(job["prompts"])
-        command = [sys.executable, "-m", "gpt_xp", "compare-backend", str(folder / "job.json")]
+        command = own_command("compare-backend", str(folder / "job.json"))
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False,
-            env=os.environ | _threads(job["threads"]),
+            env=os.environ | thread_variables(job["threads"]),
         )  # fmt: skip
         self.result: dict[str, Any] = {}
         self.failure = None
         if done.returncode == 0:
             self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         else:
-            lines = done.stderr.strip().splitlines()
-            self.failure = lines[-1].removeprefix("gpt-xp: error: ") if lines else f"it ended with {done.returncode}"
+            self.failure = reason(done.stderr, done.returncode)
 
     def arrays(self, kind: str) -> Iterator[Any]:
         return (np.load(self.folder / f"{kind}-{number}.npy", mmap_mode="r") for number in range(self.n_prompts))
@@ -217,17 +209,3 @@ def _run(folder: Path, name: str, dtype: str, job: dict[str, Any], reference: _O
     if outcome.result["problem"]:
         problems.append(outcome.result["problem"])
     return dataclasses.replace(outcome.describe(), figures=figures, problems=tuple(problems))
-
-
-def _threads(threads: int | None) -> dict[str, str]:
-    """What libraries read before they start; the worker's `threads` does the rest."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")
-    return dict.fromkeys(names, str(threads)) if threads else {}
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

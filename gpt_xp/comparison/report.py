@@ -1,9 +1,8 @@
 """A comparison for people: tables for a terminal of 80 columns, or Markdown."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 
-from gpt_xp._text import size, table
+from gpt_xp._text import markdown_table, short_dtypes, size, table, wrapped
 from gpt_xp.comparison.driver import Comparison, Run
 from gpt_xp.comparison.figures import Flip
 
@@ -17,7 +16,7 @@ def as_text(comparison: Comparison, layers: bool = False) -> str:
 
 def as_markdown(comparison: Comparison, layers: bool = False) -> str:
     """Return the report with tables in Markdown."""
-    return _report(comparison, _markdown, layers)
+    return _report(comparison, markdown_table, layers)
 
 
 def _report(comparison: Comparison, layout: Callable[[Table], str], layers: bool) -> str:
@@ -28,7 +27,7 @@ def _report(comparison: Comparison, layout: Callable[[Table], str], layers: bool
         f"{comparison.max_tokens} generated from each; held against float64 on NumPy {comparison.reference.version}\n",
         *(layout(rows) for rows in _tables(comparison, layers) if len(rows) > 1),
         _flips(comparison),
-        "".join(_lines(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
+        "".join(wrapped(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
         verdict(comparison),
     ]
     return "\n".join(part for part in parts if part)
@@ -44,7 +43,7 @@ def verdict(comparison: Comparison) -> str:
             lines.append(f"{_name(run)}: inside the tolerance")
         else:
             lines += [f"{_name(run)}: {'OUTSIDE' if run.figures else 'FAILED'}: {problem}" for problem in run.problems]
-    return "".join(map(_lines, lines))
+    return "".join(map(wrapped, lines))
 
 
 def _tables(comparison: Comparison, layers: bool) -> list[Table]:
@@ -105,7 +104,7 @@ def _flips(comparison: Comparison) -> str:
     for run in comparison.runs:
         if run.figures:
             for what, flips in run.figures.flips().items():
-                lines += [_lines(f"{_name(run)}, {what}: {_flip(flip)}").rstrip() for flip in flips[:5]]
+                lines += [wrapped(f"{_name(run)}, {what}: {_flip(flip)}").rstrip() for flip in flips[:5]]
                 lines += [f"{_name(run)}, {what}: and {len(flips) - 5} more"] if len(flips) > 5 else []
     return "".join(line + "\n" for line in lines)
 
@@ -121,22 +120,13 @@ def _settings(run: Run) -> str:
     return ", ".join(f"{key} {value}" for key, value in {"version": run.version, **run.settings}.items())
 
 
-def _lines(text: str) -> str:
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False) + "\n"
-
-
 def _name(run: Run) -> str:
     return f"{run.backend} {run.dtype}"
 
 
 def _short(run: Run) -> str:
-    return f"{run.backend} {run.dtype.replace('bfloat', 'bf').replace('float', 'f')}"
+    return f"{run.backend} {short_dtypes(run.dtype)}"
 
 
 def _rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1f}"
-
-
-def _markdown(rows: Table) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

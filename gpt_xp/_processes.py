@@ -1,0 +1,30 @@
+"""What `compare` and `bench` share: the processes that do their work, each with one library in it."""
+
+import json
+import subprocess
+import sys
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
+
+
+def own_command(*arguments: str) -> list[str]:
+    """Return the command that runs gpt-xp, in the Python that runs this."""
+    return [sys.executable, "-m", "gpt_xp", *arguments]
+
+
+def thread_variables(threads: int | None) -> dict[str, str]:
+    """Return what libraries read before they start, to compute in so many threads; nothing for None."""
+    return dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {}
+
+
+def reason(stderr: str, code: int | None) -> str:
+    """Return in one line why a process ended: the last that it wrote to stderr, or its exit code."""
+    lines = stderr.strip().splitlines()
+    return lines[-1].removeprefix("gpt-xp: error: ") if lines else f"it ended with {code}"
+
+
+def usable_backends() -> list[str]:
+    """The backends that can be used here. Asked in another process: JAX takes most of a GPU when it looks for one."""
+    command = own_command("backends", "--json")
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+    return [info["name"] for info in json.loads(done.stdout)["backends"] if info["problem"] is None]

@@ -1,0 +1,76 @@
+"""A benchmark as a picture: how the time of a token grows with the context, and with the batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt_xp._plots import check_plot, new_figure, save_figure
+from gpt_xp._text import short_dtypes
+from gpt_xp.bench.driver import Benchmark
+from gpt_xp.bench.figures import Figures, Phase, Spread, Workload
+
+
+def save_plot(benchmark: Benchmark, path: Path) -> None:
+    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` does, and `OSError`.
+
+    Two panels show milliseconds of decode and of prefill over the context, at the smallest batch; a third, where there
+    are several batches, tokens per second over the batch, at the longest context. Bands are quartiles.
+    """
+    check_plot(path)
+    least = min(workload.batch for workload in benchmark.workloads)
+    longest = max(workload.context for workload in benchmark.workloads)
+    swept = len({workload.batch for workload in benchmark.workloads}) > 1
+    figure, axes = new_figure(1, 3 if swept else 2, figsize=(15 if swept else 10, 4.5), layout="constrained")
+    for panel, what in zip(axes, ("decode", "prefill"), strict=False):
+        _draw(panel, benchmark, lambda w: w.context if w.batch == least else None, _milliseconds(what))
+        panel.set_xlabel(f"tokens of context (batch of {least})")
+        panel.set_ylabel(f"{what}, ms" + (" a token" if what == "decode" else ""))
+    if swept:
+        _draw(axes[2], benchmark, lambda w: w.batch if w.context == longest else None, _rates)
+        axes[2].set_xlabel(f"batch (context {longest})")
+        axes[2].set_ylabel("decode, tokens per second")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles")
+    save_figure(figure, path)
+
+
+def _draw(
+    axes: Any,
+    benchmark: Benchmark,
+    place: Callable[[Workload], int | None],
+    value: Callable[[Workload, Figures], Spread | None],
+) -> None:
+    """Draw a line for each contender, over the workloads that have a place."""
+    for standing in benchmark.standings:
+        points = [
+            (x, y)
+            for workload, each in zip(benchmark.workloads, standing.figures, strict=False)
+            if (x := place(workload)) is not None and (y := value(workload, each)) is not None
+        ]
+        if points:
+            points.sort(key=lambda point: point[0])
+            places = [x for x, _ in points]
+            style = {"color": "black", "linestyle": "--"} if standing.is_floor else {"marker": "o", "markersize": 3}
+            [line] = axes.plot(places, [y.median for _, y in points], label=short_dtypes(standing.name), **style)
+            low, high = [y.low for _, y in points], [y.high for _, y in points]
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _milliseconds(what: str) -> Callable[[Workload, Figures], Spread | None]:
+    def value(workload: Workload, figures: Figures) -> Spread | None:
+        phase: Phase | None = getattr(figures, what)
+        if phase is None:
+            return None
+        found = phase.seconds
+        return Spread(1e3 * found.median, 1e3 * found.low, 1e3 * found.high)
+
+    return value
+
+
+def _rates(workload: Workload, figures: Figures) -> Spread | None:
+    if figures.decode is None:
+        return None
+    found = figures.decode.seconds
+    return Spread(workload.batch / found.median, workload.batch / found.high, workload.batch / found.low)

@@ -1,0 +1,88 @@
+"""`gpt-xp bench`: how fast one model is on several array libraries."""
+
+import functools
+import json
+from pathlib import Path
+
+import click
+
+from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
+from gpt_xp.cli.output import waiting, write, write_json
+from gpt_xp.hub import find_model
+
+
+def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Return the numbers in a list with commas; they must be whole, and above 0."""
+    return None if value is None else [COUNT(each, param, ctx) for each in names(value)]
+
+
+@click.command(context_settings=CONTEXT)
+@option(
+    "--backends",
+    metavar="NAMES",
+    help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that are here]',
+)
+@option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
+@model_option
+@option(
+    "--context",
+    metavar="NUMBERS",
+    callback=counts,
+    help="Tokens of a prompt, such as 16,128,512.  [default: three that suit the model]",
+)
+@option("--batch", metavar="NUMBERS", callback=counts, default="1", show_default=True, help="Prompts together: 1,8.")
+@option("-n", "--max-tokens", metavar="N", type=COUNT, help="Generated from each prompt.  [default: 16]")
+@option("--rounds", metavar="N", type=COUNT, default=7, show_default=True, help="Turns that each contender has.")
+@option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.  [default: as many as there are cores]")
+@json_option
+@flag("--markdown", help="Print tables in Markdown.")
+@option("--plot", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Draw FILE (png, svg, pdf).")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    backends: str | None,
+    dtypes: str,
+    model: str | None,
+    offline: bool,
+    context: list[int] | None,
+    batch: list[int],
+    max_tokens: int | None,
+    rounds: int,
+    threads: int | None,
+    as_json: bool,
+    markdown: bool,
+    plot: str | None,
+) -> None:
+    """Measure how fast a model is on several array libraries, in turn, and beside the bare matrix products.
+
+    The logits of all are compared first. The exit code is 1 if they differ, if a backend fails, or if none can be
+    measured.
+    """
+    from gpt_xp._plots import check_plot
+    from gpt_xp.bench import bench, report
+    from gpt_xp.bench.plot import save_plot
+
+    if plot is not None:
+        check_plot(Path(plot))
+    find_model(model, offline=offline)  # a download shows its own bar
+    found = bench(
+        None if backends is None else names(backends), model, dtypes=names(dtypes), context=context, batch=batch,
+        n_new=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
+    )  # fmt: skip
+    if as_json:
+        write_json(found.as_dict())
+    else:
+        write((report.as_markdown if markdown else report.as_text)(found))
+    if plot is not None:
+        save_plot(found, Path(plot))
+    ctx.exit(0 if found.is_ok else 1)
+
+
+@click.command("bench-worker", hidden=True)
+@click.argument("job")
+def bench_worker(job: str) -> None:
+    """Be one contender of a benchmark, which JOB describes in JSON: what `gpt_xp.bench` starts for each."""
+    from gpt_xp.bench.contenders import make
+    from gpt_xp.bench.worker import serve
+
+    serve(lambda: make(json.loads(job)))

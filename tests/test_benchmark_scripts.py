@@ -1,0 +1,90 @@
+"""The arithmetic of the scripts in `benchmarks/`; what they measure is not tested, for it takes long."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from naive_gpt2 import gpt2 as oracle
+from small_models import CONFIGS, small_params
+
+from gpt_xp.bench import Benchmark, Standing, Workload
+from gpt_xp.bench.figures import Spread, Turn, figures
+from gpt_xp.tolerances import TOLERANCE
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+OPTIONS = argparse.Namespace(size="124M", markdown=False)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script by its name."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def benchmark(workloads, turns, floor=None):
+    """A benchmark in which each name has the turns given for each workload."""
+    standings = [
+        Standing(name, name == floor, figures=tuple(figures(t, w, (), ()) for t, w in zip(own, workloads, strict=True)),
+                 turns=tuple(map(tuple, own)))
+        for name, own in turns.items()
+    ]  # fmt: skip
+    return Benchmark("a test", tuple(workloads), 2, 2, None, tuple(standings), {})
+
+
+def test_naive_contender_computes_gpt2(script):
+    config, params = CONFIGS["planted"], small_params("planted")
+    tokens = np.random.default_rng(3).integers(0, config.n_vocab, 7).tolist()
+    wanted = oracle(tokens, **params, n_head=config.n_head)
+    naive = script("contenders.naive")
+    found = naive.all_logits(tokens, **naive.copied(params), n_head=config.n_head)
+    assert found.dtype == np.float32
+    assert np.abs(found - wanted).max() <= TOLERANCE["logits", "float32"] * np.abs(wanted).max()
+
+
+def test_target_is_met_where_the_interval_reaches_it(script):
+    verdict = script("common").verdict
+    assert verdict(Spread(1.05, 0.99, 1.10), 1.0) == "<= 1 x: met"
+    assert verdict(Spread(1.05, 1.01, 1.10), 1.0) == "<= 1 x: not met"
+    assert verdict(Spread(3.9, 3.5, 4.1), 4, at_least=True) == ">= 4 x: met"
+    assert verdict(Spread(3.9, 3.5, 3.95), 4, at_least=True) == ">= 4 x: not met"
+
+
+def test_ratios_are_taken_within_a_round(script):
+    # The second round is ten times as slow for both: a ratio of medians would not be 2 and 3.
+    assert script("common").ratio([2.0, 30.0], [1.0, 10.0]) == Spread(2.5, 2.25, 2.75)
+
+
+def test_growth_is_what_the_extra_bytes_take_at_the_floors_bandwidth(script):
+    decode = script("decode")
+    weights, each = decode.token_bytes(OPTIONS)
+    # The token table; 12 layers of 12 x 768^2 weights and 13 x 768 biases and scales; and the last norm.
+    assert weights == 4 * (50257 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768)
+    assert each == 12 * 2 * 768 * 4
+    speed = 50e9
+    floor = [[Turn(1.0, (weights + each * context) / speed)] * 2 for context in (16, 64, 960)]
+    extra = each * (960 - 64) / speed
+    ours = [[Turn(1.0, 0.01)] * 2, [Turn(1.0, 0.02)] * 2, [Turn(1.0, 0.02 + 2 * extra)] * 2]
+    workloads = [Workload(context) for context in (16, 64, 960)]
+    [table] = decode.growth(benchmark(workloads, {"ours": ours, "floor": floor}, "floor"), OPTIONS)
+    rows = {line.split("  ")[0]: line.split()[-2] for line in table.splitlines()[1:]}
+    assert rows == {"ours": "2.00", "floor": "1.00", "the cache's extra 66.1 MB at 50.0 GB/s": "1.00"}
+
+
+def test_gain_of_a_batch_is_in_tokens_per_second(script):
+    turns = {"ours": [[Turn(1.0, 0.010)] * 2, [Turn(1.0, 0.016)] * 2]}
+    found = benchmark([Workload(64), Workload(64, batch=8)], turns)
+    assert script("batch").gain(found.standings[0], 0, 1, 8).median == pytest.approx(5)
+
+
+def test_naive_is_compared_over_its_whole_command(script):
+    peers = script("peers")
+    turns = {
+        "gpt-xp numpy": [[Turn(0.1, 0.01)], [Turn(0.5, 0.02)]],
+        peers.NAIVE: [[Turn(0.2, 0.12)], [Turn(2.0, 1.9)]],
+    }
+    command, token = peers.naive_ratios(benchmark([peers.README_COMMAND, peers.AT_512], turns))
+    assert command[1].startswith(f"{(0.2 + 39 * 0.12) / (0.1 + 39 * 0.01):.3f} ")
+    assert token[1].startswith("95.000 ")
