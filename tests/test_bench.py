@@ -173,6 +173,7 @@ def test_a_program_that_is_not_there(found):
 
 
 def test_the_logits_of_quantized_weights_are_reported(found):
+    assert standing(found, "int8").failed is None
     assert standing(found, "int8").logits_difference == pytest.approx(0.01, rel=1e-3)
     assert standing(found, "noise").logits_difference == 0.0
     assert standing(found, "right").logits_difference is None
