@@ -12,6 +12,7 @@ from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physic
 from gpt_xp.errors import BackendError
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
+FEW = 3  # rows that are multiplied sooner one by one
 
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
@@ -67,7 +68,7 @@ def namespace() -> NumPy:
     shorter = {
         "float32": np.dtype("float32"),  # compared with an array's dtype, a class is made into one first
         "float64": np.dtype("float64"),
-        "matmul": np.matmul,
+        "matmul": _matmul,
         "max": _reduction(np.maximum),
         "sum": _reduction(np.add),
         "mean": _mean,
@@ -83,6 +84,12 @@ def namespace() -> NumPy:
     }
     # NumPy 2.0 has no cumulative_sum.
     return NumPy(**{name: getattr(np, name) for name in STANDARD if hasattr(np, name)} | shorter)
+
+
+def _matmul(x: Any, w: Any) -> Any:
+    if x.ndim == 2 and 1 < len(x) <= FEW:  # BLAS would first copy the matrix into another order
+        return np.matmul(x[:, None, :], w)[:, 0, :]  # [rows, 1, n_in] @ [n_in, n_out], vector by vector
+    return np.matmul(x, w)
 
 
 def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
