@@ -6,11 +6,14 @@ gpt-xp greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), beside the fl
 over the same weights and one read of the cache's keys and values. Float32, random weights of a published shape, read
 from a file laid out as the published ones. They take turns, A B A B; a token is from ids to the choice of an id.
 
-The last table is about growth: what a token takes more at the longest context than at the shortest of 64 and above,
-beside the time that the cache's extra bytes take at the bandwidth at which the floor reads everything.
+The table of growth says what a token takes more at the longest context than at the shortest of 64 and above, by the
+straight line through all of a round's contexts, beside the time that the cache's extra bytes take at the bandwidth at
+which the floor reads everything.
 """
 
 import argparse
+import statistics
+from collections.abc import Sequence
 
 import common
 
@@ -32,7 +35,7 @@ def script() -> None:
     with common.checkpoint(options) as folder:
         ours = common.own(folder, options.backends.split(","))
         ours += common.own(folder, ["numpy"], " sampled", sampling=SAMPLED)
-        workloads = [Workload(context) for context in options.contexts]
+        workloads = [Workload(context, n_new=32) for context in options.contexts]
         found = common.run("decode", [*ours, *common.floor(folder)], workloads, options)
     common.report(options, [found], "\n".join([*growth(found, options), *sampling(found, options)]))
 
@@ -51,7 +54,7 @@ def growth(found: Benchmark, options: argparse.Namespace) -> list[str]:
     if bare is None or len([context for context in contexts if context >= 64]) < 2:
         return []
     short, long = min(context for context in contexts if context >= 64), max(contexts)
-    first, last = contexts.index(short), contexts.index(long)
+    last, places = contexts.index(long), [place for place, context in enumerate(contexts) if context >= short]
     weights, each = token_bytes(options)
     # The floor reads all of this in one token at the longest context.
     bandwidth = spread([(weights + each * long) / taken for taken in common.seconds(bare, last, "decode")])
@@ -60,13 +63,18 @@ def growth(found: Benchmark, options: argparse.Namespace) -> list[str]:
     rows = [[f"one token, from {short} to {long}", "more ms (quartiles)", "of what the extra bytes take"]]
     for standing in found.standings:
         if standing.figures:
-            early, late = (common.seconds(standing, place, "decode") for place in (first, last))
-            more = spread([after - before for before, after in zip(early, late, strict=True)])
+            rounds = zip(*(common.seconds(standing, place, "decode") for place in places), strict=True)
+            more = spread([(long - short) * slope([contexts[place] for place in places], taken) for taken in rounds])
             rows.append([standing.name, f"{1e3 * more.median:.2f} ({1e3 * more.low:.2f}-{1e3 * more.high:.2f})",
                          f"{more.median / allowed:.2f} x"])  # fmt: skip
     rows.append([f"the cache's extra {extra / 1e6:.1f} MB at {bandwidth.median / 1e9:.1f} GB/s",
                  f"{1e3 * allowed:.2f}", "1.00 x"])  # fmt: skip
     return [common.show(rows, options)]
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the slope of the straight line that fits best: one slow turn moves it less than a difference of two."""
+    return statistics.linear_regression(x, y).slope
 
 
 def sampling(found: Benchmark, options: argparse.Namespace) -> list[str]:

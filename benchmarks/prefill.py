@@ -24,7 +24,7 @@ def script() -> None:
     with common.checkpoint(options) as folder:
         others = common.peers(folder, FLOAT32, options)
         entries = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
-        found = common.run("prefill", entries, [Workload(context, n_new=3) for context in options.contexts], options)
+        found = common.run("prefill", entries, [Workload(context, n_new=8) for context in options.contexts], options)
     common.report(options, [found])
 
 

@@ -23,6 +23,7 @@ class Contender:
         self.model = model.eval().to(device)
         self.step = torch.compile(self.model, mode="reduce-overhead") if compiled else self.model
         self.compiled = bool(compiled)
+        self.caches: dict[tuple[int, int], Any] = {}
 
     def describe(self) -> dict[str, Any]:
         """Return name, version, device, dtype and settings."""
@@ -58,6 +59,11 @@ class Contender:
         return seconds
 
     def _cache(self, rows: int, length: int) -> Any:
+        """None, for the default cache; or an empty static one, the same each time, for a captured graph knows it."""
         if not self.compiled:
             return None
-        return transformers.StaticCache(config=self.model.config, max_cache_len=length)
+        if (rows, length) not in self.caches:
+            cache = transformers.StaticCache(config=self.model.config, max_cache_len=length)
+            self.caches[rows, length] = cache
+        self.caches[rows, length].reset()
+        return self.caches[rows, length]
