@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.errors import BackendError
+
+Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
+DecodeBlock: TypeAlias = Callable[[Step, Any, int], tuple[Any, Any]]
 
 
 class Compile(Protocol):
@@ -97,6 +100,9 @@ class Backend:
     piece: Callable[[int], int] = lambda batch: 128
     # To how many tokens a piece of n, out of a prompt of `total`, is padded on the right.
     pad: Callable[[int, int], int] = lambda n, total: n
+    # Run step(state) -> (state, output) k times as one program; return the last state and the outputs, stacked. Called
+    # inside `compile`. None: steps are run one by one, and each token is seen before the next is computed.
+    decode_block: DecodeBlock | None = None
     # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.1: there, logits are sampled by NumPy.
     samples_on_host: bool = False
 

@@ -3,19 +3,21 @@
 Prefill runs a prompt through the model in pieces, so that activations stay in the processor's cache and attention
 never builds a matrix of context x context; decode runs one token per row and step. Both are the same function,
 `last_logits`, which a backend may compile. With speculation, decode runs several tokens that were guessed, and keeps
-those that it would have chosen: the same text from fewer steps.
+those that it would have chosen: the same text from fewer steps. On a backend with a `decode_block`, tokens are chosen
+where they are computed, and the host sees them a block at a time.
 """
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from array_api_compat import device
 
 from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.backend import Backend, get_backend
+from gpt_xp.backend import Backend, DecodeBlock, get_backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
@@ -27,6 +29,7 @@ from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
 PIECE = 128  # tokens whose logits are computed together
+BLOCK = 16  # steps of a `decode_block`: what comes after the end of a text in its last block is computed for nothing
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,41 @@ def each_logits(
     return [logits[:, position, :] for position in range(tokens.shape[1])], cache
 
 
+def decode_steps(
+    params: Params,
+    token: Array,
+    cache: KVCache,
+    seen: Array | None,
+    noise: Array | None,
+    allowed: Array | None,
+    k: int,
+    decode_block: DecodeBlock,
+    config: GPT2Config,
+    window: int,
+    xp: Namespace,
+    **numbers: Any,
+) -> tuple[Choice, KVCache]:
+    """Decode `k` more tokens after the latest, `token` [batch] int32: `Choice` of [k, batch] each, and the cache.
+
+    `noise` is [k, batch, n_vocab]; the rest of the arguments are those of `choose` and `last_logits`.
+    """
+    first = cache.position
+
+    def step(state: tuple[Array, KVCache, Array | None]) -> tuple[Any, Choice]:
+        token, cache, seen = state
+        drawn = None if noise is None else noise[cache.position - first, ...]
+        logits, cache = last_logits(params, token[:, None], cache, 1, config, window, xp)
+        choice = choose(logits, drawn, seen, allowed, xp=xp, **numbers)
+        token = xp.astype(choice.token, xp.int32)
+        if seen is not None:
+            ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device(seen))
+            seen = seen | (ids == token[:, None])
+        return (token, cache, seen), choice
+
+    (_, cache, _), choices = decode_block(step, (token, cache, seen), k)
+    return choices, cache
+
+
 class Clock:
     """Adds up the seconds of each phase, with compiling apart."""
 
@@ -226,6 +264,9 @@ class Engine:
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
         self._each_logits = backend.compile(each_logits, static=static, donate=donate)
+        self._decode_steps = backend.compile(
+            decode_steps, static=("k", "decode_block", "top_k", *static), donate=donate
+        )
         self._choosing = get_backend("numpy") if backend.samples_on_host else backend
         self._choose = choose if backend.samples_on_host else backend.compile(choose, static=("top_k", "xp"))
         self._allowed = self._allowed_ids()
@@ -253,7 +294,8 @@ class Engine:
         time_to_first_token = time.perf_counter() - called
         yield from _take(rows, choice)
         state = Run(rows, sampling, clock, choice, cache, used)
-        choices = self._speculate(state) if speculate else self._one_by_one(state)
+        decode = self._speculate if speculate else self._in_blocks if self.backend.decode_block else self._one_by_one
+        choices = decode(state)
         while any(state.alive):
             yield from _take(rows, next(choices))
         stats = Stats(
@@ -278,6 +320,50 @@ class Engine:
         """Decode without end; yield each choice."""
         while True:
             yield self._next(run)
+
+    def _in_blocks(self, run: Run) -> Iterator[Choice]:
+        """Decode without end, `BLOCK` tokens at a time; yield the choices of `_one_by_one`."""
+        noise = self._block_noise(run, run.step)
+        while True:
+            with run.clock.measure("decode"):
+                chosen = self._start_block(run, noise)
+                # The device computes, and the host draws what the next block needs.
+                noise = self._block_noise(run, run.step + BLOCK)
+                arrays = [self.backend.to_numpy(array) for array in chosen]
+            for each in zip(*arrays, strict=True):
+                run.choice = _finite(Choice(*each), self.backend)
+                run.step += 1
+                yield run.choice
+
+    def _start_block(self, run: Run, noise: "np.ndarray[Any, Any] | None") -> Choice:
+        """Return the next `BLOCK` choices, [BLOCK, batch] each, which the device may still be computing."""
+        asarray, numbers = self.backend.asarray, run.sampling.numbers
+        run.used += BLOCK
+        choices, run.cache = self._decode_steps(
+            self.params,
+            token=asarray(np.asarray(run.choice.token, dtype=np.int32)),
+            cache=run.cache,
+            seen=None if numbers["repetition_penalty"] is None else asarray(self._seen(run.rows)),
+            noise=None if noise is None else asarray(noise),
+            allowed=None if self._allowed is None else asarray(self._allowed),
+            k=BLOCK,
+            decode_block=self.backend.decode_block,
+            config=self.config,
+            window=min(self.backend.window(run.used), run.cache.n_slots),
+            xp=self.backend.xp,
+            **numbers,
+        )
+        return cast(Choice, choices)
+
+    def _block_noise(self, run: Run, step: int) -> "np.ndarray[Any, Any] | None":
+        """The noise [BLOCK, batch, n_vocab] of the block that begins at `step`; zeros where no row goes on."""
+        last = max(row.limit for row in run.rows)
+        if run.sampling.temperature == 0 or step >= last:
+            return None
+        noise = np.zeros((BLOCK, len(run.rows), self.config.n_vocab), dtype=np.float32)
+        for index in range(min(BLOCK, last - step)):
+            noise[index] = self._noise(run.rows, run.sampling.seed, step + index)
+        return noise
 
     def _speculate(self, run: Run) -> Iterator[Choice]:
         """Decode without end, several tokens at a time where it pays; yield the choices of `_one_by_one`."""
@@ -413,12 +499,7 @@ class Engine:
         )
         if not host:
             choice = Choice(*map(self.backend.to_numpy, choice))
-        if not np.isfinite(choice.logprob).all():
-            raise NumericalError(
-                f"the model's logits are not finite in {self.backend.dtype}: its weights are damaged (NaN), "
-                "or need a wider dtype"
-            )
-        return choice
+        return _finite(choice, self.backend)
 
     def _noise(self, rows: Sequence[Row], seed: int, step: int) -> "np.ndarray[Any, Any]":
         return np.stack([gumbel_noise(seed, row.prompt.sample, step, self.config.n_vocab) for row in rows])
@@ -438,6 +519,16 @@ class Engine:
         allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
         allowed[list(self.tokenizer.ids)] = True
         return allowed
+
+
+def _finite(choice: Choice, backend: Backend) -> Choice:
+    """Return the choice, of NumPy arrays, as it is. Raises `NumericalError` where the model computed no numbers."""
+    if not np.isfinite(choice.logprob).all():
+        raise NumericalError(
+            f"the model's logits are not finite in {backend.dtype}: its weights are damaged (NaN), "
+            "or need a wider dtype"
+        )
+    return choice
 
 
 def _take(rows: Sequence[Row], choice: Choice) -> Iterator[Piece]:

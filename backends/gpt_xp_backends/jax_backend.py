@@ -15,6 +15,7 @@ from gpt_xp.backend import (
     Backend,
     BackendInfo,
     DeviceInfo,
+    Step,
     check_dtype,
     import_library,
     peak_process_memory,
@@ -71,6 +72,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         slots=lambda n, n_ctx: -(-n_ctx // BLOCK) * BLOCK,  # one size, or each would be compiled anew
         piece=lambda batch: max(LONG // batch // BLOCK, 1) * BLOCK,
         pad=lambda n, total: SHORT if total <= SHORT else -(-n // BLOCK) * BLOCK,
+        decode_block=None if on_cpu else decode_block,  # a step on a CPU takes longer than its dispatch
         samples_on_host=on_cpu,
         is_out_of_memory=lambda error: "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError),
         device_memory=_device_info(where).memory,
@@ -87,6 +89,14 @@ def window(n: int) -> int:
     while size < n:
         size *= 2
     return size
+
+
+def decode_block(step: Step, state: Any, k: int) -> tuple[Any, Any]:
+    """Run `step` k times without the host; see `Backend.decode_block`."""
+    import jax
+
+    final, outputs = jax.lax.scan(lambda state, _: step(state), state, length=k)
+    return final, outputs
 
 
 @functools.cache  # one object: JAX compiles anew for another
