@@ -20,6 +20,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
 from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
+from gpt_xp.quantization import quantization_of
 from gpt_xp.sampling import Choice, Sampling, choose
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class Stats:
     backend: str = ""
     device: str = ""
     dtype: str = ""
+    quantize: str | None = None
     rows: int = 1
 
     @property
@@ -236,6 +238,7 @@ class Engine:
             backend=self.backend.name,
             device=self.backend.device,
             dtype=self.backend.dtype,
+            quantize=quantization_of(self.params),
         )
         for index, row in enumerate(rows):
             yield Piece("", index, result=row.result(stats))
