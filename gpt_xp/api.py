@@ -1,6 +1,7 @@
 """The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -153,7 +154,7 @@ class Model:
         return self.backend.asarray(leaf, self.backend.dtype)
 
     def _leaf_bytes(self, leaf: Any) -> int:
-        return n_bytes(leaf) if isinstance(leaf, Quantized) else leaf.size * ITEM_SIZE[self.backend.dtype]
+        return n_bytes(leaf) if isinstance(leaf, Quantized) else math.prod(leaf.shape) * ITEM_SIZE[self.backend.dtype]
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""

@@ -60,7 +60,8 @@ def _padded(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 _FAST = {"fastmath": True, "boundscheck": False, "nogil": True}  # fastmath: sums in any order, in vector registers
 
 
-_inline = njit(**_FAST)
+def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], njit(**_FAST)(function))
 
 
 @_inline
