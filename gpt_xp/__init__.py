@@ -17,6 +17,7 @@ from gpt_xp.errors import GptXpError
 from gpt_xp.generation import Generation, Piece, Stats
 from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
 from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
+from gpt_xp.quantization import quantize
 from gpt_xp.tokenizer import Tokenizer
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_encoder_hparams_and_params",
     "new_cache",
+    "quantize",
     "save",
     "shape_tree",
     "unembed",

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the same tree with `function(leaf)` in place of each leaf."""
+    """Return the same tree with `function(leaf)` in place of each leaf; a quantized weight is one leaf."""
     if isinstance(tree, dict):
         return {key: tree_map(function, branch) for key, branch in tree.items()}
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, list) or type(tree) is tuple:
         return [tree_map(function, branch) for branch in tree]
     return function(tree)
 

@@ -1,6 +1,7 @@
 """The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation import Engine, Piece, Prompt
 from gpt_xp.hub import find_model
+from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
+from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
 from gpt_xp.tokenizer import Tokenizer
@@ -29,9 +32,10 @@ Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
 class Model:
     """GPT-2 on one backend.
 
-    `params` is a nested dict of arrays (NumPy's, or the backend's own), and `backend` a name or a `Backend`. Without a
-    tokenizer, prompts are token ids and there is no text. Raises `ConfigError` where the parts do not fit each other,
-    `BackendError` where the backend cannot be used, `DeviceMemoryError` where the params do not fit the device.
+    `params` is a nested dict of arrays (NumPy's, or the backend's own), which `gpt_xp.quantize` may have made smaller,
+    and `backend` a name or a `Backend`. Without a tokenizer, prompts are token ids and there is no text. Raises
+    `ConfigError` where the parts do not fit each other, `BackendError` where the backend cannot be used,
+    `DeviceMemoryError` where the params do not fit the device.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class Model:
         self.config = config
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
+        if quantization_of(params):
+            self.backend = quantized_backend(self.backend)
         self.backend.keep_compiled()
-        self._bytes = sum(leaf.size for leaf in leaves(params)) * ITEM_SIZE[self.backend.dtype]
+        self._bytes = sum(map(self._leaf_bytes, leaves(params)))
         with self._memory_errors(batch=0):
-            self.params: Params = tree_map(lambda leaf: self.backend.asarray(leaf, self.backend.dtype), params)
+            self.params: Params = tree_map(self._move, params)
         self._engine = Engine(self.params, config, tokenizer, self.backend)
 
     def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
@@ -145,6 +151,15 @@ class Model:
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
         return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
 
+    def _move(self, leaf: Any) -> Any:
+        """Return an array, or a quantized weight, on the device."""
+        if isinstance(leaf, Quantized):
+            return type(leaf)(*map(self.backend.asarray, leaf))
+        return self.backend.asarray(leaf, self.backend.dtype)
+
+    def _leaf_bytes(self, leaf: Any) -> int:
+        return n_bytes(leaf) if isinstance(leaf, Quantized) else math.prod(leaf.shape) * ITEM_SIZE[self.backend.dtype]
+
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
         save(self, directory)
@@ -226,6 +241,7 @@ def load(
     dtype: str = "float32",
     device: str | None = None,
     threads: int | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
 
@@ -236,15 +252,23 @@ def load(
     `dtype` "float32", "float64", or where the backend computes in it "float16" or "bfloat16"; `threads` limits those
     of the CPU. On NumPy the params are mapped from the file, not copied, where it is stored in `dtype`.
 
+    `quantize` "int8" or "int4" keeps the weights in so many bits (see `gpt_xp.quantize`): faster, smaller, and a little
+    less exact. A model that was saved so needs no `quantize`.
+
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
-    `DeviceMemoryError`.
+    `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized so.
     """
+    check_kind(quantize)
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
+    if quantize:
+        chosen = quantized_backend(chosen)
     directory = find_model(name)
     config = checkpoint.read_config(directory)
     tokenizer = Tokenizer.from_directory(directory)
     # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
-    params = checkpoint.read_params(directory, config, dtype=None)
+    params = checkpoint.read_params(directory, config, None, checkpoint.read_quantization(directory))
+    if quantize:
+        params = quantize_params(params, quantize)
     return Model(params, config, tokenizer, chosen)
 
 
@@ -255,11 +279,14 @@ def save(model: Model, directory: str | Path) -> None:
     written aside and renamed at the end. Raises `CheckpointError` where they cannot be.
     """
     to_numpy, xp = model.backend.to_numpy, model.backend.xp
-    if model.backend.dtype == "bfloat16":  # NumPy has no such dtype, and float32 holds it exactly
-        params = tree_map(lambda leaf: to_numpy(xp.astype(leaf, xp.float32)), model.params)
-    else:
-        params = tree_map(to_numpy, model.params)
-    checkpoint.save_checkpoint(directory, params, model.config, model.tokenizer)
+
+    def fetch(leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return type(leaf)(*map(to_numpy, leaf))
+        # NumPy has no bfloat16, and float32 holds it exactly
+        return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
+
+    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer)
 
 
 def _is_one(prompt: Any) -> bool:

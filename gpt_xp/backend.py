@@ -113,6 +113,9 @@ class Backend:
     keep_compiled: Callable[[], None] = lambda: None  # called by `Model`: keep compiled programs on disk
     # What else makes two runs differ, name by name: libraries below, threads, precision; for `compare` and the doctor.
     settings: Callable[[], dict[str, str]] = dict
+    # The same backend with a namespace that takes quantized weights, where it has a better product with them than by
+    # dequantizing; see `quantization.quantized_backend`.
+    quantized: "Callable[[Backend], Backend] | None" = None
 
 
 @dataclass(frozen=True)

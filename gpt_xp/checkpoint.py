@@ -24,7 +24,8 @@ from gpt_xp._text import size
 from gpt_xp._typing import Params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
-from gpt_xp.hf_config import config_entries, config_from
+from gpt_xp.hf_config import config_entries, config_from, quantization_from
+from gpt_xp.quantization import Quantized, QuantizedTable, QuantizedWeight, quantization_of, stored_shapes
 from gpt_xp.safetensors_file import (
     FLOATS,
     NumpyArray,
@@ -37,6 +38,8 @@ from gpt_xp.safetensors_file import (
 
 WEIGHTS = "model.safetensors"
 _DTYPES = ("float16", "float32", "float64")
+_SCALE = "_scale"  # ends the name of the scales that belong to the codes of a quantized tensor
+_CODES = {"int8": ("I8", "int8"), "int4": ("U8", "uint8")}  # how safetensors and NumPy call the dtype of codes
 
 # Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
@@ -77,7 +80,26 @@ def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_params(directory: str | os.PathLike[str], config: GPT2Config, dtype: str | None = "float32") -> Params:
+def read_quantization(directory: str | os.PathLike[str]) -> str | None:
+    """How the weights in a directory are quantized, by its `config.json`: "int8", "int4", or None.
+
+    Raises what `read_config` raises, and `ConfigError` for a quantization that is not gpt-xp's.
+    """
+    path = os.path.join(directory, "config.json")
+    with reading(directory):
+        entries = read_json(path)
+    try:
+        return quantization_from(entries)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_params(
+    directory: str | os.PathLike[str],
+    config: GPT2Config,
+    dtype: str | None = "float32",
+    quantization: str | None = None,
+) -> Params:
     """The parameters in a directory, as a nested dict of read-only NumPy arrays.
 
     `dtype` is "float16", "float32", "float64", or None: each tensor as stored, bfloat16 as float32. With E = n_embd:
@@ -89,8 +111,10 @@ def read_params(directory: str | os.PathLike[str], config: GPT2Config, dtype: st
         {"ln_1": {"g": [E], "b": [E]}, "attn": {"c_attn": {"w": [E, 3E], "b": [3E]}, "c_proj": {"w": [E, E], "b": [E]}},
          "ln_2": {"g": [E], "b": [E]}, "mlp": {"c_fc": {"w": [E, 4E], "b": [4E]}, "c_proj": {"w": [4E, E], "b": [E]}}}
 
-    An array is mapped from the file where that holds `dtype` at an aligned place, and read into aligned memory where
-    not. A file that is mapped must not be written to; `save_checkpoint` replaces it, and the arrays stay as they were.
+    With a `quantization` (see `read_quantization`), `wte` is a `QuantizedTable` and every `w` a `QuantizedWeight`, and
+    all are as stored. An array is mapped from the file where that holds `dtype` at an aligned place, and read into
+    aligned memory where not. A file that is mapped must not be written to; `save_checkpoint` replaces it, and the
+    arrays stay as they were.
     Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the files are damaged,
     unreadable or do not fit `config`, `BackendError` for another dtype, `DeviceMemoryError` where memory runs out.
     """
@@ -104,15 +128,16 @@ def read_params(directory: str | os.PathLike[str], config: GPT2Config, dtype: st
         check_tensors(
             f"the weights in {directory}",
             {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-            tensor_shapes(config, len(stored)),
+            tensor_shapes(config, len(stored), quantization),
             FLOATS,
+            _CODES.get(quantization or "", ()),
         )
 
         def read(name: str, shape: tuple[int, ...]) -> NumpyArray:
             file, full_name = tensors[name]
-            return file.read(full_name, dtype)
+            return file.read(full_name, None if quantization else dtype)
 
-        return _params(config, read)
+        return _params(config, read, quantization)
 
 
 def save_checkpoint(
@@ -125,8 +150,9 @@ def save_checkpoint(
     Raises `CheckpointError` where params and config do not fit, before anything is written, where writing fails, and
     where the directory has the `tokenizer.json` of another tokenizer, which would be read in place of the one given.
     """
-    tensors = _named_arrays(params, config)
-    entries = config_entries(config, str(tensors["transformer.wte.weight"].dtype))
+    quantization = quantization_of(params)
+    tensors = _named_arrays(params, config, quantization)
+    entries = config_entries(config, str(tensors["transformer.wpe.weight"].dtype), quantization)
     with _writing(directory):
         os.makedirs(directory, exist_ok=True)
         with TemporaryDirectory(prefix=".saving-", dir=directory) as aside:
@@ -169,15 +195,25 @@ def align_weights(source: str | os.PathLike[str], target: str | os.PathLike[str]
 # --- params and names -----------------------------------------------------------------------------------------------
 
 
-def _params(config: GPT2Config, leaf: Callable[[str, tuple[int, ...]], Any]) -> Params:
+def _params(config: GPT2Config, leaf: Callable[[str, tuple[int, ...]], Any], quantization: str | None = None) -> Params:
     """The params tree with `leaf(name, shape)` in each place: the one list of names, for reading and writing."""
     n_embd = config.n_embd
+
+    def quantized(name: str, rows: int, columns: int) -> tuple[Any, Any]:
+        q, scale = stored_shapes(str(quantization), rows, columns)
+        return leaf(name, q), leaf(f"{name}{_SCALE}", scale)
+
+    def table(name: str, rows: int, columns: int) -> Any:
+        return QuantizedTable(*quantized(name, rows, columns)) if quantization else leaf(name, (rows, columns))
+
+    def weight(name: str, n_in: int, n_out: int) -> Any:
+        return QuantizedWeight(*quantized(name, n_out, n_in)) if quantization else leaf(name, (n_in, n_out))
 
     def norm(name: str) -> Params:
         return {"g": leaf(f"{name}.weight", (n_embd,)), "b": leaf(f"{name}.bias", (n_embd,))}
 
     def linear(name: str, n_in: int, n_out: int) -> Params:
-        return {"w": leaf(f"{name}.weight", (n_in, n_out)), "b": leaf(f"{name}.bias", (n_out,))}
+        return {"w": weight(f"{name}.weight", n_in, n_out), "b": leaf(f"{name}.bias", (n_out,))}
 
     def block(name: str) -> Params:
         return {
@@ -194,14 +230,14 @@ def _params(config: GPT2Config, leaf: Callable[[str, tuple[int, ...]], Any]) -> 
         }
 
     return {
-        "wte": leaf("wte.weight", (config.n_vocab, n_embd)),
+        "wte": table("wte.weight", config.n_vocab, n_embd),
         "wpe": leaf("wpe.weight", (config.n_ctx, n_embd)),
         "blocks": [block(f"h.{i}") for i in range(config.n_layer)],
         "ln_f": norm("ln_f"),
     }
 
 
-def tensor_shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: GPT2Config, n_tensors: int, quantization: str | None = None) -> dict[str, tuple[int, ...]]:
     """The names of the tensors of a GPT-2, without prefix, and their shapes.
 
     `n_tensors` are there. Raises `CheckpointError` where the config has more layers than that.
@@ -213,7 +249,7 @@ def tensor_shapes(config: GPT2Config, n_tensors: int) -> dict[str, tuple[int, ..
             f"take weights and config of one GPT-2"
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    _params(config, shapes.__setitem__)
+    _params(config, shapes.__setitem__, quantization)
     return shapes
 
 
@@ -222,6 +258,7 @@ def check_tensors(
     found: dict[str, tuple[tuple[int, ...], str]],  # name: (shape, dtype)
     expected: dict[str, tuple[int, ...]],
     dtypes: Iterable[str],
+    codes: Iterable[str] = (),  # the dtypes of what has a scale
 ) -> None:
     """Raise `CheckpointError`, which names them, where tensors are missing, unknown, or of another shape or dtype."""
     faults = [f"{name} is missing" for name in expected if name not in found]
@@ -230,8 +267,8 @@ def check_tensors(
             faults.append(f"{name!r:.80} is no tensor of this GPT-2")
         elif shape != expected[name]:
             faults.append(f"{name} is {list(shape)!s:.80} instead of {list(expected[name])}")
-        elif dtype not in dtypes:
-            faults.append(f"{name} is {dtype} instead of one of {', '.join(dtypes)}")
+        elif dtype not in (allowed := codes if f"{name}{_SCALE}" in expected else dtypes):
+            faults.append(f"{name} is {dtype} instead of one of {', '.join(allowed)}")
     if faults:
         shown = "; ".join(faults[:_MAX_FAULTS])
         more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
@@ -357,16 +394,17 @@ def _is_directory(path: str | os.PathLike[str]) -> bool:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
+def _named_arrays(params: Params, config: GPT2Config, quantization: str | None) -> dict[str, NumpyArray]:
     """Names as transformers spells them -> contiguous arrays, once it is sure that they fit the config."""
     found = {path: np.asarray(leaf) for path, leaf in _leaves(params)}
-    tensor_shapes(config, len(found))
-    wanted = dict(_leaves(_params(config, lambda name, shape: (name, shape))))
+    tensor_shapes(config, len(found), quantization)
+    wanted = dict(_leaves(_params(config, lambda name, shape: (name, shape), quantization)))
     check_tensors(
         "the params",
         {path: (array.shape, str(array.dtype)) for path, array in found.items()},
         {path: shape for path, (_, shape) in wanted.items()},
         _DTYPES,
+        _CODES.get(quantization or "", ()),
     )
     # save_file writes memory as it lies: a transposed array would be written untransposed.
     return {f"transformer.{name}": np.ascontiguousarray(found[path]) for path, (name, _) in wanted.items()}
@@ -374,6 +412,10 @@ def _named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a tree of dicts and lists, with their paths: "blocks.0.ln_1.g"."""
+    if isinstance(tree, Quantized):
+        yield path, tree.q
+        yield f"{path}{_SCALE}", tree.scale
+        return
     if not isinstance(tree, dict | list):
         yield path, tree
         return

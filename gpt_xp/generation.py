@@ -23,6 +23,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
 from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
+from gpt_xp.quantization import quantization_of
 from gpt_xp.sampling import Choice, Sampling, choose
 from gpt_xp.speculation import WIDTH, Speculation, agree
 from gpt_xp.streaming import TextStream
@@ -50,6 +51,7 @@ class Stats:
     backend: str = ""
     device: str = ""
     dtype: str = ""
+    quantize: str | None = None
     rows: int = 1
     proposed_tokens: int = 0  # by speculation, and how many of them were what the model chose
     accepted_tokens: int = 0
@@ -310,6 +312,7 @@ class Engine:
             backend=self.backend.name,
             device=self.backend.device,
             dtype=self.backend.dtype,
+            quantize=quantization_of(self.params),
             proposed_tokens=state.proposed,
             accepted_tokens=state.accepted,
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import ConfigError
+from gpt_xp.quantization import KINDS
 
 # The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
 _MATHEMATICS: dict[str, tuple[Any, ...]] = {
@@ -48,6 +49,23 @@ def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
         )
 
 
+def quantization_from(entries: dict[str, Any]) -> str | None:
+    """Return the kind of quantization that the entries describe. Raises `ConfigError` for one that is not gpt-xp's."""
+    if (found := entries.get("quantization_config")) is None:
+        return None
+    if found not in (quantization_entry(kind) for kind in KINDS):
+        raise ConfigError(
+            f"quantization_config is {json.dumps(found):.80}, which gpt-xp cannot read; take the model that was "
+            f"quantized, and quantize it by gpt-xp"
+        )
+    return str(found["weights"])
+
+
+def quantization_entry(kind: str) -> dict[str, str]:
+    """Return the `quantization_config` of a model of that kind; transformers knows no such method and says so."""
+    return {"quant_method": "gpt-xp", "weights": kind}
+
+
 def size_in(entries: dict[str, Any], key: str) -> int:
     """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or cannot be."""
     if key not in entries:
@@ -65,8 +83,9 @@ def _eos_token_id(entry: object, n_vocab: int) -> int | None:
     return ids[0] if ids and 0 <= ids[0] < n_vocab else None
 
 
-def config_entries(config: GPT2Config, dtype: str) -> dict[str, Any]:
+def config_entries(config: GPT2Config, dtype: str, quantization: str | None = None) -> dict[str, Any]:
     """Return what transformers needs to know; it has the same defaults for all that is not here."""
+    quantized = {} if quantization is None else {"quantization_config": quantization_entry(quantization)}
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -86,4 +105,5 @@ def config_entries(config: GPT2Config, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": dtype,
+        **quantized,
     }

@@ -36,6 +36,7 @@ _ON_DISK: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 FLOATS = tuple(_ON_DISK)
+_ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of quantized weights
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
 _PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
@@ -64,7 +65,7 @@ class SafetensorsFile:
         self._mapping = mapping
 
     def read(self, name: str, dtype: npt.DTypeLike | None = None) -> NumpyArray:
-        """One floating-point tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
+        """One tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
 
         Mapped, not copied, where the file holds that very dtype at an aligned place; such an array outlives the
         closing of the file and its replacement by another under the same name. Raises `CheckpointError` where a value

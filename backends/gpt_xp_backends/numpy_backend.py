@@ -1,15 +1,21 @@
 """NumPy, on the CPU."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import threadpoolctl
 
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, physical_memory
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
 from gpt_xp.errors import BackendError
+from gpt_xp.quantization import QuantizedNamespace
+
+QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
 FEW = 3  # rows that are multiplied sooner one by one
@@ -56,6 +62,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         piece=lambda batch: max(ROWS // batch, 16),
         device_memory=physical_memory(),
         settings=lambda: _settings(threads),
+        quantized=functools.partial(_quantized, threads) if dtype == "float32" else None,
     )
 
 
@@ -117,21 +124,44 @@ def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
 
 
 def _within_threads(threads: int | None) -> Callable[..., Callable[..., Any]]:
-    controller = threadpoolctl.ThreadpoolController() if threads else None
+    if threads is None:
+        return lambda function, static=(), donate=(): function
+    controller = threadpoolctl.ThreadpoolController()
+    return _within(lambda: controller.limit(limits=threads))
 
+
+def _within(scope: Callable[[], contextlib.AbstractContextManager[Any]]) -> Callable[..., Callable[..., Any]]:
     def compile(
         function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        if controller is None:
-            return function
-
-        def limited(*args: Any, **kwargs: Any) -> Any:
-            with controller.limit(limits=threads):
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            with scope():
                 return function(*args, **kwargs)
 
-        return limited
+        return scoped
 
     return compile
+
+
+def _quantized(threads: int | None, backend: Backend) -> Backend:
+    """Return the backend with products by Numba; raises `BackendError` where that is not installed."""
+    numba = import_library("numba", QUANTIZED_FIX)
+    from gpt_xp_backends.numpy_kernels import product
+
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+
+    @contextlib.contextmanager
+    def scope() -> Iterator[None]:
+        """One pool of threads: those of Numba and of BLAS would wait for each other, a hundred times as long."""
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(threads or before, numba.config.NUMBA_NUM_THREADS))
+        try:
+            with blas.limit(limits=1):
+                yield
+        finally:
+            numba.set_num_threads(before)
+
+    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype, product), compile=_within(scope))
 
 
 def _settings(threads: int | None) -> dict[str, str]:

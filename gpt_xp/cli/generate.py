@@ -16,7 +16,7 @@ from gpt_xp.cli.report import add_stats, logprob_table, record, stats_line
 from gpt_xp.cli.session import Session, check_settings, load_model
 from gpt_xp.generation import Generation, Piece, Stats
 
-LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "threads")
+LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
 EPILOG = """\
 Stdin is read where there is no PROMPT, or in place of a "-": `cat play.txt | gpt-xp - "TL;DR:"` joins the two. After
 "--" everything is prompt. An option can also be set by a variable: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and

@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from gpt_xp.quantization import KINDS
+
 CONTEXT = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 COUNT = click.IntRange(min=1)
 DTYPES = click.Choice(["float32", "float64", "float16", "bfloat16"])
@@ -84,6 +86,10 @@ loading_options = together(
     option(
         "--dtype", metavar="DTYPE", type=DTYPES, default="float32", show_default=True,
         help="float32, float64, or where the backend computes in it float16 or bfloat16.",
+    ),
+    option(
+        "--quantize", metavar="KIND", type=click.Choice(KINDS),
+        help="Keep the weights in 8 or 4 bits, int8 or int4: faster and smaller, and a little less exact.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
 )  # fmt: skip

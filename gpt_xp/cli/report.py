@@ -45,7 +45,7 @@ def record(session: Session, prompt: str, sample: int, result: Generation, logpr
 def stats_line(name: str, stats: Stats) -> str:
     """Return the line that --stats prints."""
     parts = [
-        f"{name} on {stats.backend}, {stats.device}, {stats.dtype}",
+        ", ".join(filter(None, (f"{name} on {stats.backend}", stats.device, stats.dtype, stats.quantize))),
         f"prompt {_tokens(stats.prompt_tokens, stats.prefill_tokens_per_second)}",
         f"generated {_tokens(stats.generated_tokens, stats.decode_tokens_per_second)}",
         f"first token after {stats.time_to_first_token:.3f} s",

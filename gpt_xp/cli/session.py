@@ -14,6 +14,7 @@ from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.errors import SettingError
 from gpt_xp.generation import Generation, Piece
 from gpt_xp.hub import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
+from gpt_xp.quantization import quantized_backend
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
 
@@ -77,6 +78,7 @@ def load_model(
     model_size: str | None,
     models_dir: str | None,
     backend: str | None,
+    quantize: str | None,
     **options: Any,
 ) -> tuple[str, Model]:
     """Return the model that is asked for, and its name."""
@@ -86,6 +88,8 @@ def load_model(
         tell_default()
     with waiting(f"loading {backend or default_backend()}"):
         chosen = get_backend(backend, **options)  # its errors before a model is fetched
+        if quantize:
+            chosen = quantized_backend(chosen)
     name, directory = locate(model, offline, model_size, models_dir)
     with waiting(f"loading {name}"):
-        return name, load(directory, backend=chosen)
+        return name, load(directory, backend=chosen, quantize=quantize)

@@ -1,0 +1,198 @@
+"""Products with quantized weights, compiled by Numba: what NumPy has no function for.
+
+Reading the weights is what takes the time, so each is read once, 8 or 4 bits of it, and widened in a register or in the
+processor's first cache. Two kernels for each kind: `few` rows at a time, as in decoding, read a row of the weight and
+multiply it by each row of x; `many` widen a tile of the weight first and reuse each number of it and of x 4 times.
+
+Importing this takes a second and compiles once per machine: it is imported when quantization is asked for.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import numba
+import numpy as np
+from numba import njit, prange, types
+
+from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
+
+TILE = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
+DEPTH = 1024  # numbers of a row that are multiplied at a time: a tile of x and one of the weight fit the first cache
+FEW = 4  # rows of x up to which the first kind of kernel is the faster
+LINE = 64  # bytes of a cache line: operands that begin at one are loaded in half the time
+
+_lock = threading.Lock()  # one of Numba's threading layers ends the process where two threads use it at once
+
+
+def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[Any, Any]":
+    """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], by the threads that Numba is set to."""
+    rows, n_out = len(x), len(weight.q)
+    few = rows <= FEW
+    kernel = _kernel(kind_of(weight), few)
+    if few:
+        x, out = np.ascontiguousarray(x), np.empty((rows, n_out), np.float32)
+    else:
+        x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
+    with _lock:
+        kernel(x, weight.q, weight.scale, out, numba.get_num_threads())
+    return out[:rows, :n_out]
+
+
+def _whole_tiles(n: int) -> int:
+    return -(-n // TILE) * TILE
+
+
+def _padded(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Return x with rows of zeros up to a whole number of tiles, from the beginning of a cache line on."""
+    rows, n_in = _whole_tiles(len(x)), x.shape[1]
+    memory = np.empty(rows * n_in + LINE // 4, np.float32)
+    begin = -memory.ctypes.data % LINE // 4
+    padded = memory[begin : begin + rows * n_in].reshape(rows, n_in)
+    padded[: len(x)] = x
+    padded[len(x) :] = 0
+    return padded
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+_FAST = {"fastmath": True, "boundscheck": False, "nogil": True}  # fastmath: sums in any order, in vector registers
+
+
+def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], njit(**_FAST)(function))
+
+
+@_inline
+def _aligned(rows: int, columns: int) -> Any:
+    memory = np.empty(rows * columns + LINE // 4, np.float32)
+    begin = -memory.ctypes.data % LINE // 4
+    return memory[begin : begin + rows * columns].reshape(rows, columns)
+
+
+@_inline
+def _widen_int8(codes: Any, scale: Any, wide: Any) -> None:
+    """Write one row of a weight, or a part of it, in float32."""
+    for k in range(codes.size):
+        wide[k] = np.float32(codes[k]) * scale
+
+
+@_inline
+def _widen_int4(codes: Any, scales: Any, wide: Any) -> None:
+    for group in range(scales.size):
+        pairs = codes[group * GROUP // 2 : (group + 1) * GROUP // 2]
+        low = wide[group * GROUP : group * GROUP + GROUP // 2]
+        high = wide[group * GROUP + GROUP // 2 : (group + 1) * GROUP]
+        for k in range(GROUP // 2):
+            low[k] = np.float32(np.int32(pairs[k] & 15) - 8) * scales[group]
+        for k in range(GROUP // 2):
+            high[k] = np.float32(np.int32(pairs[k] >> 4) - 8) * scales[group]
+
+
+@_inline
+def _dot(x: Any, w: Any) -> Any:
+    total = np.float32(0)
+    for k in range(w.size):
+        total += x[k] * np.float32(w[k])
+    return total
+
+
+@_inline
+def _add_tile(x: Any, row: int, first: int, depth: int, wide: Any, out: Any, column: int) -> None:
+    """Add to a tile of out the products of 4 rows of x, from their number `first` on, with 4 of a widened weight."""
+    last = first + depth  # each row a slice of its own: one of a 2-D slice would not be known to be contiguous
+    x0, x1, x2, x3 = x[row, first:last], x[row + 1, first:last], x[row + 2, first:last], x[row + 3, first:last]
+    w0, w1, w2, w3 = wide[0], wide[1], wide[2], wide[3]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
+    for k in range(depth):
+        a0 += x0[k] * w0[k]
+        a1 += x0[k] * w1[k]
+        a2 += x0[k] * w2[k]
+        a3 += x0[k] * w3[k]
+        b0 += x1[k] * w0[k]
+        b1 += x1[k] * w1[k]
+        b2 += x1[k] * w2[k]
+        b3 += x1[k] * w3[k]
+        c0 += x2[k] * w0[k]
+        c1 += x2[k] * w1[k]
+        c2 += x2[k] * w2[k]
+        c3 += x2[k] * w3[k]
+        d0 += x3[k] * w0[k]
+        d1 += x3[k] * w1[k]
+        d2 += x3[k] * w2[k]
+        d3 += x3[k] * w3[k]
+    for i, sums in enumerate(((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))):
+        for j, total in enumerate(sums):
+            out[row + i, column + j] += total
+
+
+def _few_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+    n_out = len(q)
+    for thread in prange(n_threads):
+        for j in range(n_out * thread // n_threads, n_out * (thread + 1) // n_threads):
+            for row in range(len(x)):
+                out[row, j] = _dot(x[row], q[j]) * scale[j]
+
+
+def _few_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+    n_out = len(q)
+    for thread in prange(n_threads):
+        wide = _aligned(1, x.shape[1])[0]
+        for j in range(n_out * thread // n_threads, n_out * (thread + 1) // n_threads):
+            _widen_int4(q[j], scale[j], wide)
+            for row in range(len(x)):
+                out[row, j] = _dot(x[row], wide)
+
+
+def _many_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+    n_out, n_in = q.shape
+    n_tiles = out.shape[1] // TILE
+    for thread in prange(n_threads):
+        wide = _aligned(TILE, DEPTH)
+        for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
+            j = tile * TILE
+            for first in range(0, n_in, DEPTH):
+                depth = min(DEPTH, n_in - first)
+                for i in range(min(TILE, n_out - j)):  # of padding nothing is looked at
+                    _widen_int8(q[j + i, first : first + depth], scale[j + i], wide[i])
+                for row in range(0, len(x), TILE):
+                    _add_tile(x, row, first, depth, wide, out, j)
+
+
+def _many_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+    n_out, n_in = len(q), x.shape[1]
+    n_tiles = out.shape[1] // TILE
+    for thread in prange(n_threads):
+        wide = _aligned(TILE, DEPTH)
+        for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
+            j = tile * TILE
+            for first in range(0, n_in, DEPTH):
+                depth = min(DEPTH, n_in - first)
+                for i in range(min(TILE, n_out - j)):  # of padding nothing is looked at
+                    _widen_int4(
+                        q[j + i, first // 2 : (first + depth) // 2],
+                        scale[j + i, first // GROUP : (first + depth) // GROUP],
+                        wide[i],
+                    )
+                for row in range(0, len(x), TILE):
+                    _add_tile(x, row, first, depth, wide, out, j)
+
+
+@functools.cache
+def _kernel(kind: str, few: bool) -> Callable[..., None]:
+    """Compile one of the kernels, or find it on disk from the last time."""
+    function = {"int8": (_many_int8, _few_int8), "int4": (_many_int4, _few_int4)}[kind][few]
+    codes, scale = (types.int8, (1, "C")) if kind == "int8" else (types.uint8, (2, "C"))
+    # Weights that are mapped from a file are read-only, a type of its own; a writable one fits it too.
+    signature = types.void(
+        types.Array(types.float32, 2, "C"),
+        types.Array(codes, 2, "C", readonly=True),
+        types.Array(types.float32, *scale, readonly=True),
+        types.Array(types.float32, 2, "C"),
+        types.intp,
+    )
+    try:
+        return cast(Callable[..., None], njit(signature, parallel=True, cache=True, **_FAST)(function))
+    except RuntimeError:  # there is no folder that Numba may write to
+        return cast(Callable[..., None], njit(signature, parallel=True, **_FAST)(function))

@@ -1,0 +1,223 @@
+"""Weights in 8 or 4 bits: decoding takes as long as reading all weights, and fewer bytes are read sooner.
+
+Only the token table and the weights of linear layers are quantized, which is all but a few thousandths of the bytes.
+Activations stay what they were. A weight is codes times scales, rounded to the nearest and symmetric around zero:
+
+- int8: codes from -127 to 127, one a byte, and a scale for each row of the token table and each output of a layer;
+- int4: codes from -8 to 7, two a byte, and a scale for each 32 of such a row.
+
+`model.py` knows nothing of this: a backend hands out a namespace whose `take`, `matrix_transpose` and `matmul` take
+such weights too.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from gpt_xp._tree import leaves
+from gpt_xp._typing import Array, Namespace, Params
+from gpt_xp.backend import Backend
+from gpt_xp.errors import NumericalError, SettingError
+
+KINDS = ("int8", "int4")
+GROUP = 32  # of int4: codes that share a scale
+_BLOCK = 2**20  # weights that are quantized at a time: few enough to be still in the processor's cache
+
+Product: TypeAlias = Callable[[Array, "QuantizedWeight"], Array]
+
+
+class QuantizedTable(NamedTuple):
+    """A token table [n_rows, n_columns], row by row.
+
+    int8: `q` is [n_rows, n_columns] int8 and `scale` [n_rows] float32. int4: `q` is [n_rows, n_columns / 2] uint8, in
+    which the 16 bytes of a group hold its first 16 codes in their low bits and the other 16 in their high bits, each
+    plus 8; `scale` is [n_rows, n_columns / 32] float32.
+    """
+
+    q: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the table."""
+        return rows_and_columns(self)
+
+
+class QuantizedWeight(NamedTuple):
+    """The weight of a linear layer [n_in, n_out], stored as the transposed table: [n_out, n_in]."""
+
+    q: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight, as `matmul(x, w)` has it."""
+        n_out, n_in = rows_and_columns(self)
+        return n_in, n_out
+
+
+Quantized: TypeAlias = QuantizedTable | QuantizedWeight
+
+
+def kind_of(weight: Quantized) -> str:
+    """Return "int8" or "int4"."""
+    return "int8" if len(weight.scale.shape) == 1 else "int4"
+
+
+def rows_and_columns(weight: Quantized) -> tuple[int, int]:
+    """Return the shape in which a weight is stored."""
+    rows, n_bytes = weight.q.shape
+    return rows, n_bytes if kind_of(weight) == "int8" else 2 * n_bytes
+
+
+def stored_shapes(kind: str, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of `q` and `scale`. Raises `SettingError` for columns that the kind cannot hold."""
+    if kind == "int8":
+        return (rows, columns), (rows,)
+    if columns % GROUP:
+        raise SettingError(f"int4 needs widths that {GROUP} divides, and this model has one of {columns}: take int8")
+    return (rows, columns // 2), (rows, columns // GROUP)
+
+
+def n_bytes(weight: Quantized) -> int:
+    """Return the bytes that a quantized weight takes."""
+    return int(np.prod(weight.q.shape)) + 4 * int(np.prod(weight.scale.shape))
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise `SettingError` unless this is a kind of quantization, or None."""
+    if kind is not None and kind not in KINDS:
+        raise SettingError(f"quantize must be one of {', '.join(KINDS)}, or None, not {kind!r}")
+
+
+def quantization_of(params: Params) -> str | None:
+    """Return how the params are quantized: "int8", "int4", or None."""
+    return next((kind_of(leaf) for leaf in leaves(params) if isinstance(leaf, Quantized)), None)
+
+
+# --- quantizing, with NumPy -----------------------------------------------------------------------------------------
+
+
+def quantize(params: Params, kind: str) -> Params:
+    """Return params (NumPy arrays) with the token table and the weights of all linear layers quantized.
+
+    `kind` is "int8" or "int4"; what is of that kind already is returned as it is. Raises `SettingError` for another
+    kind, params that are quantized otherwise, or a width that int4 cannot hold; `NumericalError` for weights that are
+    not finite.
+    """
+    check_kind(kind)
+    if (found := quantization_of(params)) is not None:
+        if found != kind:
+            raise SettingError(f"the params are {found} already and cannot become {kind}: take the float32 model")
+        return params
+
+    def linear(w: Array, b: Array) -> Params:
+        return {"w": QuantizedWeight(*_quantized(np.asarray(w).T, kind)), "b": b}
+
+    def block(ln_1: Params, attn: Params, ln_2: Params, mlp: Params) -> Params:
+        layers = ({name: linear(**layer) for name, layer in part.items()} for part in (attn, mlp))
+        return {"ln_1": ln_1, "attn": next(layers), "ln_2": ln_2, "mlp": next(layers)}
+
+    return params | {
+        "wte": QuantizedTable(*_quantized(np.asarray(params["wte"]), kind)),
+        "blocks": [block(**each) for each in params["blocks"]],
+    }
+
+
+def _quantized(table: "np.ndarray[Any, Any]", kind: str) -> tuple[Any, Any]:
+    """Quantize a table [n_rows, n_columns] of floats in either memory order; return codes and scales."""
+    encode = _int8 if kind == "int8" else _int4
+    codes_shape, scale_shape = stored_shapes(kind, *table.shape)
+    codes = np.empty(codes_shape, np.int8 if kind == "int8" else np.uint8)
+    scale = np.empty(scale_shape, np.float32)
+    step = max(1, _BLOCK // table.shape[1])
+    for begin in range(0, len(table), step):
+        rows = slice(begin, begin + step)
+        # One block at a time in float32, contiguous: no second copy of a whole model is made.
+        block = np.ascontiguousarray(table[rows], dtype=np.float32)
+        if not np.isfinite(block).all():
+            raise NumericalError("the weights are not finite, or too large for float32, and cannot be quantized")
+        codes[rows], scale[rows] = encode(block)
+    return codes, scale
+
+
+def _int8(block: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
+    largest = np.maximum(block.max(axis=1), -block.min(axis=1))
+    scale = np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny)  # a row of zeros is divided by something
+    return np.rint(block / scale[:, None]).astype(np.int8), scale
+
+
+def _int4(block: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
+    groups = block.reshape(len(block), -1, GROUP)
+    # The largest of a group, whatever its sign, is -8 times the scale: 16 codes are in use, not 15.
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    scale = np.where(high > -low, high, low) / np.float32(-8)
+    scale = np.where(np.abs(scale) < np.finfo(np.float32).tiny, np.finfo(np.float32).tiny, scale)
+    codes = np.clip(np.rint(groups / scale[:, :, None]), -8, 7).astype(np.int8).view(np.uint8) + np.uint8(8)
+    packed = codes[:, :, : GROUP // 2] | (codes[:, :, GROUP // 2 :] << np.uint8(4))
+    return packed.reshape(len(block), -1), scale
+
+
+# --- using them, with any array library -----------------------------------------------------------------------------
+
+
+def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
+    """Return the table [n_rows, n_columns] of a weight as it is stored, in a floating-point dtype of `xp`."""
+    scale = xp.astype(weight.scale, dtype)
+    if kind_of(weight) == "int8":
+        return xp.astype(weight.q, dtype) * scale[:, None]
+    groups = xp.reshape(weight.q, (*weight.scale.shape, GROUP // 2))  # [n_rows, n_groups, 16]
+    codes = xp.concat([groups % 16, groups // 16], axis=-1)  # [n_rows, n_groups, 32]
+    return xp.reshape((xp.astype(codes, dtype) - 8) * scale[:, :, None], rows_and_columns(weight))
+
+
+def quantized_backend(backend: Backend) -> Backend:
+    """Return the same backend with a namespace that knows quantized weights.
+
+    Raises `BackendError` where the backend needs a library for that, and it is not installed.
+    """
+    if isinstance(backend.xp, QuantizedNamespace):
+        return backend
+    if backend.quantized is not None:
+        return backend.quantized(backend)
+    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype))
+
+
+class QuantizedNamespace:
+    """An array library's namespace in which three functions take quantized weights besides arrays.
+
+    `dtype` is the one that rows of a quantized table are given in, and `product(x, weight)` returns
+    [rows, n_in] @ [n_in, n_out] -> [rows, n_out] (default: by way of the dequantized weight).
+    """
+
+    def __init__(self, xp: Namespace, dtype: str, product: Product | None = None) -> None:
+        self._xp = xp
+        self._product = product or self._product_with_dequantized
+        self._dtype = getattr(xp, dtype)
+        self._plain = xp.matmul, xp.take, xp.matrix_transpose
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._xp, name)
+        setattr(self, name, value)  # found at once from now on
+        return value
+
+    def matmul(self, x: Array, w: Array | QuantizedWeight) -> Array:
+        """Return the product of two arrays, or of an array [rows, n_in] with a quantized weight."""
+        return self._product(x, w) if isinstance(w, QuantizedWeight) else self._plain[0](x, w)
+
+    def take(self, x: Array | QuantizedTable, indices: Array, *, axis: int) -> Array:
+        """Return rows of an array, or of a quantized table."""
+        take = self._plain[1]
+        if not isinstance(x, QuantizedTable):
+            return take(x, indices, axis=axis)
+        rows = QuantizedTable(take(x.q, indices, axis=axis), take(x.scale, indices, axis=axis))
+        return dequantize(rows, self._dtype, self._xp)
+
+    def matrix_transpose(self, x: Array | QuantizedTable) -> Array | QuantizedWeight:
+        """Return the transposed array; that of a quantized table is a quantized weight of the same numbers."""
+        return QuantizedWeight(*x) if isinstance(x, QuantizedTable) else self._plain[2](x)
+
+    def _product_with_dequantized(self, x: Array, w: QuantizedWeight) -> Array:
+        return self._plain[0](x, self._plain[2](dequantize(w, x.dtype, self._xp)))
