@@ -220,4 +220,9 @@ class QuantizedNamespace:
         return QuantizedWeight(*x) if isinstance(x, QuantizedTable) else self._plain[2](x)
 
     def _product_with_dequantized(self, x: Array, w: QuantizedWeight) -> Array:
-        return self._plain[0](x, self._plain[2](dequantize(w, x.dtype, self._xp)))
+        matmul, _, transpose = self._plain
+        if kind_of(w) == "int8" and x.dtype in (self._xp.float32, self._xp.float64):
+            # The scales of whole rows, applied to the product: compilers then widen codes as they are multiplied.
+            # (Half precision could overflow before.)
+            return matmul(x, transpose(self._xp.astype(w.q, x.dtype))) * self._xp.astype(w.scale, x.dtype)
+        return matmul(x, transpose(dequantize(w, x.dtype, self._xp)))
