@@ -52,6 +52,17 @@ def test_a_numpy_model_imports_no_other_array_library() -> None:
     assert not loaded & {"jax", "cupy", "tensorflow", "torch", "array_api_strict", "requests"}
 
 
+def test_generating_on_numpy_imports_a_part_of_numpy() -> None:
+    """All of it takes longer to import than the rest of a start; an array function in a hot path can bring it back."""
+    code = """
+import gpt_xp, sys, json
+model = gpt_xp.load("shakespeare", backend="numpy")
+model.generate("ROMEO:", max_tokens=2, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1)
+print(json.dumps([name for name in ("numpy.f2py", "numpy.testing", "array_api_compat.numpy") if name in sys.modules]))
+"""
+    assert in_a_new_process(code) == []
+
+
 def test_importing_sets_nothing_in_jax() -> None:
     make_backend("jax")
     code = """
