@@ -13,13 +13,12 @@ import threadpoolctl
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
 from gpt_xp.errors import BackendError
-from gpt_xp.quantization import QuantizedNamespace, QuantizedWeight, dequantize, kind_of
+from gpt_xp.quantization import QuantizedNamespace
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
 FEW = 3  # rows that are multiplied sooner one by one
-MANY = 64  # rows above which quantized weights are widened, and multiplied by BLAS
 
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
@@ -150,33 +149,19 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
     from gpt_xp_backends.numpy_kernels import product
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    pools = [(pool, threads or pool.num_threads) for pool in blas.lib_controllers]
-
-    def matmul(x: Any, weight: QuantizedWeight) -> Any:
-        # One pool of threads: those of Numba and of BLAS would wait for each other, a hundred times as long. So while
-        # a few rows are decoded, BLAS (in attention) has one thread; many rows at once are all left to BLAS.
-        many = len(x) > MANY
-        for pool, n in pools:
-            pool.set_num_threads(n if many else 1)
-        return _widened_product(x, weight) if many else product(x, weight)
 
     @contextlib.contextmanager
     def scope() -> Iterator[None]:
+        """One pool of threads: those of Numba and of BLAS would wait for each other, a hundred times as long."""
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads or before, numba.config.NUMBA_NUM_THREADS))
         try:
-            with blas.limit(limits=1):  # which puts back what `matmul` sets
+            with blas.limit(limits=1):
                 yield
         finally:
             numba.set_num_threads(before)
 
-    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype, matmul), compile=_within(scope))
-
-
-def _widened_product(x: Any, weight: QuantizedWeight) -> Any:
-    if kind_of(weight) == "int8":  # the scales of whole rows: applied to the product, which is smaller
-        return x @ weight.q.astype(np.float32).T * weight.scale
-    return x @ dequantize(weight, np.float32, np).T
+    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype, product), compile=_within(scope))
 
 
 def _settings(threads: int | None) -> dict[str, str]:
