@@ -197,6 +197,14 @@ class QuantizedNamespace:
         self._product = product or self._product_with_dequantized
         self._dtype = getattr(xp, dtype)
         self._plain = xp.matmul, xp.take, xp.matrix_transpose
+        self._key = id(xp), dtype, product
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both compute the same: a compiler then shares its programs between them."""
+        return isinstance(other, QuantizedNamespace) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._xp, name)

@@ -1,5 +1,6 @@
 """The fixtures: `backend` runs a test on every array library that is installed."""
 
+import contextlib
 import io
 import os
 import signal
@@ -19,9 +20,12 @@ from gpt_xp.backend import get_backend
 from gpt_xp.cli import run
 from gpt_xp.errors import BackendError
 from gpt_xp.published import MODELS
+from gpt_xp.quantization import quantized_backend
 
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "numba"))
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,12 +39,25 @@ REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
 def make_backend(name: str, dtype: str = "float32") -> Backend:
     """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
     library, _, device = name.partition(":")
-    try:
+    with skipping_what_is_missing(library):
         return get_backend(library, device=device or None, dtype=dtype)
+
+
+@contextlib.contextmanager
+def skipping_what_is_missing(library: str) -> Iterator[None]:
+    """Skip the test, with the reason, where the library cannot be had; fail it where that is required."""
+    try:
+        yield
     except (BackendError, ModuleNotFoundError) as error:
         if library in REQUIRED:
-            pytest.fail(f"the backend {name} is required here: {error}")
+            pytest.fail(f"{library} is required here: {error}")
         pytest.skip(str(error))
+
+
+def quantized(backend: Backend) -> Backend:
+    """Return the backend that takes quantized weights; skip the test, with the reason, where numba is missing."""
+    with skipping_what_is_missing("numba" if backend.name == "numpy" else backend.name):
+        return quantized_backend(backend)
 
 
 @pytest.fixture(scope="session", autouse=True)

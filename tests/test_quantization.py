@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,23 +11,31 @@ import numpy as np
 import pytest
 from commands import Result
 from comparison import assert_values
-from conftest import make_backend
+from conftest import make_backend, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_gpt2 import gpt2 as naive_gpt2
 from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
-from gpt_xp import Backend, Model
+from gpt_xp import Backend, Model, generation
 from gpt_xp._tree import leaves, tree_map
+from gpt_xp.backend import get_backend
 from gpt_xp.checkpoint import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
-from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, _quantized
+from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, _quantized, quantization_of
 from gpt_xp.tolerances import TOLERANCE
 
-NAMES = {"int8": "prime", "int4": "124M-ratios"}  # int4 wants a width of whole groups
-KINDS = sorted(NAMES)
+KINDS = ["int4", "int8"]
+N_TOKENS = 13  # one program of JAX for these and for one
+
+
+def small(kind: str) -> tuple[Any, GPT2Config]:
+    """Return quantized params and their config."""
+    name = {"int8": "prime", "int4": "124M-ratios"}[kind]  # int4 wants a width of whole groups
+    params = float32_params(name)
+    return gpt_xp.quantize(params | {"blocks": params["blocks"][:2]}, kind), replace(CONFIGS[name], n_layer=2)
 
 
 def float32_params(name: str) -> Any:
@@ -112,40 +121,67 @@ def test_what_cannot_be_quantized_so_is_refused() -> None:
 # Computing.
 
 
+def assert_logits(model: Model, params: Any, tolerance: float) -> None:
+    """Compare all logits of some tokens, and those of one token, with the oracle's."""
+    tokens = small_tokens("prime")[0, :N_TOKENS]
+    expected = naive_gpt2(tokens, **float64_of(params), n_head=model.config.n_head)
+    assert_values(model.logits(tokens), expected, tolerance)
+    assert_values(model.logits(tokens[:1]), expected[:1], tolerance)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_weights_that_are_meant(kind: str, backend: Backend) -> None:
-    config, tokens = CONFIGS[NAMES[kind]], small_tokens(NAMES[kind])[0]
-    params = gpt_xp.quantize(float32_params(NAMES[kind]), kind)
-    expected = naive_gpt2(tokens, **float64_of(params), n_head=config.n_head)
-    model = Model(params, config, backend=backend)
-    assert_values(model.logits(tokens), expected, TOLERANCE["logits", "float32"])
-    assert_values(model.logits(tokens[:1]), expected[:1], TOLERANCE["logits", "float32"])
+    params, config = small(kind)
+    model = Model(params, config, backend=quantized(backend))
+    assert_logits(model, params, TOLERANCE["logits", "float32"])
     again = Model(params, config, backend=model.backend)  # a backend that knows quantized weights already
-    assert_values(again.logits(tokens), expected, TOLERANCE["logits", "float32"])
+    assert again.backend is model.backend
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_token_at_a_time_is_the_whole_text(kind: str, backend: Backend) -> None:
-    config = CONFIGS[NAMES[kind]]
-    model = Model(gpt_xp.quantize(float32_params(NAMES[kind]), kind), config, backend=backend)
+def test_half_precision_with_quantized_weights(kind: str, dtype: str) -> None:
+    params, config = small(kind)
+    model = Model(params, config, backend=make_backend("torch", dtype))
+    assert_logits(model, params, TOLERANCE["logits", dtype])
+
+
+def test_one_token_at_a_time_is_the_whole_text(backend: Backend) -> None:
+    params, config = small("int8")
+    model = Model(params, config, backend=quantized(backend))
     batch = [[5, 3, 17, 2], [7], [11, 1, 30]]
     for prompt, row in zip(batch, model.generate(batch, max_tokens=6, ignore_eos=True), strict=True):
-        ids = prompt + row.token_ids
-        best = np.sort(model.logits(ids), axis=-1)
-        chosen = model.logits(ids).argmax(axis=-1)[len(prompt) - 1 : -1]
-        clear = (best[:, -1] - best[:, -2] > 1e-4 * np.abs(best).max())[len(prompt) - 1 : -1]
+        logits = naive_gpt2(prompt + row.token_ids, **float64_of(params), n_head=config.n_head)[len(prompt) - 1 : -1]
+        second, best = np.sort(logits, axis=-1)[:, -2:].T
+        clear = best - second > 1e-4 * np.abs(logits).max()
         assert clear.sum() > 3
-        assert (chosen == row.token_ids)[clear].all()
-        assert row.stats.quantize == kind
+        assert (logits.argmax(axis=-1) == row.token_ids)[clear].all()
+        assert row.stats.quantize == "int8"
+
+
+def test_models_of_one_shape_share_the_programs_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, config = small("int8")
+    traced: list[tuple[int, ...]] = []
+    original = generation.last_logits
+
+    def spy(params: Any, tokens: Any, cache: Any, count: Any, config: Any, window: int, xp: Any) -> Any:
+        traced.append(tokens.shape)
+        return original(params, tokens, cache, count, config, window, xp)
+
+    monkeypatch.setattr(generation, "last_logits", spy)
+    Model(params, config, backend=make_backend("jax")).generate([5, 3], max_tokens=3, ignore_eos=True)
+    assert len(traced) == 2  # prefill and decode
+    Model(params, config, backend=make_backend("jax")).generate([7, 2], max_tokens=3, ignore_eos=True)
+    assert len(traced) == 2, "compiled again for a second model"
+
+
+# NumPy's kernels.
 
 
 @pytest.mark.parametrize("n_out", [1, 2, 5, 37])
-@pytest.mark.parametrize("n_in", [7, 32, 1056])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "n_in"), [("int8", 7), ("int8", 1056), ("int4", 32), ("int4", 1056)])
 def test_kernels_of_numpy_for_any_shape(kind: str, n_in: int, n_out: int) -> None:
-    if kind == "int4" and n_in % GROUP:
-        pytest.skip(f"int4 has no width of {n_in}")
-    pytest.importorskip("numba", reason="numba is not installed: pip install 'gpt-xp[quantize]'")
+    quantized(make_backend("numpy"))
     from gpt_xp_backends.numpy_kernels import product
 
     random = np.random.RandomState(n_in + n_out)
@@ -158,12 +194,50 @@ def test_kernels_of_numpy_for_any_shape(kind: str, n_in: int, n_out: int) -> Non
         assert_values(product(x, weight), x.astype(np.float64) @ meant, TOLERANCE["logits", "float32"])
 
 
+def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized(make_backend("numpy"))
+    import numba
+    import threadpoolctl
+    from gpt_xp_backends import numpy_kernels
+
+    seen: list[tuple[int, int]] = []
+    original = numpy_kernels.product
+
+    def spy(x: Any, weight: Any) -> Any:
+        blas = [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+        seen.append((numba.get_num_threads(), max(blas, default=1)))
+        return original(x, weight)
+
+    monkeypatch.setattr(numpy_kernels, "product", spy)
+    params, config = small("int8")
+    before = numba.get_num_threads()
+    for threads, expected in ((1, 1), (None, before), (10**6, numba.config.NUMBA_NUM_THREADS)):
+        seen.clear()
+        backend = get_backend("numpy", threads=threads)
+        Model(params, config, backend=backend).logits([5, 3])
+        assert set(seen) == {(expected, 1)}  # and BLAS has one thread
+        assert numba.get_num_threads() == before
+
+
+def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized(make_backend("numpy"))
+    from gpt_xp_backends import numpy_kernels
+    from numba.core.caching import _CacheLocator
+
+    def refuse(locator: Any) -> None:
+        raise PermissionError("no folder can be written to")
+
+    monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
+    kernel = numpy_kernels._kernel.__wrapped__("int8", True)
+    x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
+    kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
+    assert out.tolist() == [[112, 1.5]]
+
+
 def test_float64_stays_float64() -> None:
-    params = gpt_xp.quantize(float32_params("prime"), "int8")
-    tokens = small_tokens("prime")[0]
-    model = Model(params, CONFIGS["prime"], backend=make_backend("numpy", "float64"))
-    expected = naive_gpt2(tokens, **float64_of(params), n_head=CONFIGS["prime"].n_head)
-    assert_values(model.logits(tokens), expected, TOLERANCE["logits", "float64"])
+    params, config = small("int8")
+    model = Model(params, config, backend=make_backend("numpy", "float64"))
+    assert_logits(model, params, TOLERANCE["logits", "float64"])
 
 
 # Saving and loading.
@@ -171,10 +245,9 @@ def test_float64_stays_float64() -> None:
 
 @pytest.fixture(params=KINDS)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
-    kind, config = request.param, CONFIGS[NAMES[request.param]]
-    params = gpt_xp.quantize(float32_params(NAMES[kind]), kind)
+    params, config = small(request.param)
     gpt_xp.checkpoint.save_checkpoint(tmp_path, params, config)
-    return SimpleNamespace(kind=kind, config=config, params=params, directory=tmp_path)
+    return SimpleNamespace(kind=request.param, config=config, params=params, directory=tmp_path)
 
 
 def test_what_is_saved_is_what_is_read(saved: SimpleNamespace) -> None:
@@ -207,21 +280,33 @@ def test_the_config_of_another_quantization_is_refused(saved: SimpleNamespace) -
 
 
 def test_a_loaded_model_is_saved_and_loaded_again(backend: Backend, tmp_path: Path) -> None:
-    model = gpt_xp.load("shakespeare", backend=backend, quantize="int8")
+    model = gpt_xp.load("shakespeare", backend=quantized(backend), quantize="int8")
     model.save(tmp_path)
     again = gpt_xp.load(tmp_path, backend=backend)
     ids = model.tokenizer.encode("ROMEO:")
     assert np.array_equal(model.logits(ids), again.logits(ids))
-    assert gpt_xp.load(tmp_path, backend=backend, quantize="int8").generate("ROMEO:", max_tokens=1).stats.quantize
+    assert quantization_of(gpt_xp.load(tmp_path, backend=backend, quantize="int8").params) == "int8"
     with pytest.raises(SettingError, match="int8 already"):
         gpt_xp.load(tmp_path, backend=backend, quantize="int4")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "GPT2LMHeadModel"])
+def test_transformers_refuses_what_it_cannot_read(
+    saved: SimpleNamespace, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    with pytest.raises(RuntimeError, match="mismatch"):
+        getattr(transformers, name).from_pretrained(saved.directory)
+    assert "Unknown quantization type, got gpt-xp" in capfd.readouterr().err
 
 
 # The command, and what is missing.
 
 
 def test_the_command_says_what_ran(no_variables: None, call: Callable[..., Result]) -> None:
-    make_backend("numpy")
+    quantized(make_backend("numpy"))
     result = call("--model", "shakespeare", "-n", "3", "--stats", "ROMEO:", GPT_XP_QUANTIZE="int8")
     assert result.code == 0, result.err
     assert "float32, int8;" in result.err

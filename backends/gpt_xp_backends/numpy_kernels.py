@@ -29,10 +29,11 @@ _lock = threading.Lock()  # one of Numba's threading layers ends the process whe
 def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[Any, Any]":
     """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], by the threads that Numba is set to."""
     rows, n_out = len(x), len(weight.q)
-    few = rows <= FEW
-    kernel = _kernel(kind_of(weight), few)
+    few, kind = rows <= FEW, kind_of(weight)
+    kernel = _kernel(kind, few)
     if few:
-        x, out = np.ascontiguousarray(x), np.empty((rows, n_out), np.float32)
+        x = np.ascontiguousarray(_halves(x) if kind == "int4" else x)
+        out = np.empty((rows, n_out), np.float32)
     else:
         x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
     with _lock:
@@ -42,6 +43,11 @@ def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[A
 
 def _whole_tiles(n: int) -> int:
     return -(-n // TILE) * TILE
+
+
+def _halves(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Return x with the first halves of all groups before the second ones: the low bits of the codes, then the high."""
+    return x.reshape(len(x), -1, 2, GROUP // 2).swapaxes(1, 2).reshape(x.shape)
 
 
 def _padded(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
@@ -99,6 +105,25 @@ def _dot(x: Any, w: Any) -> Any:
 
 
 @_inline
+def _spread(scales: Any, each: Any) -> None:
+    """Write the scale of each group once for each of its bytes."""
+    for group in range(scales.size):
+        part = each[group * GROUP // 2 : (group + 1) * GROUP // 2]
+        for k in range(part.size):
+            part[k] = scales[group]
+
+
+@_inline
+def _dot_int4(low: Any, high: Any, codes: Any, scale: Any) -> Any:
+    """Multiply the two halves of a row of x with codes, of which each byte has a scale here."""
+    total = np.float32(0)
+    for k in range(codes.size):  # int32: Numba counts in int64, and that becomes float32 number by number
+        first, second = np.int32((codes[k] & 15) - 8), np.int32((codes[k] >> 4) - 8)
+        total += (low[k] * np.float32(first) + high[k] * np.float32(second)) * scale[k]
+    return total
+
+
+@_inline
 def _add_tile(x: Any, row: int, first: int, depth: int, wide: Any, out: Any, column: int) -> None:
     """Add to a tile of out the products of 4 rows of x, from their number `first` on, with 4 of a widened weight."""
     last = first + depth  # each row a slice of its own: one of a 2-D slice would not be known to be contiguous
@@ -136,13 +161,13 @@ def _few_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
 
 
 def _few_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
-    n_out = len(q)
+    n_out, half = q.shape
     for thread in prange(n_threads):
-        wide = _aligned(1, x.shape[1])[0]
+        each = _aligned(1, half)[0]
         for j in range(n_out * thread // n_threads, n_out * (thread + 1) // n_threads):
-            _widen_int4(q[j], scale[j], wide)
+            _spread(scale[j], each)
             for row in range(len(x)):
-                out[row, j] = _dot(x[row], wide)
+                out[row, j] = _dot_int4(x[row, :half], x[row, half:], q[j], each)
 
 
 def _many_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
