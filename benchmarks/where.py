@@ -1,0 +1,94 @@
+"""Where the time of gpt-xp on NumPy goes: seconds in each function of model.py, beside the bare matrix products.
+
+    python benchmarks/where.py --threads 2
+
+A model of 124M shape with random weights, float32. Two tables, for prefill of a prompt and for a greedy step of decode
+after it: medians over several runs of the time inside each function, those that it calls included, so `attention` holds
+`softmax`. Looking at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+FUNCTIONS = ("linear", "attention", "softmax", "gelu", "layer_norm", "embed", "unembed")
+
+
+def main() -> None:
+    """Run and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--runs", type=int, default=9)
+    options = parser.parse_args()
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(options.threads)
+
+    import numpy as np
+    from shapes import published_params
+
+    import gpt_xp
+    from gpt_xp import generation, model
+    from gpt_xp.cache import KVCache
+
+    config = gpt_xp.SIZES["124M"]
+    engine = gpt_xp.Model(published_params(config), config, backend="numpy")
+    prompt = np.random.default_rng(0).integers(0, config.n_vocab, options.context).tolist()
+    plain = list(turns(engine, prompt, options.runs))
+
+    spent: dict[str, float] = defaultdict(float)
+    for name in FUNCTIONS:
+        setattr(model, name, timed(getattr(model, name), spent))
+    generation.unembed = model.unembed  # type: ignore[attr-defined]
+    KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
+    generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
+    watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
+    for phase, title in enumerate(("prefill", "decode")):
+        print(f"\n{title}, {options.context} tokens of context, {options.threads} threads, milliseconds")
+        print(f"  {'whole':20} {1e3 * statistics.median(turn[phase] for turn in plain):8.2f}")
+        print(f"  {'whole, while watched':20} {1e3 * statistics.median(turn[phase] for turn in watched):8.2f}")
+        for name in watched[0][2][phase]:
+            print(f"    {name:18} {1e3 * statistics.median(turn[2][phase][name] for turn in watched):8.2f}")
+
+
+def turns(model: Any, prompt: list[int], runs: int, spent: Any = None) -> Iterator[tuple[float, float, Any]]:
+    """Yield the seconds of prefill and of the sixth decode step, and what was spent in each function."""
+    for _ in range(runs):
+        stream = model.stream(prompt, max_tokens=None)
+        first, parts = once(stream.__next__, spent)
+        for _ in range(5):
+            next(stream)
+        later, more = once(stream.__next__, spent)
+        yield first, later, (parts, more)
+
+
+def once(call: Callable[[], object], spent: Any) -> tuple[float, dict[str, float]]:
+    """Return the seconds of one call, and what was spent in each function."""
+    if spent is not None:
+        spent.clear()
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin, dict(spent or {})
+
+
+def timed(function: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
+    """Return the function, adding up its seconds under its name."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[function.__name__] += time.perf_counter() - begin
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
