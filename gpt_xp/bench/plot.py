@@ -20,7 +20,7 @@ def save_plot(benchmark: Benchmark, path: Path) -> None:
     least = min(workload.batch for workload in benchmark.workloads)
     longest = max(workload.context for workload in benchmark.workloads)
     swept = len({workload.batch for workload in benchmark.workloads}) > 1
-    figure, axes = new_figure(1, 3 if swept else 2, figsize=(15 if swept else 10, 4.5), layout="constrained")
+    figure, axes = new_figure(1, 3 if swept else 2, figsize=(15 if swept else 10, 5), layout="constrained")
     for panel, what in zip(axes, ("decode", "prefill"), strict=False):
         _draw(panel, benchmark, lambda w: w.context if w.batch == least else None, _milliseconds(what))
         panel.set_xlabel(f"tokens of context (batch of {least})")
@@ -29,7 +29,7 @@ def save_plot(benchmark: Benchmark, path: Path) -> None:
         _draw(axes[2], benchmark, lambda w: w.batch if w.context == longest else None, _rates)
         axes[2].set_xlabel(f"batch (context {longest})")
         axes[2].set_ylabel("decode, tokens per second")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles")
     save_figure(figure, path)
 
@@ -41,7 +41,7 @@ def _draw(
     value: Callable[[Workload, Figures], Spread | None],
 ) -> None:
     """Draw a line for each contender, over the workloads that have a place."""
-    for standing in benchmark.standings:
+    for index, standing in enumerate(benchmark.standings):
         points = [
             (x, y)
             for workload, each in zip(benchmark.workloads, standing.figures, strict=False)
@@ -50,12 +50,18 @@ def _draw(
         if points:
             points.sort(key=lambda point: point[0])
             places = [x for x, _ in points]
-            style = {"color": "black", "linestyle": "--"} if standing.is_floor else {"marker": "o", "markersize": 3}
+            style = {"color": "black", "linestyle": "--"} if standing.is_floor else _style(index)
             [line] = axes.plot(places, [y.median for _, y in points], label=short_dtypes(standing.name), **style)
             low, high = [y.low for _, y in points], [y.high for _, y in points]
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Return a style of its own for each of many lines: ten colors, and another marker and dash for the next ten."""
+    again, color = divmod(index, 10)
+    return {"color": f"C{color}", "marker": "os^"[again % 3], "linestyle": ("-", "-.", ":")[again % 3], "markersize": 4}
 
 
 def _milliseconds(what: str) -> Callable[[Workload, Figures], Spread | None]:
