@@ -369,6 +369,7 @@ def test_what_cannot_be_measured_is_said_at_once(monkeypatch):
     monkeypatch.setattr("gpt_xp.bench.models.race", lambda *arguments, **settings: pytest.fail("it has begun"))
     for arguments, error, message in (
         ({"backends": ["nump"]}, BackendError, "there is no backend 'nump'; there are: numpy"),
+        ({"backends": ["numpy+int5"]}, SettingError, "quantize must be one of int8, int4"),
         ({"backends": []}, SettingError, "no backend was named"),
         ({"dtypes": []}, SettingError, "no dtype was named"),
         ({"batch": []}, SettingError, "no batch was named"),

@@ -15,6 +15,7 @@ from gpt_xp.comparison.driver import DTYPES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub import default_model, find_model
+from gpt_xp.quantization import check_kind
 
 N_NEW = 16
 
@@ -97,7 +98,9 @@ def _check(backends: Sequence[str] | None, dtypes: Sequence[str], batch: Sequenc
         if names is not None and not names:
             raise SettingError(f"no {what} was named, and so there is nothing to measure")
     for name in backends or ():
-        check_name(_parts(name)[0])
+        library, quantize, _ = _parts(name)
+        check_name(library)
+        check_kind(quantize)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
