@@ -292,14 +292,11 @@ def test_a_loaded_model_is_saved_and_loaded_again(backend: Backend, tmp_path: Pa
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["AutoModelForCausalLM", "GPT2LMHeadModel"])
-def test_transformers_refuses_what_it_cannot_read(
-    saved: SimpleNamespace, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_transformers_refuses_what_it_cannot_read(saved: SimpleNamespace, name: str) -> None:
     import transformers
 
     with pytest.raises(RuntimeError, match="mismatch"):
         getattr(transformers, name).from_pretrained(saved.directory)
-    assert "Unknown quantization type, got gpt-xp" in capfd.readouterr().err
 
 
 # The command, and what is missing.
