@@ -13,23 +13,26 @@ from gpt_xp.bench.figures import Figures, Phase, Spread, Workload
 def save_plot(benchmark: Benchmark, path: Path) -> None:
     """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` does, and `OSError`.
 
-    Two panels show milliseconds of decode and of prefill over the context, at the smallest batch; a third, where there
-    are several batches, tokens per second over the batch, at the longest context. Bands are quartiles.
+    Milliseconds of decode and of prefill over the context, at the smallest batch; and where there are several batches,
+    tokens per second over the batch, at the longest context. What was not varied has no panel. Bands are quartiles.
     """
     check_plot(path)
-    least = min(workload.batch for workload in benchmark.workloads)
-    longest = max(workload.context for workload in benchmark.workloads)
-    swept = len({workload.batch for workload in benchmark.workloads}) > 1
-    figure, axes = new_figure(1, 3 if swept else 2, figsize=(15 if swept else 10, 5), layout="constrained")
-    for panel, what in zip(axes, ("decode", "prefill"), strict=False):
+    batches = {workload.batch for workload in benchmark.workloads}
+    contexts = {workload.context for workload in benchmark.workloads}
+    least, longest = min(batches), max(contexts)
+    over_context = ("decode", "prefill") if len(contexts) > 1 or len(batches) == 1 else ()
+    n_panels = len(over_context) + (len(batches) > 1)
+    figure, axes = new_figure(1, n_panels, figsize=(max(6, 5 * n_panels), 5), layout="constrained", squeeze=False)
+    panels = list(axes[0])
+    for panel, what in zip(panels, over_context, strict=False):
         _draw(panel, benchmark, lambda w: w.context if w.batch == least else None, _milliseconds(what))
         panel.set_xlabel(f"tokens of context (batch of {least})")
         panel.set_ylabel(f"{what}, ms" + (" a token" if what == "decode" else ""))
-    if swept:
-        _draw(axes[2], benchmark, lambda w: w.batch if w.context == longest else None, _rates)
-        axes[2].set_xlabel(f"batch (context {longest})")
-        axes[2].set_ylabel("decode, tokens per second")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    if len(batches) > 1:
+        _draw(panels[-1], benchmark, lambda w: w.batch if w.context == longest else None, _rates)
+        panels[-1].set_xlabel(f"batch (context {longest})")
+        panels[-1].set_ylabel("decode, tokens per second")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles")
     save_figure(figure, path)
 
