@@ -431,11 +431,17 @@ def test_wrong_usage():
     for arguments, code, message in (
         (("--context", "16,x"), 2, "'x' is not a valid integer"),
         (("--batch", "0"), 2, "0 is not in the range"),
-        (("--plot", "no-such-directory/out.png"), 1, "a plot cannot be written to no-such-directory/out.png"),
     ):
         result = process("bench", "-m", "shakespeare", *arguments)
         assert (result.code, result.out) == (code, "")
         assert message in result.err
+
+
+def test_a_plot_that_cannot_be_written_is_an_error_before_anything_runs():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = process("bench", "-m", "shakespeare", "--plot", "no-such-directory/out.png")
+    assert (result.code, result.out) == (1, "")
+    assert "a plot cannot be written to no-such-directory/out.png" in result.err
 
 
 def children(parent: int) -> list[int]:
