@@ -29,6 +29,10 @@ class TokenizerError(GptXpError):
     """Tokenizer files that do not fit each other, or text that has no tokens."""
 
 
+class TextError(GptXpError):
+    """A text file that cannot be read: missing, a directory, empty, or not UTF-8."""
+
+
 class PromptError(GptXpError):
     """A prompt, or token ids, that the model cannot take: too long, empty, out of range."""
 

@@ -1,0 +1,125 @@
+"""Files of text as a stream of pieces, so that a corpus larger than memory can be counted or tokenized.
+
+A piece ends where whitespace follows something else. No word of `tokenizer.WORD` crosses such a place, because
+whitespace is only ever at a word's beginning; and whether a run of whitespace leaves its last character to the next
+word is decided by what follows the run, which is in the same piece. So the words of the pieces, one after another,
+are the words of the whole text.
+"""
+
+import codecs
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+import regex
+
+from gpt_xp.errors import TextError
+
+PIECE_BYTES = 1_000_000
+Source = str | os.PathLike[str] | BinaryIO
+
+_LAST_CUT = regex.compile(r"(?r)\S(?=\s)")  # (?r) searches from the end; \s is the same class as in `WORD`
+
+
+def text_pieces(
+    sources: Iterable[Source], *, n_bytes: int = PIECE_BYTES, advance: Callable[[int], object] | None = None
+) -> Iterator[str]:
+    """The texts of `sources` in pieces of about `n_bytes`: encoding piece by piece gives the ids of the whole text.
+
+    A source is a path or a stream of bytes (which is left open), in UTF-8. Each is a text of its own: no word reaches
+    from one into the next; for what belongs between texts, call this for each. Characters come as they are: line ends
+    are not translated, and a byte order mark stays. A piece is longer where nothing shorter can be cut off. `advance`
+    is called with a number of bytes when the pieces that they completed have been taken.
+
+    Raises `TextError`, at once and for all paths: a file that is missing, a directory, empty or unreadable; and on the
+    way for what is not UTF-8.
+    """
+    each = _listed(sources)
+    size_of(each)
+    return (piece for source in each for piece in _cut(_decoded(source, n_bytes, advance or (lambda n: None))))
+
+
+def size_of(sources: Iterable[Source]) -> int | None:
+    """The number of bytes of all `sources`, or None if one is a stream. Raises `TextError` as `text_pieces` does."""
+    sizes = [_size(source) for source in _listed(sources)]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def _listed(sources: Iterable[Source]) -> list[Source]:
+    if isinstance(sources, (str, os.PathLike)):
+        raise TextError(f"expected a list of files, not one file: [{os.fspath(sources)!r}]")
+    return list(sources)
+
+
+def _size(source: Source) -> int | None:
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    try:
+        status = os.stat(source)
+        if stat.S_ISREG(status.st_mode):
+            open(source, "rb").close()  # may it be read at all?
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        raise TextError(f"{source} cannot be read: {_reason(error)}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise TextError(f"{source} is a directory: expected a text file; name the files in it")
+    if not stat.S_ISREG(status.st_mode):
+        return None  # a pipe, which has no size
+    if not status.st_size:
+        raise TextError(f"{source} is empty: expected text")
+    return status.st_size
+
+
+def _cut(texts: Iterable[str]) -> Iterator[str]:
+    """The same characters, in pieces that end between two words."""
+    rest: list[str] = []
+    for text in texts:
+        end = cut.end() if (cut := _LAST_CUT.search(text)) else 0
+        if end:
+            yield "".join([*rest, text[:end]])
+            rest.clear()
+        rest.append(text[end:])
+    if last := "".join(rest):
+        yield last
+
+
+def _decoded(source: Source, n_bytes: int, advance: Callable[[int], object]) -> Iterator[str]:
+    """The text of a source in pieces that end anywhere between two characters."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    n_read = 0
+    try:
+        for data in _read(source, n_bytes):
+            n_read += len(data)
+            yield decode(data)
+            advance(len(data))
+        yield decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        place = n_read - len(error.object) + error.start  # the decoder may have kept the bytes of half a character
+        raise TextError(
+            f"{_name(source)} is not UTF-8 text: {error.reason} at byte {place}; convert it first"
+        ) from None
+    if not n_read:
+        raise TextError(f"{_name(source)} is empty: expected text")
+
+
+def _read(source: Source, n_bytes: int) -> Iterator[bytes]:
+    try:
+        with _opened(source) as stream:
+            while data := stream.read(n_bytes):
+                yield data
+    except OSError as error:
+        raise TextError(f"{_name(source)} cannot be read: {_reason(error)}") from error
+
+
+def _opened(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
+    return open(source, "rb") if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source)
+
+
+def _name(source: Source) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", source))
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
