@@ -19,6 +19,7 @@ from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
 from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.quantization import quantize
 from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.tokenizer_training import train_tokenizer
 
 __all__ = [
     "SIZES",
@@ -44,5 +45,6 @@ __all__ = [
     "quantize",
     "save",
     "shape_tree",
+    "train_tokenizer",
     "unembed",
 ]

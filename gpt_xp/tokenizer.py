@@ -144,7 +144,7 @@ class Tokenizer:
 
         Raises `TokenizerError` for text that has no UTF-8 form (lone surrogates).
         """
-        _check_text(text)
+        check_text(text)
         if not (allow_special and self.special_tokens):
             return self._encode_ordinary(text)
         ids: list[int] = []
@@ -248,7 +248,8 @@ def _integer(id: Any) -> int:
     raise TokenizerError(f"{id!r} is no token id: expected an integer, not {type(id).__name__}")
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises `TokenizerError` for what is not text, or has no UTF-8 form (lone surrogates)."""
     if not isinstance(text, str):
         raise TokenizerError(f"expected text (str), not {type(text).__name__}")
     try:
