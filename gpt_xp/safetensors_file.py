@@ -37,6 +37,7 @@ _ON_DISK: dict[str, np.dtype[Any]] = {
 }
 FLOATS = tuple(_ON_DISK)
 _ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of quantized weights
+_ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
 _PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache

@@ -1,0 +1,169 @@
+"""Text -> token ids on disk, in a stream; and batches of them.
+
+The ids lie in two files of uint16 (uint32 for a vocabulary beyond 65,536), `train.bin` and `val.bin`, which are mapped,
+so that neither the text nor its ids need fit into memory. Of the characters of all files together, the last
+`val_fraction` validate.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.errors import TextError
+from gpt_xp.safetensors_file import NumpyArray
+from gpt_xp.text_stream import size_of, text_pieces
+from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.training.settings import Settings
+
+TRAIN, VAL, COUNTS = "train.bin", "val.bin", "corpus.json"
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters `first` up to `last` (None: the end) of some files, one after the other."""
+
+    files: tuple[str, ...]
+    first: int = 0
+    last: int | None = None
+
+    def pieces(self, advance: Advance | None = None) -> Iterator[str | None]:
+        """Yield the text in pieces that end between two words, and None between two files."""
+        place = 0
+        for index, file in enumerate(self.files):
+            if index and self.first < place and (self.last is None or place < self.last):
+                yield None
+            for piece in text_pieces([file], advance=advance):
+                last = len(piece) if self.last is None else max(self.last - place, 0)
+                if part := piece[max(self.first - place, 0) : last]:
+                    yield part
+                place += len(piece)
+                if self.last is not None and place >= self.last:
+                    return
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much text there is, in `corpus.json`."""
+
+    train_tokens: int
+    train_characters: int
+    val_tokens: int
+    val_characters: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The token ids, mapped from their files, and how much text they are."""
+
+    train: NumpyArray
+    val: NumpyArray
+    counts: Counts
+
+    @property
+    def tokens_per_character(self) -> float:
+        """Turn nats per token of the validation text into nats per character."""
+        return self.counts.val_tokens / self.counts.val_characters
+
+
+def split(settings: Settings, advance: Advance | None = None) -> tuple[Span, Span]:
+    """Return the text to train on and the text to validate on. Raises `TextError` as `text_pieces` does."""
+    if settings.val:
+        return Span(settings.data), Span(settings.val)
+    n_characters = sum(len(piece) for piece in Span(settings.data).pieces(advance) if piece is not None)
+    # In whole characters: 0.9 of them, rounded down, is where others who use this split cut too.
+    first = int(n_characters * (1 - settings.val_fraction))
+    return Span(settings.data, 0, first), Span(settings.data, first)
+
+
+def texts(span: Span, advance: Advance | None = None) -> Iterator[str]:
+    """Yield the text of a span alone, for the training of a tokenizer."""
+    return (piece for piece in span.pieces(advance) if piece is not None)
+
+
+def n_bytes(settings: Settings) -> int | None:
+    """Return how much there is to read in one pass, or None for pipes."""
+    return size_of([*settings.data, *settings.val])
+
+
+def tokenize(spans: tuple[Span, Span], tokenizer: Tokenizer, folder: Path, advance: Advance | None = None) -> None:
+    """Write the token ids of both spans, and last of all the counts: where those are, all is there.
+
+    `<|endoftext|>`, where the tokenizer has it, stands between two files. Raises `TextError` for what cannot be read,
+    `CheckpointError` where it cannot be written.
+    """
+    found = [_write(span, tokenizer, folder / name, advance) for span, name in zip(spans, (TRAIN, VAL), strict=True)]
+    (train_tokens, train_characters), (val_tokens, val_characters) = found
+    counts = Counts(train_tokens, train_characters, val_tokens, val_characters)
+    with written_aside(folder / COUNTS, 100) as aside:
+        write_json(aside, asdict(counts))
+
+
+def is_tokenized(folder: Path) -> bool:
+    """Whether `tokenize` has run to its end here."""
+    return (folder / COUNTS).exists()
+
+
+def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
+    """Map what `tokenize` has written. Raises `TextError` where it is too little for rows of `length` tokens."""
+    counts = Counts(**read_json(str(folder / COUNTS)))
+    if counts.train_tokens <= length:
+        raise TextError(
+            f"the text to train on has {counts.train_tokens} tokens, and each row of a batch takes {length} and one "
+            "more: give more text, or a smaller seq_len"
+        )
+    if counts.val_tokens < 2:
+        raise TextError(
+            f"the text to validate on has {counts.val_tokens} tokens, and one must predict another: give more text, "
+            "or a larger val_fraction"
+        )
+    dtype = _dtype(tokenizer)
+    return Corpus(np.memmap(folder / TRAIN, dtype, "r"), np.memmap(folder / VAL, dtype, "r"), counts)
+
+
+def crops(tokens: NumpyArray, length: int, n: int, seed: int, step: int) -> NumpyArray:
+    """Return n random pieces of the text, int32 [n, length + 1]: each token but the first is to be predicted.
+
+    The same for the same seed and step, so that a run which goes on sees what it would have seen.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    starts = generator.integers(0, len(tokens) - length, size=n)
+    return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+
+
+def windows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
+    """Return the text in pieces side by side, int32 [n, length + 1], each beginning with the last token of the one before.
+
+    So every token is predicted once; what is left at the end, shorter than a piece, is left out. Of more than `most`
+    tokens, pieces at even distances are taken. A text shorter than a piece is one shorter piece.
+    """
+    length = min(length, len(tokens) - 1)
+    n = (len(tokens) - 1) // length
+    chosen = np.unique(np.linspace(0, n - 1, max(min(n, most // length), 1)).astype(int))
+    return np.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).astype(np.int32)
+
+
+def _write(span: Span, tokenizer: Tokenizer, path: Path, advance: Advance | None) -> tuple[int, int]:
+    """Write the ids of one span aside, then rename; return how many tokens and characters there were."""
+    n_tokens = n_characters = 0
+    with written_aside(path, 0) as aside:
+        with open(aside, "wb") as file:
+            for piece in span.pieces(advance):
+                ids = _between(tokenizer) if piece is None else tokenizer.encode(piece)
+                file.write(np.asarray(ids, _dtype(tokenizer)).tobytes())
+                n_tokens += len(ids)
+                n_characters += len(piece or "")
+        sync(aside)
+    return n_tokens, n_characters
+
+
+def _between(tokenizer: Tokenizer) -> Sequence[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _dtype(tokenizer: Tokenizer) -> Any:
+    return np.dtype("<u2") if tokenizer.n_vocab <= 2**16 else np.dtype("<u4")

@@ -1,0 +1,332 @@
+"""From one step to the next: batches, evaluations, the best checkpoint, and nothing lost on the way."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt_xp._plots import check_plot
+from gpt_xp._tree import finite, tree_map
+from gpt_xp.api import Model
+from gpt_xp.checkpoint import save_checkpoint, written_aside
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import NumericalError, SettingError
+from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.training import corpus as texts
+from gpt_xp.training.corpus import Corpus
+from gpt_xp.training.program import Program, State, jax_backend
+from gpt_xp.training.settings import Settings
+from gpt_xp.training.start import find_config, find_tokenizer, first_params
+from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, save_state, settings_of
+
+LOG = "train.jsonl"
+DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of `train.jsonl`. Losses are in nats per token; `train_loss` is the mean since the last evaluation."""
+
+    step: int
+    train_loss: float | None
+    val_loss: float
+    val_nats_per_character: float
+    learning_rate: float
+    tokens: int  # trained on so far
+    seconds: float
+    is_best: bool
+    sample: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What became of a run: `steps` taken, the best evaluation (its checkpoint is in `directory`), and all of them."""
+
+    directory: Path
+    steps: int
+    best: Evaluation
+    evaluations: tuple[Evaluation, ...]
+    stopped_early: bool
+
+
+class Watcher(Protocol):
+    """What a run tells while it goes; `gpt_xp.train` is silent without one."""
+
+    def reading(self, what: str, n_bytes: int | None) -> Any:
+        """Return a context in which text is read; its value is called with numbers of bytes."""
+
+    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
+        """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
+
+    def stepped(self, step: int, loss: float, tokens: int) -> None:
+        """Hear of a step that is over: its number, loss, and the tokens in it."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Hear of an evaluation."""
+
+    def ends(self) -> None:
+        """Hear that no more steps come."""
+
+
+def train(
+    data: Any = (), out: str | Path = "", *, resume: bool = False, watcher: Watcher | None = None, **settings: Any
+) -> Training:
+    """Train a GPT-2 on files of UTF-8 text, and keep the checkpoint that predicts the validation text best.
+
+    `data` is a list of files; `out` a directory, which then holds that checkpoint in the layout that `gpt_xp.load` and
+    transformers read, `train.jsonl` with a line for each evaluation, and the folder `training` with all that going on
+    needs. With `resume`, a run that was stopped or killed goes on from its last evaluation, with the settings that it
+    was begun with, and ends with the very params that it would have had (on the same machine, on a CPU).
+
+    What is trained: `start`, a model's name or directory, of which `freeze` blocks, the lower ones, and the embeddings
+    stay as they are; or a new model of `n_layer`, `n_head`, `n_embd` and `n_ctx`, with the tokenizer of `tokenizer`, a
+    model's name or directory, or a new one of `vocab_size` tokens. Rows have `seq_len` tokens (default: the context, at
+    most 256).
+
+    How: `steps` of `accumulate` times `batch_size` random pieces of the text; AdamW with `beta1`, `beta2` and, on
+    matrices only, `weight_decay`; `learning_rate` after `warmup` steps, falling as a cosine to `min_learning_rate`
+    times that; gradients clipped to a norm of `clip`. `weight_dropout` is the probability to zero a weight in a step,
+    `average` the decay of a running average of the params, which is then what is evaluated and kept. All random
+    numbers come from `seed`. `dtype` "bfloat16" multiplies in that where the `device` computes in it.
+
+    What is kept: every `eval_every` steps the loss of up to `eval_tokens` of the validation text is taken, which is
+    `val`, a list of files, or the last `val_fraction` of the characters. After `patience` evaluations without a better
+    one the run ends (None: never). `sample` is a prompt to continue at each, `plot` the file of a picture of the losses,
+    `save_dtype` "float16" halves the checkpoint.
+
+    Raises `SettingError`, `TextError` and `BackendError` before anything is computed; `CheckpointError` where the disk
+    is full or a directory is in use, `NumericalError` where training diverges; a Ctrl-C waits for the end of the step,
+    saves the state, and is raised then.
+    """
+    if not str(out):
+        raise SettingError("there is nowhere to write to: name a directory (out)")
+    directory = Path(out)
+    files = [data] if isinstance(data, str | Path) else list(data)
+    folder = directory / FOLDER
+    chosen = None if resume else Settings(data=tuple(files), **settings)
+    with locked(folder):
+        if chosen is None:
+            chosen = _resumed(settings_of(folder), ({"data": files} if files else {}) | settings)
+        if chosen.plot is not None:
+            check_plot(Path(chosen.plot))
+        backend = jax_backend(chosen)
+        backend.keep_compiled()
+        run = _Run(chosen, directory, watcher or _Silent(), backend)
+        if not resume:
+            begin(folder, chosen)
+        return run.go()
+
+
+CHANGEABLE = ("device", "threads", "plot", "sample")  # none of them is part of what is computed
+
+
+def _resumed(settings: Settings, given: dict[str, Any]) -> Settings:
+    """Return the settings that a run was begun with; raise `SettingError` where others are given."""
+    asked = replace(settings, **given)
+    for name, value in settings.as_dict().items():
+        if name not in CHANGEABLE and getattr(asked, name) != value:
+            raise SettingError(
+                f"this run was begun with {name} {value!r}, not {getattr(asked, name)!r}: leave it out to go on, or "
+                "train in another directory"
+            )
+    return asked
+
+
+class _Run:
+    """A run from its first preparation to its last step."""
+
+    def __init__(self, settings: Settings, directory: Path, watcher: Watcher, backend: Any) -> None:
+        self.settings, self.directory, self.watcher, self.backend = settings, directory, watcher, backend
+        self.folder = directory / FOLDER
+        self.place = Place()
+        self.evaluations: list[Evaluation] = []
+
+    def go(self) -> Training:
+        """Take all steps that are left."""
+        self._prepare()
+        settings, place = self.settings, self.place
+        per_step = settings.accumulate * settings.batch_size * self.length
+        self.watcher.begins(place.step, settings, self.config, self.corpus.counts.train_tokens)
+        self.begun = time.monotonic() - place.seconds
+        try:
+            with _interrupts() as interrupted:
+                if not self.evaluations:
+                    self._evaluate()
+                while place.step < settings.steps and not self._is_stale:
+                    loss = self._step()
+                    self.watcher.stepped(place.step, loss, per_step)
+                    if place.step % settings.eval_every == 0 or place.step == settings.steps:
+                        self._evaluate()
+                    elif interrupted.is_set():
+                        self._save_state()
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+        finally:
+            self.watcher.ends()
+        best = next(each for each in self.evaluations if each.step == place.best_step)
+        return Training(self.directory, place.step, best, tuple(self.evaluations), place.step < settings.steps)
+
+    def _prepare(self) -> None:
+        """Make, or find again, the tokenizer, the token ids and the state."""
+        settings, folder = self.settings, self.folder
+        if not texts.is_tokenized(folder):
+            self._tokenize()
+        self.tokenizer = Tokenizer.from_directory(folder)
+        self.config = find_config(settings, self.tokenizer)
+        self.length = settings.length(self.config)
+        self.corpus: Corpus = texts.open_corpus(folder, self.tokenizer, self.length)
+        self.windows = texts.windows(self.corpus.val, self.length, settings.eval_tokens)
+        self.program = Program(settings, self.config, first_params(settings, self.config), self.backend)
+        self.state: State = self.program.start()
+        if (found := load_state(folder, self.state)) is not None:
+            self.state, self.place = self.program.to_device(found[0]), found[1]
+            self.evaluations = _read_log(self.directory / LOG, self.place.step)
+
+    def _tokenize(self) -> None:
+        settings = self.settings
+        size = texts.n_bytes(settings)
+        with self.watcher.reading("counting characters", size) as advance:
+            spans = texts.split(settings, advance)
+        with self.watcher.reading("training the tokenizer", size) as advance:
+            tokenizer = find_tokenizer(settings, spans[0], advance)
+        settings.length(find_config(settings, tokenizer))  # its errors before the long work
+        tokenizer.save(self.folder)
+        with self.watcher.reading("tokenizing", size) as advance:
+            texts.tokenize(spans, tokenizer, self.folder, advance)
+
+    def _step(self) -> float:
+        """Take one step and return its loss. Raises `NumericalError` where training diverges."""
+        settings, place = self.settings, self.place
+        n = settings.accumulate * settings.batch_size
+        tokens = texts.crops(self.corpus.train, self.length, n, settings.seed, place.step)
+        tokens = tokens.reshape(settings.accumulate, settings.batch_size, -1)
+        self.state, array = self.program.train(self.state, tokens, place.step)
+        loss = float(array)
+        place.step += 1
+        if not loss < place.lowest_train_loss + DIVERGED:  # NaN is less than nothing
+            raise self._diverged(loss)
+        place.lowest_train_loss = min(place.lowest_train_loss, loss)
+        place.loss_sum += loss
+        place.loss_steps += 1
+        return loss
+
+    def _evaluate(self) -> None:
+        """Take the loss of the validation text, keep the checkpoint if it is the best, and save the state."""
+        place, settings = self.place, self.settings
+        val_loss = self._val_loss()
+        if not math.isfinite(val_loss):
+            raise self._diverged(val_loss)
+        is_best = val_loss < place.best_loss
+        if is_best:
+            place.best_loss, place.best_step = val_loss, place.step
+        place.worse = 0 if is_best else place.worse + 1
+        place.seconds = time.monotonic() - self.begun
+        weights = self.program.weights(self.state) if is_best or settings.sample is not None else None
+        evaluation = Evaluation(
+            step=place.step,
+            train_loss=place.loss_sum / place.loss_steps if place.loss_steps else None,
+            val_loss=val_loss,
+            val_nats_per_character=val_loss * self.corpus.tokens_per_character,
+            learning_rate=self.program.learning_rate(max(place.step - 1, 0)),
+            tokens=place.step * settings.accumulate * settings.batch_size * self.length,
+            seconds=place.seconds,
+            is_best=is_best,
+            sample=self._sample(weights),
+        )
+        place.loss_sum, place.loss_steps = 0.0, 0
+        self.evaluations.append(evaluation)
+        if is_best:
+            self._save_checkpoint(weights)
+        _write_log(self.directory / LOG, self.evaluations)
+        save_state(self.folder, self.state, place)
+        self.watcher.evaluated(evaluation)
+        if settings.plot is not None:
+            from gpt_xp.training.plot import save_plot
+
+            save_plot(self.evaluations, Path(settings.plot))
+
+    @property
+    def _is_stale(self) -> bool:
+        return self.settings.patience is not None and self.place.worse >= self.settings.patience
+
+    def _val_loss(self) -> float:
+        rows = self.settings.batch_size
+        batches = [self.windows[first : first + rows] for first in range(0, len(self.windows), rows)]
+        losses = [self.program.evaluate(self.state, batch) for batch in batches]
+        return float(np.average(losses, weights=[len(batch) for batch in batches]))
+
+    def _save_checkpoint(self, weights: Any) -> None:
+        weights = tree_map(lambda leaf: leaf.astype(self.settings.save_dtype), weights)
+        save_checkpoint(self.directory, weights, self.config, self.tokenizer)
+
+    def _save_state(self) -> None:
+        self.place.seconds = time.monotonic() - self.begun
+        save_state(self.folder, self.state, self.place)
+
+    def _sample(self, weights: Any) -> str | None:
+        if self.settings.sample is None:
+            return None
+        model = Model(weights, self.config, self.tokenizer, "numpy")
+        text: str = model.generate(self.settings.sample, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0).text
+        return self.settings.sample + text
+
+    def _diverged(self, loss: float) -> NumericalError:
+        kept = f"the best checkpoint, of step {self.place.best_step}, is in {self.directory}"
+        return NumericalError(
+            f"training has diverged: the loss is {loss:.4g} at step {self.place.step}, and was "
+            f"{self.place.lowest_train_loss:.4g}; {kept if self.evaluations else 'nothing is kept'}. Begin anew in "
+            f"another directory with a learning rate below {self.settings.learning_rate:g}, or a longer warm-up"
+        )
+
+
+class _Silent:
+    """The watcher that nobody listens to."""
+
+    def reading(self, what: str, n_bytes: int | None) -> Any:
+        return nullcontext(lambda n: None)
+
+    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None: ...
+    def stepped(self, step: int, loss: float, tokens: int) -> None: ...
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+    def ends(self) -> None: ...
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Let Ctrl-C set the event, so that a step is finished first; a second one ends the program at once."""
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before != signal.default_int_handler:
+        yield interrupted  # somebody else decides what Ctrl-C does
+        return
+
+    def remember(signum: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write_log(path: Path, evaluations: list[Evaluation]) -> None:
+    lines = [json.dumps(finite(asdict(each))) + "\n" for each in evaluations]
+    with written_aside(path, sum(map(len, lines))) as aside:
+        Path(aside).write_text("".join(lines), encoding="utf-8")
+
+
+def _read_log(path: Path, last: int) -> list[Evaluation]:
+    """Return the evaluations up to step `last`: a run that was killed may have written one more."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [each for line in lines if (each := Evaluation(**json.loads(line))).step <= last]

@@ -1,0 +1,196 @@
+"""One step of training and one of evaluation, which JAX compiles; the optimizer is optax's.
+
+The loss is `gpt_xp.lm_loss`, the very function in `model.py`. What regularises works on the params from outside: decay
+shrinks the matrices (Loshchilov & Hutter 2019), dropout zeroes random weights in each step (Wan et al. 2013,
+"Regularization of Neural Networks using DropConnect"), and an average of the params over the steps is evaluated
+(Polyak & Juditsky 1992).
+"""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gpt_xp._tree import tree_map
+from gpt_xp._typing import Array, Namespace, Params
+from gpt_xp.backend import Backend, get_backend, import_library
+from gpt_xp.config import GPT2Config
+from gpt_xp.model import lm_loss
+from gpt_xp.safetensors_file import NumpyArray
+from gpt_xp.training.settings import Settings
+
+FIX = "pip install 'gpt-xp[train]'"
+State = dict[str, Any]  # a JAX pytree: the "params" that are trained, their "average" or None, the "optimizer"'s own
+
+
+def jax_backend(settings: Settings) -> Backend:
+    """Return JAX as a backend. Raises `BackendError` where it, or optax, is not installed, or not in this dtype."""
+    import_library("jax", FIX)
+    import_library("optax", FIX)
+    return get_backend("jax", device=settings.device, dtype=settings.dtype, threads=settings.threads)
+
+
+class Program:
+    """What is computed in a run that begins with `params`, NumPy arrays; `settings.freeze` of its blocks never change.
+
+    A loss is in nats per token. The params that are trained are float32; in half precision, copies are multiplied.
+    """
+
+    def __init__(self, settings: Settings, config: GPT2Config, params: Params, backend: Backend) -> None:
+        self._settings, self._config, self._backend = settings, config, backend
+        self._xp = _training_namespace(backend.xp)
+        self._schedule = make_schedule(settings)
+        self._optimizer = make_optimizer(settings, self._schedule)
+        self._params = params
+        self._frozen = tree_map(lambda leaf: backend.asarray(leaf, backend.dtype), split(params, settings.freeze)[1])
+        self._train = backend.compile(self._train_step, donate=("state",))
+        self._evaluate = backend.compile(self._loss)
+
+    def start(self) -> State:
+        """Return the state before the first step, on the device."""
+        trained, _ = split(self._params, self._settings.freeze)
+        trained = tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained)
+        average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
+        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
+
+    def train(self, state: State, tokens: NumpyArray, step: int) -> tuple[State, Array]:
+        """Take step number `step` on `tokens`, int32 [accumulate, batch_size, n + 1]; return the state and the loss.
+
+        The state that is passed in is consumed.
+        """
+        return self._train(state, self._frozen, self._backend.asarray(tokens), np.int32(step))  # type: ignore[no-any-return]
+
+    def evaluate(self, state: State, tokens: NumpyArray) -> float:
+        """Return the loss of the params (their average, if there is one) on `tokens`, int32 [rows, n + 1]."""
+        return float(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens)))
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step number `step`."""
+        return float(self._schedule(step))
+
+    def to_device(self, state: Any) -> State:
+        """Return a state of NumPy arrays on the device."""
+        import jax
+
+        return jax.tree.map(self._backend.asarray, state)  # type: ignore[no-any-return]
+
+    def weights(self, state: State) -> Params:
+        """Return the params that `evaluate` is about, as NumPy arrays, those that are frozen too."""
+        return join(tree_map(self._backend.to_numpy, _best(state)), split(self._params, self._settings.freeze)[1])
+
+    def _loss(self, trained: Params, frozen: Params, tokens: Array) -> Array:
+        params = join(tree_map(lambda leaf: leaf.astype(self._backend.dtype), trained), frozen)
+        return lm_loss(params, tokens, self._config, xp=self._xp)
+
+    def _train_step(self, state: State, frozen: Params, tokens: Array, step: Array) -> tuple[State, Array]:
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        settings = self._settings
+
+        def loss_of(params: Params, rows: Array, key: Array) -> Array:
+            return self._loss(drop_weights(params, settings.weight_dropout, key), frozen, rows)
+
+        def add(total: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+            found = jax.value_and_grad(loss_of)(state["params"], *part)
+            return jax.tree.map(lambda a, b: a + b / settings.accumulate, total, found), None
+
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed, impl="rbg"), step), settings.accumulate)
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
+        (loss, grads), _ = jax.lax.scan(add, zeros, (tokens, keys))
+        updates, inner = self._optimizer.update(grads, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        average = None if state["average"] is None else _averaged(state["average"], params, settings.average, step)
+        return {"params": params, "average": average, "optimizer": inner}, loss
+
+
+def make_schedule(settings: Settings) -> Any:
+    """Return the learning rate as a function of the step: up in a line, then down as a cosine."""
+    import optax
+
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if settings.warmup else settings.learning_rate,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        decay_steps=max(settings.steps, settings.warmup + 1),
+        end_value=settings.learning_rate * settings.min_learning_rate,
+    )
+
+
+def make_optimizer(settings: Settings, schedule: Any) -> Any:
+    """Return AdamW on clipped gradients, as an `optax.GradientTransformation`.
+
+    Gains and biases are not decayed; matrices are, the embeddings included, as in nanoGPT.
+    """
+    import jax
+    import optax
+
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(
+            schedule,
+            b1=settings.beta1,
+            b2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+def split(params: Params, n_frozen: int) -> tuple[Params, Params]:
+    """Return what is trained and what is not: with frozen blocks, the embeddings below them are frozen as well."""
+    if not n_frozen:
+        return params, {}
+    return (
+        {"blocks": params["blocks"][n_frozen:], "ln_f": params["ln_f"]},
+        {"wte": params["wte"], "wpe": params["wpe"], "blocks": params["blocks"][:n_frozen]},
+    )
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """Undo `split`."""
+    return frozen | trained | {"blocks": [*frozen.get("blocks", []), *trained["blocks"]]}
+
+
+def drop_weights(params: Params, rate: float, key: Array) -> Params:
+    """Zero each weight of the matrices in the blocks with probability `rate`, and divide the others by 1 - `rate`."""
+    import jax
+
+    if not rate:
+        return params
+
+    def drop(weight: Array, key: Array) -> Array:
+        if weight.ndim < 2:
+            return weight
+        return weight * jax.random.bernoulli(key, 1 - rate, weight.shape) / (1 - rate)
+
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    blocks = structure.unflatten(map(drop, leaves, jax.random.split(key, len(leaves))))
+    return params | {"blocks": blocks}
+
+
+def _averaged(average: Params, params: Params, decay: float, step: Array) -> Params:
+    import jax
+    import jax.numpy as jnp
+
+    # Over few steps at first: else the random numbers of the start would stay in the average for long.
+    decay = jnp.minimum(decay, (step + 1) / (step + 10))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)  # type: ignore[no-any-return]
+
+
+def _best(state: State) -> Params:
+    return state["params"] if state["average"] is None else state["average"]  # type: ignore[no-any-return]
+
+
+def _training_namespace(xp: Namespace) -> Namespace:
+    """Return `xp` with a `max` that has no gradient.
+
+    In `model.py` a maximum is only taken off before the exponential, so that nothing overflows: the result does not
+    depend on it. XLA does not know that, and its gradient takes longer than all else in a softmax.
+    """
+    import jax
+
+    namespace = ModuleType("jax.numpy for training")
+    vars(namespace).update(vars(xp) | {"max": lambda x, **settings: jax.lax.stop_gradient(xp.max(x, **settings))})
+    return namespace

@@ -1,0 +1,102 @@
+"""A run on disk: its settings in `run.json`, and all that the next step depends on in `state.safetensors`."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors.numpy import save_file
+
+from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.errors import CheckpointError, SettingError
+from gpt_xp.safetensors_file import open_safetensors
+from gpt_xp.training.settings import Settings
+
+RUN, STATE, FOLDER = "run.json", "state.safetensors", "training"
+
+
+@dataclass
+class Place:
+    """How far a run has come. The random numbers of a step depend on its number alone, so they need no state."""
+
+    step: int = 0  # steps taken
+    loss_sum: float = 0.0  # of the steps since the last evaluation
+    loss_steps: int = 0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    lowest_train_loss: float = float("inf")
+    worse: int = 0  # evaluations since the best
+    seconds: float = 0.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep a second process out of it. Raises `CheckpointError` where it is in use."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        problem = f"another process is training in {folder.parent}: wait for it, or train in another directory"
+        raise CheckpointError(problem) from None
+
+
+def begin(folder: Path, settings: Settings) -> None:
+    """Write down the settings of a new run. Raises `SettingError` where there is one already."""
+    if (folder / RUN).exists():
+        raise SettingError(
+            f"{folder.parent} holds a run already: go on with it (--resume), train in another directory, or remove it"
+        )
+    with written_aside(folder / RUN, 1000) as aside:
+        write_json(aside, settings.as_dict())
+
+
+def settings_of(folder: Path) -> Settings:
+    """Return the settings of the run in `folder`. Raises `SettingError` where there is none."""
+    if not (folder / RUN).exists():
+        raise SettingError(f"{folder.parent} holds no run to go on with: start one without --resume")
+    entries = read_json(str(folder / RUN))
+    try:
+        return Settings(**entries)
+    except TypeError:
+        raise SettingError(f"{folder / RUN} is of another version of gpt-xp; train in another directory") from None
+
+
+def save_state(folder: Path, state: Any, place: Place) -> None:
+    """Write everything aside, then rename: a failure, or a kill, leaves the former state whole.
+
+    Raises `CheckpointError` where it cannot be written.
+    """
+    tensors = {name: np.asarray(leaf) for name, leaf in _named(state)}
+    with written_aside(folder / STATE, sum(each.nbytes for each in tensors.values())) as aside:
+        save_file(tensors, aside, metadata={"place": json.dumps(asdict(place))})
+        sync(aside)
+
+
+def load_state(folder: Path, like: Any) -> tuple[Any, Place] | None:
+    """Return the state as a tree of NumPy arrays with the structure of `like`, and the place; None before the first.
+
+    Raises `CheckpointError` for a file that is damaged, or of another shape of model.
+    """
+    import jax
+
+    path = folder / STATE
+    if not path.exists():
+        return None
+    expected = {name: leaf.shape for name, leaf in _named(like)}
+    with open_safetensors(str(path)) as file:
+        if {name: tensor.shape for name, tensor in file.tensors.items()} != expected:
+            raise CheckpointError(f"{path} is of another model, or of another version: remove {folder} to begin anew")
+        arrays = [file.read(name) for name in expected]
+        place = Place(**json.loads(file.metadata["place"]))
+    return jax.tree.structure(like).unflatten(arrays), place
+
+
+def _named(state: Any) -> list[tuple[str, Any]]:
+    import jax
+
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
