@@ -20,12 +20,14 @@ from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.quantization import quantize
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.tokenizer_training import train_tokenizer
+from gpt_xp.training import Evaluation, Training, train
 
 __all__ = [
     "SIZES",
     "Backend",
     "BackendInfo",
     "Comparison",
+    "Evaluation",
     "GPT2Config",
     "Generation",
     "GptXpError",
@@ -34,6 +36,7 @@ __all__ = [
     "Piece",
     "Stats",
     "Tokenizer",
+    "Training",
     "backends",
     "compare",
     "gpt2",
@@ -45,6 +48,7 @@ __all__ = [
     "quantize",
     "save",
     "shape_tree",
+    "train",
     "train_tokenizer",
     "unembed",
 ]

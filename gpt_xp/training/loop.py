@@ -1,80 +1,33 @@
 """From one step to the next: batches, evaluations, the best checkpoint, and nothing lost on the way."""
 
-import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gpt_xp._plots import check_plot
-from gpt_xp._tree import finite, tree_map
+from gpt_xp._tree import tree_map
 from gpt_xp.api import Model
-from gpt_xp.checkpoint import save_checkpoint, written_aside
-from gpt_xp.config import GPT2Config
+from gpt_xp.checkpoint import save_checkpoint
 from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.training import corpus as texts
 from gpt_xp.training.corpus import Corpus
+from gpt_xp.training.log import LOG, Evaluation, Silent, Training, Watcher, read_log, write_log
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.training.start import find_config, find_tokenizer, first_params
 from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, save_state, settings_of
 
-LOG = "train.jsonl"
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
 SAMPLE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One line of `train.jsonl`. Losses are in nats per token; `train_loss` is the mean since the last evaluation."""
-
-    step: int
-    train_loss: float | None
-    val_loss: float
-    val_nats_per_character: float
-    learning_rate: float
-    tokens: int  # trained on so far
-    seconds: float
-    is_best: bool
-    sample: str | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """What became of a run: `steps` taken, the best evaluation (its checkpoint is in `directory`), and all of them."""
-
-    directory: Path
-    steps: int
-    best: Evaluation
-    evaluations: tuple[Evaluation, ...]
-    stopped_early: bool
-
-
-class Watcher(Protocol):
-    """What a run tells while it goes; `gpt_xp.train` is silent without one."""
-
-    def reading(self, what: str, n_bytes: int | None) -> Any:
-        """Return a context in which text is read; its value is called with numbers of bytes."""
-
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
-        """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
-
-    def stepped(self, step: int, loss: float, tokens: int) -> None:
-        """Hear of a step that is over: its number, loss, and the tokens in it."""
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Hear of an evaluation."""
-
-    def ends(self) -> None:
-        """Hear that no more steps come."""
 
 
 def train(
@@ -120,7 +73,7 @@ def train(
             check_plot(Path(chosen.plot))
         backend = jax_backend(chosen)
         backend.keep_compiled()
-        run = _Run(chosen, directory, watcher or _Silent(), backend)
+        run = _Run(chosen, directory, watcher or Silent(), backend)
         if not resume:
             begin(folder, chosen)
         return run.go()
@@ -189,7 +142,7 @@ class _Run:
         self.state: State = self.program.start()
         if (found := load_state(folder, self.state)) is not None:
             self.state, self.place = self.program.to_device(found[0]), found[1]
-            self.evaluations = _read_log(self.directory / LOG, self.place.step)
+            self.evaluations = read_log(self.directory / LOG, self.place.step)
 
     def _tokenize(self) -> None:
         settings = self.settings
@@ -246,7 +199,7 @@ class _Run:
         self.evaluations.append(evaluation)
         if is_best:
             self._save_checkpoint(weights)
-        _write_log(self.directory / LOG, self.evaluations)
+        write_log(self.directory / LOG, self.evaluations)
         save_state(self.folder, self.state, place)
         self.watcher.evaluated(evaluation)
         if settings.plot is not None:
@@ -288,18 +241,6 @@ class _Run:
         )
 
 
-class _Silent:
-    """The watcher that nobody listens to."""
-
-    def reading(self, what: str, n_bytes: int | None) -> Any:
-        return nullcontext(lambda n: None)
-
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None: ...
-    def stepped(self, step: int, loss: float, tokens: int) -> None: ...
-    def evaluated(self, evaluation: Evaluation) -> None: ...
-    def ends(self) -> None: ...
-
-
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
     """Let Ctrl-C set the event, so that a step is finished first; a second one ends the program at once."""
@@ -318,15 +259,3 @@ def _interrupts() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _write_log(path: Path, evaluations: list[Evaluation]) -> None:
-    lines = [json.dumps(finite(asdict(each))) + "\n" for each in evaluations]
-    with written_aside(path, sum(map(len, lines))) as aside:
-        Path(aside).write_text("".join(lines), encoding="utf-8")
-
-
-def _read_log(path: Path, last: int) -> list[Evaluation]:
-    """Return the evaluations up to step `last`: a run that was killed may have written one more."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [each for line in lines if (each := Evaluation(**json.loads(line))).step <= last]

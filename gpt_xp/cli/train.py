@@ -1,0 +1,170 @@
+"""`gpt-xp train`: a GPT-2 of one's own, from scratch or from one that is trained."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpt_xp._text import size
+from gpt_xp.cli.options import CONTEXT, COUNT, FILE, Decorator, flag, json_option, option, together
+from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import SettingError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from gpt_xp.training import Evaluation, Settings
+
+NUMBER = click.FloatRange(min=0)
+BELOW_ONE = click.FloatRange(min=0, max=1, max_open=True)
+
+
+def setting(name: str, kind: Any, help: str, **more: Any) -> Decorator:
+    """Return an option without a default of its own: that is the library's, and `--resume` must know what was given."""
+    return option(name, type=kind, help=help, **{"metavar": "N" if kind is COUNT else "X"} | more)
+
+
+model_settings = together(
+    setting("--from", str, "Start from a trained model: a name or a directory.", metavar="MODEL"),
+    setting("--freeze", click.IntRange(min=0), "Keep the N lower blocks and the embeddings as they are.", metavar="N"),
+    setting("--n-layer", COUNT, "From scratch: blocks.  [default: 6]"),
+    setting("--n-head", COUNT, "From scratch: attention heads.  [default: 6]"),
+    setting("--n-embd", COUNT, "From scratch: width, a multiple of the heads.  [default: 192]"),
+    setting("--n-ctx", COUNT, "From scratch: tokens of context.  [default: 256]"),
+    setting("--vocab-size", COUNT, "From scratch: train a tokenizer of N tokens on the text.  [default: 1024]"),
+    setting("--tokenizer", str, "From scratch: take the tokenizer of a model or directory.", metavar="MODEL"),
+)
+optimizer_settings = together(
+    setting("--steps", COUNT, "Steps to take.  [default: 2000]"),
+    setting("--batch-size", COUNT, "Rows of text in a batch.  [default: 16]"),
+    setting("--accumulate", COUNT, "Batches in a step, one after the other, to save memory.  [default: 1]"),
+    setting("--seq-len", COUNT, "Tokens in a row.  [default: the context, at most 256]"),
+    setting("--learning-rate", NUMBER, "The highest.  [default: 0.001]"),
+    setting("--min-learning-rate", click.FloatRange(0, 1), "The last, as a part of the highest.  [default: 0.1]"),
+    setting("--warmup", click.IntRange(min=0), "Steps up to the highest.  [default: 100]", metavar="N"),
+    setting("--weight-decay", NUMBER, "Of matrices.  [default: 0.1]"),
+    setting("--beta1", BELOW_ONE, "Of AdamW.  [default: 0.9]"),
+    setting("--beta2", BELOW_ONE, "Of AdamW.  [default: 0.99]"),
+    setting("--clip", NUMBER, "Clip gradients to this norm.  [default: 1]"),
+    setting("--weight-dropout", BELOW_ONE, "Zero a weight in a step with this probability.  [default: 0]", metavar="P"),
+    setting("--average", BELOW_ONE, "Average the params, with this decay; 0 does not.  [default: 0]"),
+    setting("--seed", click.IntRange(min=0), "Of all random numbers.  [default: 0]", metavar="N"),
+)
+evaluation_settings = together(
+    setting("--val", FILE, "Validate on FILE.  [default: the end of the data]", metavar="FILE", multiple=True),
+    setting("--val-fraction", BELOW_ONE, "The part of the characters to validate on.  [default: 0.1]"),
+    setting("--eval-every", COUNT, "Evaluate, and save, after every N steps.  [default: 250]"),
+    setting("--eval-tokens", COUNT, "Tokens of the validation text to evaluate on, at most.  [default: 1000000]"),
+    setting("--patience", click.IntRange(min=0), "End after N evaluations without a better one; 0: never.  [default: 10]"),
+    setting("--sample", str, "Continue this prompt at each evaluation.", metavar="PROMPT"),
+    setting("--plot", click.Path(dir_okay=False, writable=True), "Draw the losses to FILE (png, svg, pdf).", metavar="FILE"),
+    setting("--save-dtype", click.Choice(["float32", "float16"]), "Of the checkpoint.  [default: float32]"),
+)
+
+
+@click.command(context_settings=CONTEXT)
+@option("--data", metavar="FILE...", type=FILE, multiple=True, help="The text, UTF-8: one file or several.")
+@click.argument("more", metavar="", nargs=-1, type=FILE)
+@option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Where to keep the model.")
+@flag("--resume", help="Go on with the run in DIR, which was stopped or killed.")
+@model_settings
+@optimizer_settings
+@evaluation_settings
+@option("--dtype", metavar="DTYPE", type=click.Choice(["float32", "bfloat16"]), help="Of products.  [default: float32]")
+@option("--device", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
+@option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: JAX's choice]")
+@json_option
+def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, as_json: bool, **options: Any) -> None:
+    """Train a GPT-2 on text, from scratch or from a trained one, on JAX.
+
+    DIR then holds the model that predicted the validation text best (use it with --model DIR), the evaluations in
+    train.jsonl, and what --resume needs in the folder `training`. Ctrl-C saves where the run is.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "from" in given:
+        given["start"] = given.pop("from")
+    if given.get("patience") == 0:
+        given["patience"] = None
+    with waiting("loading jax"):
+        from gpt_xp.training import train as run
+    try:
+        found = run([*data, *more], out, resume=resume, watcher=Watcher(), **given)
+    except KeyboardInterrupt:
+        note(f"stopped; go on with: gpt-xp train --out {out} --resume")
+        raise
+    best = found.best
+    if as_json:
+        write_json({"directory": str(found.directory), "steps": found.steps, "stopped_early": found.stopped_early,
+                    "best": dataclasses.asdict(best)})  # fmt: skip
+        return
+    early = f" (no better one in {len(found.evaluations)} evaluations)" if found.stopped_early else ""
+    write(
+        f"{found.directory}: the model of step {best.step} of {found.steps}{early}; validation loss {best.val_loss:.4f} "
+        f"nats a token, {best.val_nats_per_character:.4f} a character\n"
+    )
+
+
+class Watcher:
+    """What a person sees on stderr: a bar on a terminal, and everywhere a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    @contextmanager
+    def reading(self, what: str, n_bytes: int | None) -> Iterator[Callable[[int], object]]:
+        """Show how much of the text is read."""
+        from tqdm import tqdm
+
+        hidden = not is_terminal(sys.stderr)
+        with tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, disable=hidden, delay=1, leave=False) as bar:
+            yield bar.update
+
+    def begins(self, step: int, settings: "Settings", config: GPT2Config, tokens: int) -> None:
+        """Say what is trained, and begin the bar."""
+        from tqdm import tqdm
+
+        note(
+            f"{config.n_params / 1e6:.2f}M parameters, {tokens:,} tokens to train on"
+            + (f"; going on after step {step}" if step else "")
+        )
+        self._step, self._tokens, self._since = step, 0, time.monotonic()
+        self._bar = tqdm(
+            total=settings.steps, initial=step, unit="step", dynamic_ncols=True, leave=False,
+            disable=not is_terminal(sys.stderr),
+        )  # fmt: skip
+
+    def stepped(self, step: int, loss: float, tokens: int) -> None:
+        """Move the bar; tqdm writes it ten times a second at most."""
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {self._rate:,.0f} tok/s", refresh=False)
+            self._bar.update()
+
+    def evaluated(self, evaluation: "Evaluation") -> None:
+        """Write a line, above the bar."""
+        from tqdm import tqdm
+
+        training = "" if evaluation.train_loss is None else f"training {evaluation.train_loss:.4f}, "
+        rate = f", {self._rate:,.0f} tok/s" if self._tokens else ""
+        with tqdm.external_write_mode(file=sys.stderr):
+            note(
+                f"step {evaluation.step}: {training}validation {evaluation.val_loss:.4f} nats a token "
+                f"({evaluation.val_nats_per_character:.4f} a character){rate}{', the best so far' if evaluation.is_best else ''}"
+            )
+            if evaluation.sample is not None:
+                click.echo(evaluation.sample, err=True)
+        self._tokens, self._since = 0, time.monotonic()
+
+    def ends(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def _rate(self) -> float:
+        return self._tokens / max(time.monotonic() - self._since, 1e-9)

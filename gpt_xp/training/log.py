@@ -1,0 +1,84 @@
+"""What a run tells: evaluations, which are the lines of `train.jsonl`, and what a watcher hears on the way."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gpt_xp._tree import finite
+from gpt_xp.checkpoint import written_aside
+from gpt_xp.config import GPT2Config
+from gpt_xp.training.settings import Settings
+
+LOG = "train.jsonl"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of `train.jsonl`. Losses are in nats per token; `train_loss` is the mean since the last evaluation."""
+
+    step: int
+    train_loss: float | None
+    val_loss: float
+    val_nats_per_character: float
+    learning_rate: float
+    tokens: int  # trained on so far
+    seconds: float
+    is_best: bool
+    sample: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What became of a run: `steps` taken, the best evaluation (its checkpoint is in `directory`), and all of them."""
+
+    directory: Path
+    steps: int
+    best: Evaluation
+    evaluations: tuple[Evaluation, ...]
+    stopped_early: bool
+
+
+class Watcher(Protocol):
+    """What a run tells while it goes; `gpt_xp.train` is silent without one."""
+
+    def reading(self, what: str, n_bytes: int | None) -> Any:
+        """Return a context in which text is read; its value is called with numbers of bytes."""
+
+    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
+        """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
+
+    def stepped(self, step: int, loss: float, tokens: int) -> None:
+        """Hear of a step that is over: its number, loss, and the tokens in it."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Hear of an evaluation."""
+
+    def ends(self) -> None:
+        """Hear that no more steps come."""
+
+
+class Silent:
+    """The watcher that nobody listens to."""
+
+    def reading(self, what: str, n_bytes: int | None) -> Any:  # noqa: D102
+        return nullcontext(lambda n: None)
+
+    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None: ...
+    def stepped(self, step: int, loss: float, tokens: int) -> None: ...
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+    def ends(self) -> None: ...
+
+
+def write_log(path: Path, evaluations: list[Evaluation]) -> None:
+    """Write all lines aside, then rename. Raises `CheckpointError` where they cannot be written."""
+    lines = [json.dumps(finite(asdict(each))) + "\n" for each in evaluations]
+    with written_aside(path, sum(map(len, lines))) as aside:
+        Path(aside).write_text("".join(lines), encoding="utf-8")
+
+
+def read_log(path: Path, last: int) -> list[Evaluation]:
+    """Return the evaluations up to step `last`: a run that was killed may have written one more."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [each for line in lines if (each := Evaluation(**json.loads(line))).step <= last]
