@@ -13,12 +13,10 @@ from gpt_xp._text import size
 from gpt_xp.cli.options import CONTEXT, COUNT, FILE, Decorator, flag, json_option, option, together
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import SettingError
+from gpt_xp.training import Evaluation, Settings, Watcher
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-    from gpt_xp.training import Evaluation, Settings
 
 NUMBER = click.FloatRange(min=0)
 BELOW_ONE = click.FloatRange(min=0, max=1, max_open=True)
@@ -60,9 +58,13 @@ evaluation_settings = together(
     setting("--val-fraction", BELOW_ONE, "The part of the characters to validate on.  [default: 0.1]"),
     setting("--eval-every", COUNT, "Evaluate, and save, after every N steps.  [default: 250]"),
     setting("--eval-tokens", COUNT, "Tokens of the validation text to evaluate on, at most.  [default: 1000000]"),
-    setting("--patience", click.IntRange(min=0), "End after N evaluations without a better one; 0: never.  [default: 10]"),
+    setting(
+        "--patience", click.IntRange(min=0), "End after N evaluations without a better one; 0: never.  [default: 10]"
+    ),
     setting("--sample", str, "Continue this prompt at each evaluation.", metavar="PROMPT"),
-    setting("--plot", click.Path(dir_okay=False, writable=True), "Draw the losses to FILE (png, svg, pdf).", metavar="FILE"),
+    setting(
+        "--plot", click.Path(dir_okay=False, writable=True), "Draw the losses to FILE (png, svg, pdf).", metavar="FILE"
+    ),
     setting("--save-dtype", click.Choice(["float32", "float16"]), "Of the checkpoint.  [default: float32]"),
 )
 
@@ -93,7 +95,7 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
     with waiting("loading jax"):
         from gpt_xp.training import train as run
     try:
-        found = run([*data, *more], out, resume=resume, watcher=Watcher(), **given)
+        found = run([*data, *more], out, resume=resume, watcher=Bar(), **given)
     except KeyboardInterrupt:
         note(f"stopped; go on with: gpt-xp train --out {out} --resume")
         raise
@@ -109,7 +111,7 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
     )
 
 
-class Watcher:
+class Bar(Watcher):
     """What a person sees on stderr: a bar on a terminal, and everywhere a line for each evaluation."""
 
     def __init__(self) -> None:
@@ -124,7 +126,7 @@ class Watcher:
         with tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, disable=hidden, delay=1, leave=False) as bar:
             yield bar.update
 
-    def begins(self, step: int, settings: "Settings", config: GPT2Config, tokens: int) -> None:
+    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
         """Say what is trained, and begin the bar."""
         from tqdm import tqdm
 
@@ -145,7 +147,7 @@ class Watcher:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {self._rate:,.0f} tok/s", refresh=False)
             self._bar.update()
 
-    def evaluated(self, evaluation: "Evaluation") -> None:
+    def evaluated(self, evaluation: Evaluation) -> None:
         """Write a line, above the bar."""
         from tqdm import tqdm
 

@@ -1,14 +1,14 @@
 """What a run tells: evaluations, which are the lines of `train.jsonl`, and what a watcher hears on the way."""
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from gpt_xp._tree import finite
 from gpt_xp.checkpoint import written_aside
 from gpt_xp.config import GPT2Config
+from gpt_xp.training.corpus import Advance
 from gpt_xp.training.settings import Settings
 
 LOG = "train.jsonl"
@@ -40,11 +40,12 @@ class Training:
     stopped_early: bool
 
 
-class Watcher(Protocol):
-    """What a run tells while it goes; `gpt_xp.train` is silent without one."""
+class Watcher:
+    """Hears what a run tells while it goes. This one is silent: override what you want to hear."""
 
-    def reading(self, what: str, n_bytes: int | None) -> Any:
-        """Return a context in which text is read; its value is called with numbers of bytes."""
+    def reading(self, what: str, n_bytes: int | None) -> AbstractContextManager[Advance]:
+        """Return a context in which so many bytes of text are read; its value is called with numbers of bytes."""
+        return nullcontext(lambda n: None)
 
     def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
         """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
@@ -57,18 +58,6 @@ class Watcher(Protocol):
 
     def ends(self) -> None:
         """Hear that no more steps come."""
-
-
-class Silent:
-    """The watcher that nobody listens to."""
-
-    def reading(self, what: str, n_bytes: int | None) -> Any:  # noqa: D102
-        return nullcontext(lambda n: None)
-
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None: ...
-    def stepped(self, step: int, loss: float, tokens: int) -> None: ...
-    def evaluated(self, evaluation: Evaluation) -> None: ...
-    def ends(self) -> None: ...
 
 
 def write_log(path: Path, evaluations: list[Evaluation]) -> None:

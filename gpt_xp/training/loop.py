@@ -20,7 +20,7 @@ from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.training import corpus as texts
 from gpt_xp.training.corpus import Corpus
-from gpt_xp.training.log import LOG, Evaluation, Silent, Training, Watcher, read_log, write_log
+from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, write_log
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.training.start import find_config, find_tokenizer, first_params
@@ -53,7 +53,7 @@ def train(
 
     What is kept: every `eval_every` steps the loss of up to `eval_tokens` of the validation text is taken, which is
     `val`, a list of files, or the last `val_fraction` of the characters. After `patience` evaluations without a better
-    one the run ends (None: never). `sample` is a prompt to continue at each, `plot` the file of a picture of the losses,
+    one the run ends (None: never). `sample` is a prompt to continue at each, `plot` a file for a picture of the losses,
     `save_dtype` "float16" halves the checkpoint.
 
     Raises `SettingError`, `TextError` and `BackendError` before anything is computed; `CheckpointError` where the disk
@@ -65,15 +65,15 @@ def train(
     directory = Path(out)
     files = [data] if isinstance(data, str | Path) else list(data)
     folder = directory / FOLDER
-    chosen = None if resume else Settings(data=tuple(files), **settings)
+    chosen = None if resume else Settings(data=tuple(map(str, files)), **settings)
     with locked(folder):
         if chosen is None:
-            chosen = _resumed(settings_of(folder), ({"data": files} if files else {}) | settings)
+            chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
         if chosen.plot is not None:
             check_plot(Path(chosen.plot))
         backend = jax_backend(chosen)
         backend.keep_compiled()
-        run = _Run(chosen, directory, watcher or Silent(), backend)
+        run = _Run(chosen, directory, watcher or Watcher(), backend)
         if not resume:
             begin(folder, chosen)
         return run.go()

@@ -96,7 +96,9 @@ class Program:
             found = jax.value_and_grad(loss_of)(state["params"], *part)
             return jax.tree.map(lambda a, b: a + b / settings.accumulate, total, found), None
 
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed, impl="rbg"), step), settings.accumulate)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(settings.seed, impl="rbg"), step), settings.accumulate
+        )
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
         (loss, grads), _ = jax.lax.scan(add, zeros, (tokens, keys))
         updates, inner = self._optimizer.update(grads, state["optimizer"], state["params"])
@@ -166,7 +168,7 @@ def drop_weights(params: Params, rate: float, key: Array) -> Params:
         return weight * jax.random.bernoulli(key, 1 - rate, weight.shape) / (1 - rate)
 
     leaves, structure = jax.tree.flatten(params["blocks"])
-    blocks = structure.unflatten(map(drop, leaves, jax.random.split(key, len(leaves))))
+    blocks = jax.tree.unflatten(structure, map(drop, leaves, jax.random.split(key, len(leaves))))
     return params | {"blocks": blocks}
 
 
@@ -175,8 +177,8 @@ def _averaged(average: Params, params: Params, decay: float, step: Array) -> Par
     import jax.numpy as jnp
 
     # Over few steps at first: else the random numbers of the start would stay in the average for long.
-    decay = jnp.minimum(decay, (step + 1) / (step + 10))
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)  # type: ignore[no-any-return]
+    keep = jnp.minimum(decay, (step + 1) / (step + 10))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)  # type: ignore[no-any-return]
 
 
 def _best(state: State) -> Params:

@@ -57,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("data", "val"):
-            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
+            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))  # JSON has lists
         if not self.data:
             raise SettingError("there is nothing to train on: name the files of text (data)")
         _check_counts(self)
@@ -81,7 +81,9 @@ class Settings:
         """Return how many tokens each row of a batch predicts. Raises `SettingError` where they exceed the context."""
         length = min(config.n_ctx, SEQ_LEN) if self.seq_len is None else self.seq_len
         if length > config.n_ctx:
-            raise SettingError(f"seq_len {length} is more than the context of this model, {config.n_ctx} tokens (n_ctx)")
+            raise SettingError(
+                f"seq_len {length} is more than the context of this model, {config.n_ctx} tokens (n_ctx)"
+            )
         return length
 
     def as_dict(self) -> dict[str, Any]:

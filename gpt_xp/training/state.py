@@ -93,7 +93,7 @@ def load_state(folder: Path, like: Any) -> tuple[Any, Place] | None:
             raise CheckpointError(f"{path} is of another model, or of another version: remove {folder} to begin anew")
         arrays = [file.read(name) for name in expected]
         place = Place(**json.loads(file.metadata["place"]))
-    return jax.tree.structure(like).unflatten(arrays), place
+    return jax.tree.unflatten(jax.tree.structure(like), arrays), place
 
 
 def _named(state: Any) -> list[tuple[str, Any]]:
