@@ -96,8 +96,8 @@ def learn(
     while len(tokens) < vocab_size:
         if (found := pairs.pop_most_frequent()) is None:
             raise TokenizerError(
-                f"the text gives no more than {len(tokens)} tokens, with one for each of its words, and not {vocab_size}: "
-                "choose a smaller vocabulary, or give more text"
+                f"the text gives no more than {len(tokens)} tokens, with one for each of its words; {vocab_size} were "
+                "asked for: choose a smaller vocabulary, or give more text"
             )
         pair, places = found
         left, right = (tokens[id] for id in pair)

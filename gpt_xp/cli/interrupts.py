@@ -25,6 +25,16 @@ def exit_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def ignore_interrupt() -> Iterator[None]:
+    """Let Ctrl-C do nothing while the body runs, which must be short: where half of it would be worse than all."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def resend_interrupt(lost: "sys.UnraisableHookArgs") -> None:
     """Send a Ctrl-C again that came while a callback ran: Python drops those, and JAX has one in garbage collection."""
     if lost.exc_type is KeyboardInterrupt:

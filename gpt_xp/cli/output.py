@@ -46,11 +46,12 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def progress(total: int, unit: str) -> "tqdm[NoReturn]":
+def progress(total: int | None, unit: str) -> "tqdm[NoReturn]":
     """Return a bar on stderr, seen on a terminal only, and only from the second second on."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, delay=1, disable=not is_terminal(sys.stderr), leave=False)
+    hidden = not is_terminal(sys.stderr)
+    return tqdm(total=total, unit=unit, unit_scale=unit == "B", delay=1, disable=hidden, leave=False)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_xp._text import size
 from gpt_xp.cli.options import CONTEXT, COUNT, FILE, Decorator, flag, json_option, option, together
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.config import GPT2Config
@@ -101,14 +100,11 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
         raise
     best = found.best
     if as_json:
-        write_json({"directory": str(found.directory), "steps": found.steps, "stopped_early": found.stopped_early,
-                    "best": dataclasses.asdict(best)})  # fmt: skip
+        summary = {"directory": str(found.directory), "steps": found.steps, "stopped_early": found.stopped_early}
+        write_json(summary | {"best": dataclasses.asdict(best)})
         return
     early = f" (no better one in {len(found.evaluations)} evaluations)" if found.stopped_early else ""
-    write(
-        f"{found.directory}: the model of step {best.step} of {found.steps}{early}; validation loss {best.val_loss:.4f} "
-        f"nats a token, {best.val_nats_per_character:.4f} a character\n"
-    )
+    write(f"{found.directory} has the model of step {best.step} of {found.steps}{early}: validation {_losses(best)}\n")
 
 
 class Bar(Watcher):
@@ -153,11 +149,9 @@ class Bar(Watcher):
 
         training = "" if evaluation.train_loss is None else f"training {evaluation.train_loss:.4f}, "
         rate = f", {self._rate:,.0f} tok/s" if self._tokens else ""
+        best = ", the best so far" if evaluation.is_best else ""
         with tqdm.external_write_mode(file=sys.stderr):
-            note(
-                f"step {evaluation.step}: {training}validation {evaluation.val_loss:.4f} nats a token "
-                f"({evaluation.val_nats_per_character:.4f} a character){rate}{', the best so far' if evaluation.is_best else ''}"
-            )
+            note(f"step {evaluation.step}: {training}validation {_losses(evaluation)}{rate}{best}")
             if evaluation.sample is not None:
                 click.echo(evaluation.sample, err=True)
         self._tokens, self._since = 0, time.monotonic()
@@ -170,3 +164,7 @@ class Bar(Watcher):
     @property
     def _rate(self) -> float:
         return self._tokens / max(time.monotonic() - self._since, 1e-9)
+
+
+def _losses(evaluation: Evaluation) -> str:
+    return f"{evaluation.val_loss:.4f} nats a token ({evaluation.val_nats_per_character:.4f} a character)"

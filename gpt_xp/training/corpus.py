@@ -136,10 +136,11 @@ def crops(tokens: NumpyArray, length: int, n: int, seed: int, step: int) -> Nump
 
 
 def windows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
-    """Return the text in pieces side by side, int32 [n, length + 1], each beginning with the last token of the one before.
+    """Return the text in pieces side by side, int32 [n, length + 1].
 
-    So every token is predicted once; what is left at the end, shorter than a piece, is left out. Of more than `most`
-    tokens, pieces at even distances are taken. A text shorter than a piece is one shorter piece.
+    Each begins with the last token of the one before, so that every token is predicted once; what is left at the end,
+    shorter than a piece, is left out. Of more than `most` tokens, pieces at even distances are taken. A text shorter
+    than a piece is one shorter piece.
     """
     length = min(length, len(tokens) - 1)
     n = (len(tokens) - 1) // length

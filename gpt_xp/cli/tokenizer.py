@@ -1,0 +1,75 @@
+"""`gpt-xp tokenizer`: learn a vocabulary from text."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from gpt_xp.cli.interrupts import ignore_interrupt
+from gpt_xp.cli.options import CONTEXT
+from gpt_xp.cli.output import note, progress
+from gpt_xp.errors import CheckpointError, TextError
+from gpt_xp.text_stream import size_of, text_pieces
+from gpt_xp.tokenizer import EOS
+from gpt_xp.tokenizer_files import PAIRS, TOKENIZER_JSON
+from gpt_xp.tokenizer_training import check_special_tokens, check_vocab_size, count_words, learn
+
+
+@click.group(context_settings=CONTEXT)
+def tokenizer() -> None:
+    """Learn a vocabulary from text."""
+
+
+@tokenizer.command(context_settings=CONTEXT)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--vocab-size", metavar="N", type=int, required=True, help="How many tokens: 257 or more.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True,
+    help="Where vocab.json and merges.txt go.",
+)  # fmt: skip
+@click.option(
+    "--special", metavar="TOKEN", multiple=True,
+    help=f"A special token beside {EOS}. May be given several times.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the tokenizer that is in DIR.")
+def train(files: tuple[str, ...], vocab_size: int, out: Path, special: tuple[str, ...], force: bool) -> None:
+    """Learn the vocabulary of a tokenizer, GPT-2's byte-level BPE, from the text of each FILE, or of stdin (-).
+
+    The text is UTF-8. It is read in a stream, once, so it may be larger than memory.
+    """
+    special_tokens = check_special_tokens(dict.fromkeys([EOS, *special]))
+    check_vocab_size(vocab_size, special_tokens)
+    check_place(out, force)
+    sources = [_stdin() if file == "-" else file for file in files]
+    with progress(size_of(sources), "B") as bar:
+        words = count_words(text_pieces(sources, advance=bar.update))
+    with progress(vocab_size - len(special_tokens) - 256, "token") as bar:
+        learned = learn(words, vocab_size, special_tokens, advance=bar.update)
+    n_characters = sum(len(word) * count for word, count in words.items())
+    n_tokens = sum(len(learned.encode(word)) * count for word, count in words.items())
+    with ignore_interrupt():  # or it could leave one of the two files
+        learned.save(out)
+    note(f"{vocab_size} tokens, in {out}; the text has {n_characters / n_tokens:.2f} characters per token")
+
+
+def check_place(out: Path, force: bool) -> None:
+    """Raises `CheckpointError` if a tokenizer may not, or cannot, be written to `out`."""
+    if (other := out / TOKENIZER_JSON).exists():
+        raise CheckpointError(f"{other} would be read in place of a new tokenizer: remove it, or choose another --out")
+    there = [name for name in itertools.chain(*PAIRS) if (out / name).exists()]
+    if there and not force:
+        raise CheckpointError(
+            f"{out} has a tokenizer ({', '.join(there)}): choose another --out, or --force to replace it"
+        )
+    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CheckpointError(f"{out} cannot be written to: {nearest} is no directory that may be changed")
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise TextError("stdin is closed: expected text")
+    return sys.stdin.buffer
