@@ -30,8 +30,9 @@ def text_pieces(
 
     A source is a path or a stream of bytes (which is left open), in UTF-8. Each is a text of its own: no word reaches
     from one into the next; for what belongs between texts, call this for each. Characters come as they are: line ends
-    are not translated, and a byte order mark stays. A piece is longer where nothing shorter can be cut off. `advance`
-    is called with a number of bytes when the pieces that they completed have been taken.
+    are not translated, and a byte order mark stays. A piece is longer where nothing shorter can be cut off. Special
+    tokens stay whole if they have no whitespace. `advance` is called with a number of bytes when the pieces that they
+    completed have been taken.
 
     Raises `TextError`, at once and for all paths: a file that is missing, a directory, empty or unreadable; and on the
     way for what is not UTF-8.

@@ -43,12 +43,15 @@ def pieces(text: str, n_bytes: int) -> list[str]:
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, st.integers(1, 13))
 @example("it 's  ours\n\n  now", 4)
+@example("the end \n<|endoftext|>  \n<|endoftext|> 's", 7)
 def test_the_ids_of_the_pieces_are_those_of_the_text(shakespeare, text, n_bytes):
     cut = pieces(text, n_bytes)
     assert "".join(cut) == text
     assert all(cut)
     assert [word for piece in cut for word in WORD.findall(piece)] == WORD.findall(text)
-    assert [id for piece in cut for id in shakespeare.encode(piece)] == shakespeare.encode(text)
+    for special in (False, True):
+        ids = [id for piece in cut for id in shakespeare.encode(piece, allow_special=special)]
+        assert ids == shakespeare.encode(text, allow_special=special)
 
 
 def test_pieces_are_small():
