@@ -18,6 +18,7 @@ from gpt_xp.generation import Generation, Piece, Stats
 from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
 from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.quantization import quantize
+from gpt_xp.scoring import RankedChoice, Score
 from gpt_xp.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "KVCache",
     "Model",
     "Piece",
+    "RankedChoice",
+    "Score",
     "Stats",
     "Tokenizer",
     "backends",

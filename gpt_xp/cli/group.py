@@ -11,6 +11,7 @@ from gpt_xp.cli.generate import generate
 from gpt_xp.cli.models import models
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
+from gpt_xp.cli.score import score
 from gpt_xp.cli.tokens import tokens
 
 
@@ -57,6 +58,6 @@ cli = DefaultGroup(
     help=generate.help,
     epilog=generate.epilog,
     context_settings=CONTEXT,
-    commands=[backends, bench, bench_worker, compare, compare_backend, models, tokens],
+    commands=[backends, bench, bench_worker, compare, compare_backend, models, score, tokens],
 )
 click.version_option(__version__, prog_name="gpt-xp", message="%(prog)s %(version)s")(cli)
