@@ -67,7 +67,10 @@ def test_the_table_is_the_score(call: Call, file: str, shakespeare: Model) -> No
 def test_json_holds_every_token(
     call: Call, file: str, shakespeare: Model, options: list[str], settings: dict[str, Any]
 ) -> None:
-    record = json.loads(call("score", "-m", "shakespeare", "--json", *options, file).out)
+    def no_json(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    record = json.loads(call("score", "-m", "shakespeare", "--json", *options, file).out, parse_constant=no_json)
     score = shakespeare.score(TEXT, **settings)
     for name, value in settings.items():
         assert record[name] == value

@@ -307,6 +307,8 @@ def test_a_space_belongs_to_the_choice_wherever_it_is_written(shakespeare: Model
         assert a.token_ids == shakespeare.tokenizer.encode(f" {a.choice}")
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
         assert a.logprob_per_byte == b.logprob_per_byte
+    newline = shakespeare.tokenizer.encode("\n")
+    assert shakespeare.rank("My lord,\n", ["Romeo"])[0].token_ids[:1] == newline  # white space of any kind
 
 
 @settings(deadline=None, max_examples=25)
