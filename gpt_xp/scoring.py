@@ -263,7 +263,8 @@ def row_logprobs(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterat
     """
     reader = Reader(engine)
     # One shape for all batches, or a compiler would begin anew. What is padded comes after all that counts.
-    shape = min(batch_size, len(rows)), max(len(row.token_ids) for row in rows) - 1
+    n_batches = math.ceil(len(rows) / batch_size)
+    shape = math.ceil(len(rows) / n_batches), max(len(row.token_ids) for row in rows) - 1
     for begin in range(0, len(rows), shape[0]):
         batch = rows[begin : begin + shape[0]]
         tokens, labels = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -280,15 +281,16 @@ class Reader:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._backend = engine, engine.backend
+        self._pads = engine.backend.pad(1, 2) > 1  # a library that compiles, and wants one shape
         self._hidden_states = self._backend.compile(hidden_states, static=("config", "window", "xp"), donate=("cache",))
         self._label_logprobs = self._backend.compile(label_logprobs, static=("xp",))
 
-    def logprobs(self, tokens: Ints, labels: Ints) -> Floats:
+    def logprobs(self, tokens: Any, labels: Ints) -> Floats:
         """Return the log-probability [batch, n_seq] of the label after each token; NaN where the label is below 0."""
         engine = self._engine
         found = np.full(labels.shape, np.nan)
         length = self._backend.piece(len(tokens))
-        tokens, cache, total = engine._begin(tokens.tolist(), n_new=0)
+        tokens, cache, total = engine._begin(tokens, n_new=0)
         for begin in range(0, total, length):
             piece, window = engine._piece(tokens, begin, cache, length)
             x, cache = self._hidden_states(
@@ -304,18 +306,19 @@ class Reader:
         return found
 
     def _of_labels(self, x: Array, places: Ints, labels: Ints) -> Floats:
-        backend, found = self._backend, np.empty(len(places))
-        size = max(min(x.shape[0] * x.shape[1], LOGITS // self._engine.config.n_vocab), 1)
+        """Return the log-probabilities of `labels` [n] after the rows `places` [n] of hidden states, some at a time."""
+        backend, found, n_rows = self._backend, np.empty(len(places)), x.shape[0] * x.shape[1]
+        size = math.ceil(n_rows / math.ceil(n_rows * self._engine.config.n_vocab / LOGITS))
         for begin in range(0, len(places), size):
             part = slice(begin, begin + size)
-            missing = size - len(places[part])
+            missing = size - len(places[part]) if self._pads else 0
             logprobs = self._label_logprobs(
                 x,
                 *(backend.asarray(np.pad(ids[part], (0, missing)).astype(np.int32)) for ids in (places, labels)),
                 wte=self._engine.params["wte"],
                 xp=backend.xp,
             )
-            found[part] = backend.to_numpy(logprobs)[: size - missing]
+            found[part] = backend.to_numpy(logprobs)[: len(places[part])]
         return found
 
 
@@ -343,7 +346,10 @@ class RankedChoice:
 
     @property
     def logprob_per_byte(self) -> float | None:
-        """The same over its UTF-8 bytes without one space before it: `acc_norm` goes by this. None for token ids."""
+        """The same over its UTF-8 bytes, without the space before it; None for token ids.
+
+        `acc_norm` of lm-evaluation-harness goes by this (it counts characters: the same in ASCII).
+        """
         if not isinstance(self.choice, str):
             return None
         return self.logprob / max(len(self.choice.removeprefix(" ").encode()), 1)
