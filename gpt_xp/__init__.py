@@ -18,6 +18,7 @@ from gpt_xp.generation import Generation, Piece, Stats
 from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
 from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.quantization import quantize
+from gpt_xp.scoring import RankedChoice, Score
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.tokenizer_training import train_tokenizer
 from gpt_xp.training import Evaluation, Training, train
@@ -34,6 +35,8 @@ __all__ = [
     "KVCache",
     "Model",
     "Piece",
+    "RankedChoice",
+    "Score",
     "Stats",
     "Tokenizer",
     "Training",

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpt_xp import checkpoint
+from gpt_xp import checkpoint, scoring
 from gpt_xp._text import size
 from gpt_xp._tree import leaves, tree_map
 from gpt_xp._typing import Params
@@ -23,6 +23,7 @@ from gpt_xp.hub import find_model
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.sampling import Sampling
+from gpt_xp.scoring import Progress, RankedChoice, Score, Windows
 from gpt_xp.streaming import check_stops
 from gpt_xp.tokenizer import Tokenizer
 
@@ -151,6 +152,53 @@ class Model:
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
         return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
 
+    def score(
+        self,
+        text: Text,
+        *,
+        convention: str = "huggingface",
+        window: int | None = None,
+        stride: int | None = None,
+        crops: int | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> Score:
+        """Return the log-probability of each token of `text`, and perplexities: a `Score`.
+
+        `text` is text or token ids of any length. It is read in windows of `window` tokens (default: the context), laid
+        as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `gpt_xp.scoring`. `stride` (default: half a
+        window) belongs to the first, and `crops` (how many, default 1000) with their `seed` to the last. `batch_size`
+        windows are computed at a time, and `progress(done, total)` is told how many tokens are done.
+
+        Raises `PromptError` where there is nothing to score, or an id outside the vocabulary; `SettingError` for other
+        arguments that make no sense; `NumericalError`, `DeviceMemoryError`.
+        """
+        windows = Windows(convention, window, stride, crops, seed)
+        ids = self._token_ids(text)
+        self._check_ids(np.asarray(ids))
+        with self._memory_errors(batch=batch_size):
+            return scoring.score(self._engine, ids, windows, batch_size, progress)
+
+    def rank(
+        self, prompt: Text, choices: Sequence[Text], *, by: str = "total", batch_size: int = 8
+    ) -> list[RankedChoice]:
+        """Return the continuations `choices` of `prompt`, the likeliest first: a `RankedChoice` each.
+
+        `by` is "total" (log-probability), "token" or "byte" (the same divided by the choice's tokens or bytes). The
+        choices are text where the prompt is, else token ids; a choice that is a word of its own begins with a space. An
+        empty prompt is the end-of-text token. Raises as `score` does; `PromptError` where prompt and choice do not fit
+        the context.
+        """
+        if isinstance(choices, str) or len({isinstance(each, str) for each in (prompt, *choices)}) > 1:
+            raise PromptError("choices must be a list, of texts where the prompt is text, else of lists of token ids")
+        given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
+        for ids in given:
+            if not isinstance(ids, str):
+                self._check_ids(np.asarray(ids))
+        with self._memory_errors(batch=batch_size):
+            return scoring.rank(self._engine, given[0], given[1:], by, batch_size)
+
     def _move(self, leaf: Any) -> Any:
         """Return an array, or a quantized weight, on the device."""
         if isinstance(leaf, Quantized):
@@ -169,16 +217,18 @@ class Model:
             with self._memory_errors(batch=len(prompts)):
                 yield from self._engine.run(prompts, *arguments)
 
-    def _encode(self, prompt: Text) -> list[int]:
-        ids: list[Any]
+    def _token_ids(self, prompt: Text) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer: give token ids instead of text")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
-            if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
-                raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
+            return self.tokenizer.encode(prompt)
+        ids: list[Any] = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
+        if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+            raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
+        return ids
+
+    def _encode(self, prompt: Text) -> list[int]:
+        ids = self._token_ids(prompt)
         if not ids:
             if self._engine.eos is None:
                 raise PromptError("an empty prompt begins with the end-of-text token, and this model has none")

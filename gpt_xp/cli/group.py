@@ -11,6 +11,7 @@ from gpt_xp.cli.generate import generate
 from gpt_xp.cli.models import models
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
+from gpt_xp.cli.score import score
 from gpt_xp.cli.tokenizer import tokenizer
 from gpt_xp.cli.tokens import tokens
 from gpt_xp.cli.train import train
@@ -59,6 +60,6 @@ cli = DefaultGroup(
     help=generate.help,
     epilog=generate.epilog,
     context_settings=CONTEXT,
-    commands=[backends, bench, bench_worker, compare, compare_backend, models, tokenizer, tokens, train],
+    commands=[backends, bench, bench_worker, compare, compare_backend, models, score, tokenizer, tokens, train],
 )
 click.version_option(__version__, prog_name="gpt-xp", message="%(prog)s %(version)s")(cli)

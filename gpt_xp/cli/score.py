@@ -1,0 +1,240 @@
+"""`gpt-xp score`: how likely a text is, and which continuation of a prompt is the likeliest."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from gpt_xp._text import table
+from gpt_xp._tree import finite
+from gpt_xp.api import Model
+from gpt_xp.cli.options import CONTEXT, COUNT, FILE, flag, json_option, loading_options, option, together
+from gpt_xp.cli.output import progress, waiting, write, write_json
+from gpt_xp.cli.prompts import LITERAL, PromptCommand, read_stdin
+from gpt_xp.cli.session import load_model
+from gpt_xp.errors import PromptError, SettingError, TokenizerError
+from gpt_xp.scoring import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
+from gpt_xp.tokenizer import Tokenizer
+
+SEED = click.IntRange(min=0, max=2**32 - 1)
+OF_A_FILE = ("last", "convention", "window", "stride", "crops", "seed")  # options that say nothing to --choices
+EPILOG = """\
+Conventions: "huggingface" slides a window over the text and scores what is new in it, as transformers' page "Perplexity
+of fixed-length models" does; "lm-eval" scores every token once, the first from the end-of-text token, as
+lm-evaluation-harness does; "nanogpt" scores random crops. Figures of one are not comparable with those of another.
+A choice that is a word of its own begins with a space, or the prompt ends with one.
+"""
+
+window_options = together(
+    option(
+        "--last", metavar="X", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0,
+        help="Score only the last X of the characters: 0.1 is the last tenth.",
+    ),
+    option(
+        "--convention", metavar="NAME", type=click.Choice(CONVENTIONS), default=CONVENTIONS[0], show_default=True,
+        help="How windows are laid over the text: huggingface, lm-eval or nanogpt.",
+    ),
+    option("--window", metavar="N", type=COUNT, help="Tokens in a window.  [default: the model's context]"),
+    option("--stride", metavar="N", type=COUNT, help="For huggingface: tokens between windows.  [default: half]"),
+    option("--crops", metavar="N", type=COUNT, help="For nanogpt: how many crops.  [default: 1000]"),
+    option("--seed", metavar="N", type=SEED, default=0, show_default=True, help="Of the crops."),
+)  # fmt: skip
+
+
+@click.command(cls=PromptCommand, context_settings=CONTEXT, epilog=EPILOG)
+@click.argument("arguments", metavar="FILE | --choices PROMPT CHOICE...", nargs=-1)
+@loading_options
+@window_options
+@flag("--choices", help="Rank each CHOICE by how likely it is to follow PROMPT (-: stdin).")
+@option(
+    "--by", metavar="WHAT", type=click.Choice(MEASURES), default=MEASURES[0], show_default=True,
+    help="Rank by the total log-probability, or by that per token or per byte.",
+)  # fmt: skip
+@option("--batch-size", metavar="N", type=COUNT, default=8, show_default=True, help="Windows, or choices, at a time.")
+@json_option
+@click.pass_context
+def score(
+    ctx: click.Context,
+    /,
+    arguments: Sequence[str],
+    last: float,
+    convention: str,
+    window: int | None,
+    stride: int | None,
+    crops: int | None,
+    seed: int,
+    choices: bool,
+    by: str,
+    batch_size: int,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    """Print how well a model predicts the text in FILE (-: stdin): perplexities, bits per byte, and the like."""
+    if choices:
+        _refuse(ctx, OF_A_FILE, "says nothing to --choices")
+        prompt = _prompt(ctx, arguments)
+        name, model = load_model(**loading)
+        with waiting("scoring", exit_at_once=False):
+            ranked = model.rank(prompt, arguments[1:], by=by, batch_size=batch_size)
+        if as_json:
+            write_json({"prompt": prompt, "by": by, "choices": _choices(ranked, model), **_about(name, model)})
+        else:
+            write(_choices_table(ranked))
+        return
+    _refuse(ctx, ["by"], "goes with --choices")
+    windows: dict[str, Any] = {
+        "convention": convention,
+        "window": window,
+        "stride": stride,
+        "crops": crops,
+        "seed": seed,
+    }
+    try:
+        Windows(**windows)  # its errors before a model is loaded
+    except SettingError as error:
+        raise click.UsageError(str(error)) from None
+    file, text = _read(arguments)
+    text = text[int((1 - last) * len(text)) :]
+    name, model = load_model(**loading)
+    result, seconds = _score(model, text, {**windows, "batch_size": batch_size})
+    if as_json:
+        write_json({"file": file, "last": last, **_record(result, seconds, model), **_about(name, model)})
+    else:
+        write(_table(result, seconds))
+
+
+def _score(model: Model, text: str, settings: dict[str, Any]) -> tuple[Score, float]:
+    """Score behind a progress bar; return the seconds that it took, too."""
+    begin = time.perf_counter()
+    with progress(0, "token") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = model.score(text, progress=show, **settings)
+    return result, time.perf_counter() - begin
+
+
+def _read(arguments: Sequence[str]) -> tuple[str, str]:
+    """Return the name and the text of the one file that is given, as it is."""
+    if len(arguments) != 1:
+        raise click.UsageError(f"give one FILE, or - for stdin, not {len(arguments)}; --choices ranks continuations")
+    file = str(FILE(arguments[0]))
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return file, data.decode()
+    except UnicodeDecodeError as error:
+        name = "stdin" if file == "-" else file
+        raise PromptError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _prompt(ctx: click.Context, arguments: Sequence[str]) -> str:
+    """Return the prompt before the choices; "-" is stdin, unless it stands after `--`."""
+    if len(arguments) < 2:
+        raise click.UsageError("--choices needs a PROMPT and at least one CHOICE")
+    is_literal = ctx.meta[LITERAL] == len(arguments)
+    return read_stdin() if arguments[0] == "-" and not is_literal else arguments[0]
+
+
+def _refuse(ctx: click.Context, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} {why}")
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _table(score: Score, seconds: float) -> str:
+    windows = score.windows
+    laid = {"window": windows.window, "stride": windows.stride, "crops": windows.crops}
+    rows = [
+        ("convention", ", ".join([windows.convention, *(f"{name} {n}" for name, n in laid.items() if n is not None)])),
+        ("tokens", f"{len(score.token_ids)}, {score.n_scored} scored"),
+        ("words", str(score.n_words)),
+        ("characters", str(score.n_characters)),
+        ("bytes", str(score.n_bytes)),
+        ("nats per token", _number(score.nats_per_token)),
+        ("nats per character", _number(score.nats_per_character)),
+        ("bits per byte", _number(score.bits_per_byte)),
+        ("perplexity per token", _number(score.perplexity)),
+        ("perplexity per word", _number(score.word_perplexity)),
+        ("time", f"{seconds:.1f} s, {score.n_scored / seconds:.1f} tok/s"),
+    ]
+    return table(rows)
+
+
+def _number(value: float | None) -> str:
+    assert value is not None  # the command's models have a tokenizer, and a text that is scored is not empty
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
+
+
+def _choices_table(ranked: Sequence[RankedChoice]) -> str:
+    rows = [["choice", "tokens", "log-probability", "per token", "per byte"]]
+    for each in ranked:
+        assert each.logprob_per_byte is not None  # the choices are text
+        figures = (f"{figure:.4f}" for figure in (each.logprob, each.logprob_per_token, each.logprob_per_byte))
+        rows.append([json.dumps(each.choice, ensure_ascii=False), str(len(each.token_ids)), *figures])
+    return table(rows)
+
+
+def _record(score: Score, seconds: float, model: Model) -> dict[str, Any]:
+    record = {
+        **dataclasses.asdict(score.windows),
+        "tokens": len(score.token_ids),
+        "scored_tokens": score.n_scored,
+        "words": score.n_words,
+        "characters": score.n_characters,
+        "bytes": score.n_bytes,
+        "logprob": score.logprob,
+        "nats_per_token": score.nats_per_token,
+        "nats_per_character": score.nats_per_character,
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "word_perplexity": score.word_perplexity,
+        "byte_perplexity": score.byte_perplexity,
+        "seconds": seconds,
+        "tokens_per_second": score.n_scored / seconds,
+        "per_token": _per_token(score.token_ids.tolist(), score.logprobs.tolist(), model),
+    }
+    return dict(finite(record))
+
+
+def _choices(ranked: Sequence[RankedChoice], model: Model) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": each.index,
+            "choice": each.choice,
+            "logprob": each.logprob,
+            "logprob_per_token": each.logprob_per_token,
+            "logprob_per_byte": each.logprob_per_byte,
+            "per_token": _per_token(each.token_ids, each.logprobs.tolist(), model),
+        }
+        for each in ranked
+    ]
+
+
+def _per_token(ids: Sequence[int], logprobs: Sequence[float], model: Model) -> list[dict[str, Any]]:
+    assert model.tokenizer is not None  # `load` always reads one
+    texts = {id: _text(id, model.tokenizer) for id in set(ids)}
+    return [{"id": id, "text": texts[id], "logprob": logprob} for id, logprob in zip(ids, logprobs, strict=True)]
+
+
+def _text(id: int, tokenizer: Tokenizer) -> str | None:
+    """Return the text of a token; None where it is not whole characters."""
+    try:
+        return tokenizer.decode([id], errors="strict")
+    except TokenizerError:
+        return None
+
+
+def _about(name: str, model: Model) -> dict[str, Any]:
+    backend = model.backend
+    return {"model": name, "backend": backend.name, "device": backend.device, "dtype": backend.dtype}
