@@ -88,10 +88,10 @@ def _compile(
 ) -> Callable[..., Any]:
     """Return a function that runs on the device, for CuPy makes new arrays on the thread's current one.
 
-    A decode step becomes a CUDA graph: it has these arguments, and consumes its cache.
+    A step of the model, whose arguments begin with these three, becomes a CUDA graph where it decodes.
     """
     step = function
-    if donate == ("cache",) and [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]:
+    if [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]:
         thin = SimpleNamespace(**vars(xp) | {"matmul": thin_matmul(cupy)})
         step = GraphedStep(cupy, function, xp, thin, trust)
 

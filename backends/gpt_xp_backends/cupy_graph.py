@@ -1,14 +1,15 @@
 """A decode step of CuPy as a CUDA graph: hundreds of launches from Python become one.
 
 Never run on a GPU so far, and therefore mistrusted: a graph is used only after one step through it has given the
-logits of the same step without it, and the cache is as it was before until then. Where anything goes wrong, steps
-run without a graph for the rest of the process, and a warning says why. `GPT_XP_CUPY_GRAPH=0` turns it off.
+logits of the same step without it, and until then the cache is put back as it was. Where anything goes wrong, steps
+run without a graph from then on, and a warning says why. `GPT_XP_CUPY_GRAPH=0` turns it off.
 
 What a graph reads and writes is fixed when it is captured: the addresses of all arrays and every number of the host's.
 So the token and the position are copied into arrays of the graph's own, arrays made on the way come from a pool of
 memory that is the graph's alone, and another cache or window needs another graph.
 """
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Graph:
         return self._graph is not None
 
     def capture(self, cupy: Any, function: Step, params: Params, tokens: Array, cache: KVCache) -> None:
-        """Run the step once, and capture it. What it writes into the cache is the next token's, as always."""
+        """Run the step once, which writes into the cache, and capture it."""
         self._tokens = tokens.copy()
         self._position = cupy.full((), cache.position, dtype=cupy.int32)
         own = cache._replace(position=self._position)
@@ -71,9 +72,11 @@ class Graph:
             stream.begin_capture()
             try:
                 self._logits, _ = function(params, self._tokens, own)
-            finally:
-                graph = stream.end_capture()
-        self._graph = graph
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error is the one that says why
+                    stream.end_capture()
+                raise
+            self._graph = stream.end_capture()
 
     def replay(self, tokens: Array, position: int) -> Array:
         """Run the step for tokens [batch, 1] at `position`; return its logits [batch, n_vocab]."""
@@ -108,15 +111,16 @@ class GraphedStep:
         plain = xp is self._xp and isinstance(cache.position, int)  # not with quantized weights
         if self._trust.problem or not plain or tokens.shape[1] != 1 or tokens.shape[0] > ROWS:
             return function(params, tokens, cache, xp)
-        if self._graph is None or not self._graph.is_for(params, tokens, cache, (rest, options)):
+        graph = self._graph
+        if graph is None or not graph.is_for(params, tokens, cache, (rest, options)):
             self._graph = Graph(params, tokens, cache, (rest, options))
             return function(params, tokens, cache, xp)
-        if self._graph.trusted:
-            return self._graph.replay(tokens, cache.position), cache._replace(position=cache.position + 1)
-        replayed = self._try(self._graph, function, params, tokens, cache)
+        if graph.trusted:
+            return graph.replay(tokens, cache.position), cache._replace(position=cache.position + 1)
+        replayed = self._try(graph, function, params, tokens, cache)
         logits, after = function(params, tokens, cache, xp)  # last, so that the cache is what this makes of it
         if replayed is not None:
-            self._graph.trusted = self._agree(replayed, logits, str(cache.k.dtype))
+            graph.trusted = self._agree(replayed, logits, str(cache.k.dtype))
         return logits, after
 
     def _try(self, graph: Graph, function: Step, params: Params, tokens: Array, cache: KVCache) -> Array | None:
@@ -131,6 +135,7 @@ class GraphedStep:
             self._trust.lose(f"{type(error).__name__}: {error}")
         finally:
             if before:
+                self._cupy.cuda.runtime.deviceSynchronize()  # what was captured or failed had a stream of its own
                 cache.k[...], cache.v[...] = before
         return None
 
@@ -138,5 +143,5 @@ class GraphedStep:
         error, largest = float(abs(replayed - logits).max()), float(abs(logits).max())
         if error <= TOLERANCE["logits", dtype] * largest:
             return True
-        self._trust.lose(f"its logits differ by {error / largest:.1e} of the largest")
+        self._trust.lose(f"its logits differ by {error:.1e}, and the largest is {largest:.1e}")
         return False
