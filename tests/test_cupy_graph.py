@@ -7,9 +7,12 @@ Without a GPU, NumPy stands in for CuPy, and its graph is a call that is made ag
 import contextlib
 import functools
 import gc
+import importlib
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -245,6 +248,10 @@ def test_arrays_are_the_callers_own(cupy: FakeCuPy) -> None:
         kept.append(logits)
     assert [token.item() for token in tokens] == TOKENS[5:11]
     assert cupy.log[-3:] == 3 * REPLAY
+    engine._last_logits(
+        dict(engine.params), token, cache, 1, config=engine.config, window=14, xp=backend.xp
+    )  # other params
+    assert cupy.log[-1:] == STEP
     # A fork of the cache has its own arrays, and there is no graph for these.
     kept.append(engine.decode([TOKENS[11]], cache.copy(backend.xp), used=11)[0])
     assert cupy.log[-1:] == STEP
@@ -332,6 +339,22 @@ def test_a_graph_that_holds_on_to_what_it_was_captured_with_is_not_used(
     with pytest.warns(RuntimeWarning, match="its logits differ by"):
         out = model.generate(TOKENS[:5], max_tokens=9)
     same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
+
+
+def test_the_benchmark_compares_texts(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module("cuda_graph")
+    assert script.compare_texts("shakespeare") == "with a graph and without: 64 of 64 tokens are the same"
+    assert "GPT_XP_CUPY_GRAPH" not in os.environ
+    out = script.generate("shakespeare", "0")
+    texts = iter([replace(out, token_ids=[*out.token_ids[:-1], 0]), out])
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "generate", lambda model, setting: next(texts))
+        with pytest.raises(SystemExit, match="63 of 64 tokens are the same, and the next was chosen by a margin of"):
+            script.compare_texts("shakespeare")
+    cupy.break_at["begin"] = fail
+    with pytest.warns(RuntimeWarning), pytest.raises(SystemExit, match="GPT_XP_CUPY_GRAPH=1: cuda_graph is 'no"):
+        script.compare_texts("shakespeare")
 
 
 @pytest.mark.gpu
