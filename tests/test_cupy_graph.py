@@ -248,16 +248,25 @@ def test_arrays_are_the_callers_own(cupy: FakeCuPy) -> None:
         kept.append(logits)
     assert [token.item() for token in tokens] == TOKENS[5:11]
     assert cupy.log[-3:] == 3 * REPLAY
-    engine._last_logits(
-        dict(engine.params), token, cache, 1, config=engine.config, window=14, xp=backend.xp
-    )  # other params
-    assert cupy.log[-1:] == STEP
     # A fork of the cache has its own arrays, and there is no graph for these.
     kept.append(engine.decode([TOKENS[11]], cache.copy(backend.xp), used=11)[0])
     assert cupy.log[-1:] == STEP
     expected = small(make_backend("numpy")).logits(TOKENS[:12])[5:]
     np.testing.assert_allclose(np.concatenate(kept), expected, atol=20 * TOLERANCE["same", "float32"])
     assert cache.position == 11
+
+
+def test_a_graph_is_for_its_own_arrays() -> None:
+    params, tokens, start = {"wte": np.ones(3)}, np.ones((2, 1)), np.zeros(2)
+    cache = KVCache(np.zeros(5), np.zeros(5), 7, start)
+    graph = cupy_graph.Graph(params, tokens, cache, (1, {"window": 128}))
+    assert graph.is_for(params, tokens + 1, cache._replace(position=8), (1, {"window": 128}))
+    for other in ("k", "v", "start"):
+        copied = cache._replace(**{other: getattr(cache, other).copy()})
+        assert not graph.is_for(params, tokens, copied, (1, {"window": 128})), other
+    assert not graph.is_for(dict(params), tokens, cache, (1, {"window": 128}))
+    assert not graph.is_for(params, tokens[:1], cache, (1, {"window": 128}))
+    assert not graph.is_for(params, tokens, cache, (1, {"window": 256}))
 
 
 def test_it_is_for_plain_weights_and_few_rows(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ memory that is the graph's alone, and another cache or window needs another grap
 """
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -46,7 +47,7 @@ class Graph:
         self._params, self._start, self._static = params, cache.start, (tokens.shape, static)
         # Not kept alive: the cache of a generation is the largest array there is, and goes when that ends.
         self._k, self._v = weakref.ref(cache.k), weakref.ref(cache.v)
-        self._graph: Any = None
+        self.captured: Any = None
         self.trusted = False
 
     def is_for(self, params: Params, tokens: Array, cache: KVCache, static: Any) -> bool:
@@ -54,35 +55,30 @@ class Graph:
         same = params is self._params and cache.start is self._start
         return same and cache.k is self._k() and cache.v is self._v() and (tokens.shape, static) == self._static
 
-    @property
-    def captured(self) -> bool:
-        """Whether there is something to replay."""
-        return self._graph is not None
-
-    def capture(self, cupy: Any, function: Step, params: Params, tokens: Array, cache: KVCache) -> None:
-        """Run the step once, which writes into the cache, and capture it."""
+    def capture(self, cupy: Any, step: Step, tokens: Array, cache: KVCache) -> None:
+        """Run `step(cache, tokens)` once, which writes into the cache, and capture it."""
         self._tokens = tokens.copy()
         self._position = cupy.full((), cache.position, dtype=cupy.int32)
         own = cache._replace(position=self._position)
         cupy.cuda.runtime.deviceSynchronize()  # the stream below does not wait for the one that made the arrays
         self._pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
-            function(params, self._tokens, own)  # compiles and loads all kernels, and fills the pool
+            step(own, self._tokens)  # compiles and loads all kernels, and fills the pool
             stream.synchronize()
             stream.begin_capture()
             try:
-                self._logits, _ = function(params, self._tokens, own)
+                self._logits, _ = step(own, self._tokens)
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error is the one that says why
                     stream.end_capture()
                 raise
-            self._graph = stream.end_capture()
+            self.captured = stream.end_capture()
 
     def replay(self, tokens: Array, position: int) -> Array:
         """Run the step for tokens [batch, 1] at `position`; return its logits [batch, n_vocab]."""
         self._tokens[...] = tokens
         self._position.fill(position)
-        self._graph.launch()
+        self.captured.launch()
         return self._logits.copy()
 
 
@@ -103,34 +99,32 @@ class GraphedStep:
     ) -> tuple[Array, KVCache]:
         """Return what the function does."""
 
-        def function(
-            params: Params, tokens: Array, cache: KVCache, xp: Namespace = self._thin
-        ) -> tuple[Array, KVCache]:
+        def step(cache: KVCache, tokens: Array, xp: Namespace) -> tuple[Array, KVCache]:
             return self._function(params, tokens, cache, *rest, xp=xp, **options)
 
         plain = xp is self._xp and isinstance(cache.position, int)  # not with quantized weights
         if self._trust.problem or not plain or tokens.shape[1] != 1 or tokens.shape[0] > ROWS:
-            return function(params, tokens, cache, xp)
+            return step(cache, tokens, xp)
         graph = self._graph
         if graph is None or not graph.is_for(params, tokens, cache, (rest, options)):
             self._graph = Graph(params, tokens, cache, (rest, options))
-            return function(params, tokens, cache, xp)
+            return step(cache, tokens, xp)
         if graph.trusted:
             return graph.replay(tokens, cache.position), cache._replace(position=cache.position + 1)
-        replayed = self._try(graph, function, params, tokens, cache)
-        logits, after = function(params, tokens, cache, xp)  # last, so that the cache is what this makes of it
+        replayed = self._try(graph, functools.partial(step, xp=self._thin), tokens, cache)
+        logits, after = step(cache, tokens, xp)  # last, so that the cache is what this makes of it
         if replayed is not None:
             graph.trusted = self._agree(replayed, logits, str(cache.k.dtype))
         return logits, after
 
-    def _try(self, graph: Graph, function: Step, params: Params, tokens: Array, cache: KVCache) -> Array | None:
+    def _try(self, graph: Graph, step: Step, tokens: Array, cache: KVCache) -> Array | None:
         """Capture, or replay what is captured and return its logits. The cache is put back as it was."""
         before = None
         try:
             before = cache.k.copy(), cache.v.copy()
             if graph.captured:
                 return graph.replay(tokens, cache.position)
-            graph.capture(self._cupy, function, params, tokens, cache)
+            graph.capture(self._cupy, step, tokens, cache)
         except Exception as error:  # whatever it is: a step without a graph can still be taken
             self._trust.lose(f"{type(error).__name__}: {error}")
         finally:
