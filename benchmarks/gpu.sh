@@ -5,8 +5,9 @@
 #     sh benchmarks/gpu.sh
 #
 # It runs the GPU tests, and for 124M and 1558M gpt-xp on JAX, CuPy and PyTorch beside transformers, eager and through
-# torch.compile, and the time that the weights' bytes take at the measured memory bandwidth. The result is
-# benchmarks/results/gpu-DEVICE.md. What is not installed is skipped, with its reason.
+# torch.compile, and the time that the weights' bytes take at the measured memory bandwidth; and CuPy's CUDA graph
+# beside CuPy without one, after comparing their texts. The result is benchmarks/results/gpu-DEVICE.md. What is not
+# installed is skipped, with its reason.
 #
 # It has not been run yet: there was no GPU where it was written.
 set -eu
@@ -26,6 +27,8 @@ trap 'rm -f "$temporary"' EXIT
         python benchmarks/peers.py --size "$size" --markdown --without-naive --without-floor \
             --contexts 16,512 --backends jax@gpu,cupy,torch@cuda --dtypes float32,bfloat16 \
             --peers 'transformers cuda float32,transformers cuda bfloat16,torch.compile cuda float32,torch.compile cuda bfloat16'
+        printf '\n'
+        python benchmarks/cuda_graph.py --size "$size" --markdown || printf '    benchmarks/cuda_graph.py failed\n'
     done
 } > "$temporary"
 mv "$temporary" "$result"

@@ -1,8 +1,13 @@
-"""CuPy, on CUDA GPUs. Written from its documentation and run without a GPU only: see README."""
+"""CuPy, on CUDA GPUs. Written from its documentation and run without a GPU only: see README.
+
+Decoding runs as a CUDA graph (see `cupy_graph`), unless `GPT_XP_CUPY_GRAPH=0`.
+"""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +15,9 @@ import numpy as np
 from gpt_xp._typing import Array
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
+from gpt_xp_backends.cupy_graph import GraphedStep, Trust
+from gpt_xp_backends.cupy_kernels import thin_matmul
+from gpt_xp_backends.jax_backend import window
 
 FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
 
@@ -34,7 +42,8 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         raise BackendError("cupy computes on the GPU and has no threads to set: leave --threads out")
     if os.environ.get("CUPY_TF32", "0") != "0":
         raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
-    import array_api_compat.cupy as xp
+    xp = _namespace(cupy)
+    trust = Trust("GPT_XP_CUPY_GRAPH=0" if os.environ.get("GPT_XP_CUPY_GRAPH", "1") in ("", "0") else None)
 
     def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
         with cupy.cuda.Device(index):
@@ -52,23 +61,44 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         xp=xp,
         asarray=asarray,
         to_numpy=cupy.asnumpy,
-        compile=functools.partial(_on_device, cupy, index),
+        compile=functools.partial(_compile, cupy, index, xp, trust),
         synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
+        window=(lambda n: n) if trust.problem else window,  # a graph is for one window
         device_memory=_device_info(cupy, index).memory,
         peak_memory=peak_memory,  # the pool never shrinks on its own, so what it holds is its peak
-        settings=functools.partial(_settings, cupy),
+        settings=functools.partial(_settings, cupy, trust),
     )
 
 
-def _on_device(
-    cupy: Any, index: int, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+def _namespace(cupy: Any) -> SimpleNamespace:
+    """Return array-api-compat's CuPy with a `clip` of one launch: its own has eight, and waits for the device twice."""
+    import array_api_compat.cupy as compat
+
+    return SimpleNamespace(**vars(compat) | {"clip": cupy.clip})
+
+
+def _compile(
+    cupy: Any,
+    index: int,
+    xp: SimpleNamespace,
+    trust: Trust,
+    function: Callable[..., Any],
+    static: tuple[str, ...] = (),
+    donate: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """Nothing is compiled, but CuPy makes new arrays on the thread's current device, which the user may have set."""
+    """Return a function that runs on the device, for CuPy makes new arrays on the thread's current one.
+
+    A step of the model, whose arguments begin with these three, becomes a CUDA graph where it decodes.
+    """
+    step = function
+    if [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]:
+        thin = SimpleNamespace(**vars(xp) | {"matmul": thin_matmul(cupy)})
+        step = GraphedStep(cupy, function, xp, thin, trust)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with cupy.cuda.Device(index):
-            return function(*args, **kwargs)
+            return step(*args, **kwargs)
 
     return call
 
@@ -97,12 +127,13 @@ def _device_info(cupy: Any, index: int) -> DeviceInfo:
     return DeviceInfo(f"cuda:{index}", properties["name"].decode(), int(properties["totalGlobalMem"]))
 
 
-def _settings(cupy: Any) -> dict[str, str]:
+def _settings(cupy: Any, trust: Trust) -> dict[str, str]:
     runtime = cupy.cuda.runtime
     return {
         "driver": _version(runtime.driverGetVersion()),  # the newest CUDA that the driver can run
         "cuda": _version(runtime.runtimeGetVersion()),
         "tf32": "no",  # `create` refuses it
+        "cuda_graph": f"no ({trust.problem})" if trust.problem else "yes",
         "accelerators": os.environ.get("CUPY_ACCELERATORS", "CuPy's choice"),
     }
 

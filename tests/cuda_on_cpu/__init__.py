@@ -1,0 +1,67 @@
+"""CUDA kernels compiled for the CPU, in the place of `cupy.RawKernel`, with NumPy's arrays."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+
+def compiler() -> str | None:
+    """A C++ compiler that takes what the headers here are made of; None where there is none."""
+    found = shutil.which("g++") or shutil.which("c++")
+    probe = '#include "cuda_on_cpu.h"\n#include "cuda_fp16.h"\n'
+    command = [found, "-std=c++17", "-fsyntax-only", f"-I{HERE}", "-x", "c++", "-"]
+    works = found and subprocess.run(command, input=probe, text=True, capture_output=True, check=False).returncode == 0
+    return found if works else None
+
+
+class Library:
+    """Compiled kernels: each of the (source, kernel name, options like -DROWS=3) that it was made of."""
+
+    def __init__(self, cxx: str, folder: Path, kernels: Sequence[tuple[str, str, tuple[str, ...]]]) -> None:
+        self._kernels = list(dict.fromkeys(kernels))
+        parts = ['#include "cuda_on_cpu.h"']
+        for place, (source, name, options) in enumerate(self._kernels):
+            defined = dict(option.removeprefix("-D").split("=") for option in options) | {name: f"kernel_{place}"}
+            parts += [f"#define {key} {value}" for key, value in defined.items()] + [source]
+            parts += [f"#undef {key}" for key in defined]
+            parts.append(
+                f'extern "C" int launch_{place}(const int* grid, const int* block, bool backwards, void** arguments)'
+                f" {{ return cuda_on_cpu::launch(kernel_{place}, grid, block, backwards, arguments); }}"
+            )
+        (folder / "kernels.cpp").write_text("\n".join(parts))
+        built = folder / "kernels.so"
+        command = [cxx, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{HERE}", folder / "kernels.cpp", "-o", built]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        self._functions = ctypes.CDLL(str(built))
+
+    def raw_kernel(self, backwards: bool = False, changed: Callable[[str], str] = str) -> Any:
+        """A stand-in for `cupy.RawKernel`; `changed` maps the source to that of a kernel in the library."""
+
+        def make(source: str, name: str, options: tuple[str, ...]) -> Any:
+            place = self._kernels.index((changed(source), name, options))
+            function = getattr(self._functions, f"launch_{place}")
+            kinds = re.search(rf"{name}\((.*?)\)", source, re.DOTALL)
+            assert kinds
+            pointers = ["*" in kind for kind in kinds[1].split(",")]
+
+            def launch(grid: tuple[int, int], block: tuple[int, int], arguments: tuple[Any, ...]) -> None:
+                assert [isinstance(each, np.ndarray) for each in arguments] == pointers
+                # An array is passed as where it begins, whatever its strides, and a number as its bytes.
+                values = [np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in arguments]
+                boxes = [np.asarray(value) for value in values]
+                addresses = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
+                sizes = [(ctypes.c_int * 2)(*each) for each in (grid, block)]
+                assert function(*sizes, ctypes.c_bool(backwards), addresses) == 0, "threads wait for ever at a barrier"
+
+            return launch
+
+        return make
