@@ -125,7 +125,8 @@ def test_steps_are_adamw_on_the_gradient_of_lm_loss() -> None:
             )
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(2)]
     expected = adamw_in_float64(params, gradients, [1e-3 * rate for rate in (0, 0.5, *cosine)], settings)
-    for leaf, wanted in zip(leaves(state["params"]), expected, strict=True):
+    after = {name: state["params"][name] for name in params}  # JAX sorts the names
+    for leaf, wanted in zip(leaves(after), expected, strict=True):
         np.testing.assert_allclose(np.asarray(leaf), wanted, atol=2e-6)
         assert np.abs(wanted).max() > 1e-4  # something was learned, in the biases too
     for leaf, average in zip(leaves(state["average"]), leaves(averages[-1]), strict=True):
@@ -138,7 +139,7 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
     whole = gpt_xp.train([text], tmp_path / "b", **{**SMALL, "batch_size": 12, "steps": 3})
     for a, b in zip(parts.evaluations, whole.evaluations, strict=True):
         assert a.val_loss == pytest.approx(b.val_loss, rel=2e-5)
-        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-5)
+        assert a.train_loss == (b.train_loss and pytest.approx(b.train_loss, rel=1e-5))
         assert a.tokens == b.tokens
 
 
@@ -397,15 +398,14 @@ def test_going_on_takes_the_settings_of_the_run(text: Path, tmp_path: Path) -> N
     assert len(again.evaluations) == 4
 
 
-def test_early_stopping(text: Path, tmp_path: Path) -> None:
-    # Nothing is learned with so small steps, so that no evaluation is clearly better; a run that goes on stops too.
-    settings = {**SMALL, "learning_rate": 0.5, "clip": 100.0, "patience": 2, "steps": 50, "eval_every": 2, "warmup": 0}
-    found = gpt_xp.train([text], tmp_path / "out", **settings)
-    assert found.stopped_early
-    assert found.steps < 50
-    after = [each.step for each in found.evaluations if each.step > found.best.step]
-    assert len(after) == 2
-    assert gpt_xp.train(out=tmp_path / "out", resume=True).steps == found.steps
+def test_early_stopping(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 9.0])
+    monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))
+    out = tmp_path / "out"
+    found = gpt_xp.train([text], out, **{**SMALL, "eval_every": 1, "patience": 2})
+    assert (found.best.step, found.steps, found.stopped_early) == (3, 5, True)  # as good is no better
+    assert gpt_xp.train(out=out, resume=True).steps == 5
+    assert [each["is_best"] for each in log(out)] == [True, True, False, True, False, False]
 
 
 def test_two_processes_do_not_share_a_directory(text: Path, tmp_path: Path) -> None:

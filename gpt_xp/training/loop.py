@@ -23,7 +23,7 @@ from gpt_xp.training.corpus import Corpus
 from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, write_log
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
-from gpt_xp.training.start import find_config, find_tokenizer, first_params
+from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params
 from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, save_state, settings_of
 
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
@@ -73,10 +73,10 @@ def train(
             check_plot(Path(chosen.plot))
         backend = jax_backend(chosen)
         backend.keep_compiled()
-        run = _Run(chosen, directory, watcher or Watcher(), backend)
         if not resume:
+            check_start(chosen)
             begin(folder, chosen)
-        return run.go()
+        return _Run(chosen, directory, watcher or Watcher(), backend).go()
 
 
 CHANGEABLE = ("device", "threads", "plot", "sample")  # none of them is part of what is computed
@@ -151,7 +151,6 @@ class _Run:
             spans = texts.split(settings, advance)
         with self.watcher.reading("training the tokenizer", size) as advance:
             tokenizer = find_tokenizer(settings, spans[0], advance)
-        settings.length(find_config(settings, tokenizer))  # its errors before the long work
         tokenizer.save(self.folder)
         with self.watcher.reading("tokenizing", size) as advance:
             texts.tokenize(spans, tokenizer, self.folder, advance)

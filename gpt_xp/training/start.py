@@ -10,8 +10,8 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub import find_model
 from gpt_xp.safetensors_file import NumpyArray
-from gpt_xp.tokenizer import Tokenizer
-from gpt_xp.tokenizer_training import train_tokenizer
+from gpt_xp.tokenizer import EOS, Tokenizer
+from gpt_xp.tokenizer_training import check_vocab_size, train_tokenizer
 from gpt_xp.training.corpus import Advance, Span, texts
 from gpt_xp.training.settings import VOCAB_SIZE, Settings
 
@@ -19,18 +19,27 @@ STD = 0.02  # of all matrices; openai/gpt-2 `src/model.py`
 STD_WPE = 0.01
 
 
+def check_start(settings: Settings) -> None:
+    """Raise, before any text is read, where the model or the tokenizer is missing or does not fit the settings."""
+    settings.length(find_config(settings, None))
+    if settings.start is None and settings.tokenizer is None:
+        check_vocab_size(settings.vocab_size or VOCAB_SIZE, (EOS,))
+    else:
+        find_tokenizer(settings, Span(()))
+
+
 def find_tokenizer(settings: Settings, train_span: Span, advance: Advance | None = None) -> Tokenizer:
-    """Return the tokenizer that is asked for: the one of a model or directory, or one trained on the training text."""
+    """Return the tokenizer of a model or directory, where one is named, or a new one, trained on the training text."""
     source = settings.tokenizer if settings.start is None else settings.start
     if source is not None:
         return Tokenizer.from_directory(find_model(source))
     return train_tokenizer(texts(train_span, advance), settings.vocab_size or VOCAB_SIZE)
 
 
-def find_config(settings: Settings, tokenizer: Tokenizer) -> GPT2Config:
-    """Return the config of the model to start from, or of the one to make."""
+def find_config(settings: Settings, tokenizer: Tokenizer | None) -> GPT2Config:
+    """Return the config of the model to start from, or of the one to make; without a tokenizer, that of some other."""
     if settings.start is None:
-        return settings.shape(tokenizer.n_vocab, tokenizer.eos_token_id)
+        return settings.shape(tokenizer.n_vocab, tokenizer.eos_token_id) if tokenizer else settings.shape(1, None)
     directory = find_model(settings.start)
     config = checkpoint.read_config(directory)
     if settings.freeze > config.n_layer:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
 from gpt_xp.errors import CheckpointError, SettingError
 from gpt_xp.safetensors_file import open_safetensors
+from gpt_xp.training.corpus import COUNTS
 from gpt_xp.training.settings import Settings
 
 RUN, STATE, FOLDER = "run.json", "state.safetensors", "training"
@@ -46,11 +47,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Write down the settings of a new run. Raises `SettingError` where there is one already."""
-    if (folder / RUN).exists():
+    """Write down the settings of a new run. Raises `SettingError` where there is one already that has saved its state."""
+    if (folder / STATE).exists():
         raise SettingError(
             f"{folder.parent} holds a run already: go on with it (--resume), train in another directory, or remove it"
         )
+    (folder / COUNTS).unlink(missing_ok=True)  # what was tokenized may be of other settings
     with written_aside(folder / RUN, 1000) as aside:
         write_json(aside, settings.as_dict())
 
