@@ -23,7 +23,7 @@ from gpt_xp.training.program import Program, drop_weights, jax_backend, join, sp
 from gpt_xp.training.start import random_params
 from gpt_xp.training.state import load_state
 
-SHAPE = {"n_layer": 2, "n_head": 3, "n_embd": 39, "n_ctx": 37, "vocab_size": 277}
+SHAPE = {"n_layer": 1, "n_head": 3, "n_embd": 39, "n_ctx": 37, "vocab_size": 277}
 SMALL = {**SHAPE, "steps": 7, "warmup": 2, "batch_size": 5, "eval_every": 3, "learning_rate": 0.01, "seed": 11}
 EVERYTHING = {**SMALL, "accumulate": 2, "weight_dropout": 0.1, "average": 0.9}
 
@@ -82,20 +82,26 @@ def log(directory: Path) -> list[dict[str, Any]]:
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
-def adamw_in_float64(params: Any, gradients: list[Any], rates: list[float], settings: Settings) -> Any:
+def flat(tree: Any) -> list[np.ndarray]:
+    """The leaves in JAX's order, which sorts the names."""
+    import jax
+
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+
+
+def adamw_in_float64(params: Any, gradients: list[Any], rates: list[float], settings: Settings) -> list[np.ndarray]:
     """Loshchilov & Hutter 2019, algorithm 2, with the learning rate as the schedule; gradients clipped before."""
-    flat = [leaf.astype(np.float64) for leaf in leaves(params)]
-    m, v = [0 * leaf for leaf in flat], [0 * leaf for leaf in flat]
+    weights = flat(params)
+    m, v = [0 * leaf for leaf in weights], [0 * leaf for leaf in weights]
     for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
-        g = [np.asarray(leaf, np.float64) for leaf in leaves(gradient)]
-        norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in g))
-        for i, (leaf, w) in enumerate(zip(g, flat, strict=True)):
+        norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in flat(gradient)))
+        for i, (leaf, w) in enumerate(zip(flat(gradient), weights, strict=True)):
             clipped = leaf * min(1, settings.clip / norm)
             m[i] = settings.beta1 * m[i] + (1 - settings.beta1) * clipped
             v[i] = settings.beta2 * v[i] + (1 - settings.beta2) * clipped**2
             step = m[i] / (1 - settings.beta1**t) / (np.sqrt(v[i] / (1 - settings.beta2**t)) + 1e-8)
-            flat[i] = w - rate * (step + (settings.weight_decay * w if w.ndim > 1 else 0))
-    return flat
+            weights[i] = w - rate * (step + (settings.weight_decay * w if w.ndim > 1 else 0))
+    return weights
 
 
 def test_steps_are_adamw_on_the_gradient_of_lm_loss() -> None:
@@ -105,33 +111,25 @@ def test_steps_are_adamw_on_the_gradient_of_lm_loss() -> None:
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=2)
     params = random_params(config, seed=3)
     program = Program(settings, config, params, jax_backend(settings))
-    state, gradients, averages = program.start(), [], [params]
+    state, gradients, average = program.start(), [], flat(params)
     tokens = np.random.RandomState(0).randint(0, 101, size=(4, 1, 5, 14)).astype(np.int32)
+    gradient_of = jax.jit(jax.value_and_grad(gpt_xp.lm_loss), static_argnums=2)  # jax.numpy's own `max`
     with jax.default_matmul_precision("highest"):
         for step, rows in enumerate(tokens):
-            now = state["params"]
-            loss, gradient = jax.value_and_grad(gpt_xp.lm_loss)(
-                now, jax.numpy.asarray(rows[0]), config
-            )  # its own namespace's `max`
-            gradients.append(tree_map(np.asarray, gradient))
+            loss, gradient = gradient_of(state["params"], jax.numpy.asarray(rows[0]), config)
+            gradients.append(flat(gradient))
             state, found = program.train(state, rows, step)
             np.testing.assert_allclose(float(found), float(loss), rtol=1e-6)
             keep = min(0.9, (step + 1) / (step + 10))
-            averages.append(
-                [
-                    keep * a + (1 - keep) * np.asarray(b)
-                    for a, b in zip(leaves(averages[-1]), leaves(state["params"]), strict=True)
-                ]
-            )
+            average = [keep * a + (1 - keep) * b for a, b in zip(average, flat(state["params"]), strict=True)]
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(2)]
-    expected = adamw_in_float64(params, gradients, [1e-3 * rate for rate in (0, 0.5, *cosine)], settings)
-    after = {name: state["params"][name] for name in params}  # JAX sorts the names
-    for leaf, wanted in zip(leaves(after), expected, strict=True):
-        np.testing.assert_allclose(np.asarray(leaf), wanted, atol=2e-6)
+    rates = [1e-3 * rate for rate in (0, 0.5, *cosine)]
+    for leaf, wanted in zip(flat(state["params"]), adamw_in_float64(params, gradients, rates, settings), strict=True):
+        np.testing.assert_allclose(leaf, wanted, atol=2e-6)
         assert np.abs(wanted).max() > 1e-4  # something was learned, in the biases too
-    for leaf, average in zip(leaves(state["average"]), leaves(averages[-1]), strict=True):
-        np.testing.assert_allclose(np.asarray(leaf), average, atol=1e-6)
-    assert [program.learning_rate(step) for step in range(4)] == pytest.approx([0, 5e-4, 1e-3, 1e-3 * cosine[1]])
+    for leaf, wanted in zip(flat(state["average"]), average, strict=True):
+        np.testing.assert_allclose(leaf, wanted, atol=1e-6)
+    assert [program.learning_rate(step) for step in range(4)] == pytest.approx(rates)
 
 
 def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> None:
@@ -224,7 +222,7 @@ def test_it_learns_and_keeps_the_best(text: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_blocks_stay_as_they_are(text: Path, tmp_path: Path) -> None:
-    gpt_xp.train([text], tmp_path / "first", **{**SMALL, "steps": 3})
+    gpt_xp.train([text], tmp_path / "first", **{**SMALL, "n_layer": 2, "steps": 3})
     found = gpt_xp.train(
         [text],
         tmp_path / "second",
@@ -353,8 +351,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(moment: str, undisturbed: Path, 
     assert log(out) == log(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "corpus.json", "model.safetensors", "train.jsonl", "state.safetensors"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *(("train.bin", 1), ("corpus.json", 1), ("state.safetensors", 1)),
+        *(("model.safetensors", 2), ("train.jsonl", 2), ("state.safetensors", 2)),
+    ],
+)
 def test_a_write_that_fails_loses_nothing(
     name: str, count: int, undisturbed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,11 +374,8 @@ def test_a_write_that_fails_loses_nothing(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        if count == 2 and name in ("train.bin", "corpus.json"):  # they are written once
+        with pytest.raises(CheckpointError, match="No space"):
             gpt_xp.train([text], out, **EVERYTHING)
-        else:
-            with pytest.raises(CheckpointError, match="No space"):
-                gpt_xp.train([text], out, **EVERYTHING)
     if count == 2:
         gpt_xp.load(out)  # the first checkpoint is whole
     gpt_xp.train(out=out, resume=True)
@@ -430,7 +430,7 @@ def test_divergence_is_told_and_the_best_is_kept(text: Path, tmp_path: Path, mon
     out = tmp_path / "out"
     with pytest.raises(NumericalError, match=r"diverged: the loss is nan at step 5.*step 3.*learning rate below 0\.01"):
         gpt_xp.train([text], out, **SMALL)
-    assert gpt_xp.load(out).config.n_layer == 2
+    assert gpt_xp.load(out).config.n_vocab == 277
     assert [each["step"] for each in log(out)] == [0, 3]
 
 

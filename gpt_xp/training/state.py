@@ -47,7 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Write down the settings of a new run. Raises `SettingError` where there is one already that has saved its state."""
+    """Write down the settings of a new run. Raises `SettingError` where there is one that has saved its state."""
     if (folder / STATE).exists():
         raise SettingError(
             f"{folder.parent} holds a run already: go on with it (--resume), train in another directory, or remove it"
