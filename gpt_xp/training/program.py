@@ -43,15 +43,14 @@ class Program:
         self._optimizer = make_optimizer(settings, self._schedule)
         self._params = params
         self._frozen = tree_map(lambda leaf: backend.asarray(leaf, backend.dtype), split(params, settings.freeze)[1])
+        self._start = backend.compile(self._first_state)
         self._train = backend.compile(self._train_step, donate=("state",))
         self._evaluate = backend.compile(self._loss)
 
     def start(self) -> State:
         """Return the state before the first step, on the device."""
         trained, _ = split(self._params, self._settings.freeze)
-        trained = tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained)
-        average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
-        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
+        return self._start(tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained))  # type: ignore[no-any-return]
 
     def train(self, state: State, tokens: NumpyArray, step: int) -> tuple[State, Array]:
         """Take step number `step` on `tokens`, int32 [accumulate, batch_size, n + 1]; return the state and the loss.
@@ -77,6 +76,11 @@ class Program:
     def weights(self, state: State) -> Params:
         """Return the params that `evaluate` is about, as NumPy arrays, those that are frozen too."""
         return join(tree_map(self._backend.to_numpy, _best(state)), split(self._params, self._settings.freeze)[1])
+
+    def _first_state(self, trained: Params) -> State:
+        # Compiled, so that all of it is where a step's own result will be: else the second step is compiled anew.
+        average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
+        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
 
     def _loss(self, trained: Params, frozen: Params, tokens: Array) -> Array:
         params = join(tree_map(lambda leaf: leaf.astype(self._backend.dtype), trained), frozen)
