@@ -62,7 +62,7 @@ def train(
     """
     if not str(out):
         raise SettingError("there is nowhere to write to: name a directory (out)")
-    directory = Path(out)
+    directory, watcher = Path(out), watcher or Watcher()
     files = [data] if isinstance(data, str | Path) else list(data)
     folder = directory / FOLDER
     chosen = None if resume else Settings(data=tuple(map(str, files)), **settings)
@@ -71,12 +71,13 @@ def train(
             chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
         if chosen.plot is not None:
             check_plot(Path(chosen.plot))
-        backend = jax_backend(chosen)
+        with watcher.loading():
+            backend = jax_backend(chosen)
         backend.keep_compiled()
         if not resume:
             check_start(chosen)
             begin(folder, chosen)
-        return _Run(chosen, directory, watcher or Watcher(), backend).go()
+        return _Run(chosen, directory, watcher, backend).go()
 
 
 CHANGEABLE = ("device", "threads", "plot", "sample")  # none of them is part of what is computed
