@@ -24,7 +24,7 @@ from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, wr
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params
-from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, save_state, settings_of
+from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, remove_leftovers, save_state, settings_of
 
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
 SAMPLE_TOKENS = 64
@@ -77,6 +77,7 @@ def train(
         if not resume:
             check_start(chosen)
             begin(folder, chosen)
+        remove_leftovers(folder)
         return _Run(chosen, directory, watcher, backend).go()
 
 

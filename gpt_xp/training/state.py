@@ -1,6 +1,7 @@
 """A run on disk: its settings in `run.json`, and all that the next step depends on in `state.safetensors`."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,10 +13,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint import SAVING, read_json, sync, write_json, written_aside
 from gpt_xp.errors import CheckpointError, SettingError
 from gpt_xp.safetensors_file import open_safetensors
 from gpt_xp.training.corpus import COUNTS
+from gpt_xp.training.log import LOG
 from gpt_xp.training.settings import Settings
 
 RUN, STATE, FOLDER = "run.json", "state.safetensors", "training"
@@ -58,6 +60,14 @@ def begin(folder: Path, settings: Settings) -> None:
     (folder / COUNTS).unlink(missing_ok=True)  # what was tokenized may be of other settings
     with written_aside(folder / RUN, 1000) as aside:
         write_json(aside, settings.as_dict())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing; while `folder` is locked, nobody else writes there."""
+    for file in (*folder.glob("*.part"), *folder.parent.glob(f"{LOG}.*.part")):
+        file.unlink(missing_ok=True)
+    for aside in folder.parent.glob(f"{SAVING}*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def settings_of(folder: Path) -> Settings:
