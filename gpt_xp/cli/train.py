@@ -1,6 +1,7 @@
 """`gpt-xp train`: a GPT-2 of one's own, from scratch or from one that is trained."""
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
     try:
         found = gpt_xp.train([*data, *more], out, resume=resume, watcher=Bar(), **given)
     except KeyboardInterrupt:
-        note(f"stopped; go on with: gpt-xp train --out {out} --resume")
+        note(f"stopped; go on with: gpt-xp train --out {shlex.quote(out)} --resume")
         raise
     best = found.best
     if as_json:
