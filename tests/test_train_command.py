@@ -126,6 +126,13 @@ assert not {"jax", "optax", "matplotlib", "torch"} & sys.modules.keys()
     assert [name for name in sorted(expected) if f"--{name.replace('_', '-')} " not in done.out] == []
 
 
+def test_a_run_that_ends_early_says_so(text: str, out: Path, call: Call, monkeypatch: Any) -> None:
+    losses = iter([5.0, 4.0, 4.5])
+    monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))
+    done = call(*begin(text, out), "--patience", "1")
+    assert f"{out} has the model of step 3 of 6 (ended early: 1 evaluation without a better one): " in done.out
+
+
 # --- nothing lost ---------------------------------------------------------------------------------------------------
 
 KILLED = """
@@ -236,6 +243,19 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
     assert bits(out) == bits(undisturbed[0])
 
 
+@pytest.mark.parametrize(("moment", "goes_on"), [("check_start", False), ("texts.tokenize", True)])
+def test_ctrl_c_before_the_first_step(
+    moment: str, goes_on: bool, text: str, out: Path, call: Call, monkeypatch: Any
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gpt_xp.training.loop.{moment}", interrupted)
+    done = call(*begin(text, out))
+    assert done.code == 130
+    assert ("go on with" in done.err) == goes_on
+
+
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
     import resource
@@ -338,6 +358,7 @@ def test_mistakes_are_one_clear_line(
     assert "Traceback" not in result.err
     assert len(result.err.splitlines()) == (1 if code == 1 else 4)
     assert not (out / "model.safetensors").exists()
+    assert not ("--resume" in args and out.exists())
     assert bits(Path(places["DONE"])) == before
 
 
