@@ -19,6 +19,7 @@ from test_training import EVERYTHING, bits, log, story
 
 import gpt_xp
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
 
@@ -139,6 +140,7 @@ KILLED = """
 import os, signal, sys
 from gpt_xp.cli import main
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 
 kind, name, count = sys.argv.pop(1).split(":")
 seen = 0
@@ -191,6 +193,7 @@ SLOW = """
 import sys, time
 from gpt_xp.cli import main
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 
 show, waits = Bar.stepped, eval(sys.argv.pop(1))
 
@@ -313,6 +316,7 @@ MISTAKES = [
     (["--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["--data", "TEXT", "--out", "NEW", "--from", "shakespear"], 1, "there is no directory 'shakespear'"),
     (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "there is no directory"),
+    (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "they belong to different models"),
     (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "it needs a model to start from"),
     (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "seed must be below 2**63"),
     (["--data", "TEXT", "--out", "NEW", "--steps", "1e3"], 2, "'1e3' is not a valid integer"),
@@ -336,12 +340,16 @@ def places(undisturbed: tuple[Path, Result], text: str, tmp_path_factory: pytest
     (folder / "empty").touch()
     (folder / "latin1").write_bytes("Ô Romeo".encode("latin-1") * 100)
     model = shutil.copytree(undisturbed[0], folder / "model", ignore=shutil.ignore_patterns("training"))
+    mixed = shutil.copytree(model, folder / "mixed")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(find_model("shakespeare") / name, mixed / name)
     torn = shutil.copytree(undisturbed[0], folder / "torn")
     os.truncate(torn / "training" / "state.safetensors", 1000)
     pipe = folder / "pipe"
     if hasattr(os, "mkfifo"):
         os.mkfifo(pipe)
     found = {"EMPTY": folder / "empty", "LATIN1": folder / "latin1", "MODEL": model, "TORN": torn, "PIPE": pipe}
+    found["MIXED"] = mixed
     return {"TEXT": text, "DONE": str(undisturbed[0])} | {name: str(path) for name, path in found.items()}
 
 
