@@ -61,4 +61,4 @@ def test_the_two_commands_come_first() -> None:
     first, second = blocks("sh")[:2]
     assert first.splitlines()[0] == "python3 -m venv .venv"
     assert 'gpt-xp -m shakespeare --temperature 0.8 --seed 1 "ROMEO:"' in first
-    assert second.splitlines()[-1].endswith("-m pytest")
+    assert second.splitlines()[-1].endswith("-m pytest -n auto")
