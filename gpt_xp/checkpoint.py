@@ -37,6 +37,7 @@ from gpt_xp.safetensors_file import (
 )
 
 WEIGHTS = "model.safetensors"
+SAVING = ".saving-"  # begins the name of the folder in which a checkpoint is written aside
 _DTYPES = ("float16", "float32", "float64")
 _SCALE = "_scale"  # ends the name of the scales that belong to the codes of a quantized tensor
 _CODES = {"int8": ("I8", "int8"), "int4": ("U8", "uint8")}  # how safetensors and NumPy call the dtype of codes
@@ -155,7 +156,7 @@ def save_checkpoint(
     entries = config_entries(config, str(tensors["transformer.wpe.weight"].dtype), quantization)
     with _writing(directory):
         os.makedirs(directory, exist_ok=True)
-        with TemporaryDirectory(prefix=".saving-", dir=directory) as aside:
+        with TemporaryDirectory(prefix=SAVING, dir=directory) as aside:
             if tokenizer is not None:
                 tokenizer.check_place(directory)
                 tokenizer.save(aside)

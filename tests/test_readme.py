@@ -2,12 +2,18 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import posix, process
+from conftest import skipping_what_is_missing
+from test_train_command import KILLED
+from test_training import story
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -61,4 +67,41 @@ def test_the_two_commands_come_first() -> None:
     first, second = blocks("sh")[:2]
     assert first.splitlines()[0] == "python3 -m venv .venv"
     assert 'gpt-xp -m shakespeare --temperature 0.8 --seed 1 "ROMEO:"' in first
+<<<<<<< HEAD
     assert second.splitlines()[-1].endswith("-m pytest -n auto")
+=======
+    assert second.splitlines()[-1].endswith("-m pytest")
+
+
+@posix
+def test_the_commands_of_training(tmp_path: Path) -> None:
+    """Each as it stands there, on small data: what is not said is set by variables, and 124M is a directory here."""
+    section = re.search(r"^## Training\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    if section is None:
+        pytest.skip("README has no section on training yet")
+    with skipping_what_is_missing("optax"):
+        import optax  # noqa: F401
+    training, using = (
+        [shlex.split(line)[1:] for line in block.splitlines()]
+        for block in re.findall(r"^```bash\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
+    )
+    assert [command[0] for command in training] == ["train"] * 3
+    (tmp_path / "shakespeare.txt").write_bytes(story(3000).encode())
+    (tmp_path / "letters.txt").write_bytes(story(3000, seed=1).encode())
+    shape = {"N_LAYER": 1, "N_HEAD": 3, "N_EMBD": 39, "N_CTX": 37, "VOCAB_SIZE": 277}
+    short = {"STEPS": 3, "WARMUP": 1, "EVAL_EVERY": 1, "BATCH_SIZE": 5}
+
+    def run(arguments: list[str], variables: dict[str, int], code: int = 0, **settings: Any) -> str:
+        environment = os.environ | {f"GPT_XP_{name}": str(value) for name, value in variables.items()}
+        done = process(*arguments, cwd=tmp_path, env=environment, **settings)
+        assert done.code == code, done.err
+        return done.out
+
+    assert "my-model has the model of step 3 of 3" in run(training[0], shape | short)
+    assert run(using[0], {})
+    assert "perplexity per token" in run(using[1], {})
+    (tmp_path / "my-model").rename(tmp_path / "124M")
+    run(["step:2:1", *training[1]], short, code=-9, command=[sys.executable, "-c", KILLED])
+    assert "my-letters has the model of step" in run(training[2], {})
+    assert len((tmp_path / "my-letters" / "train.jsonl").read_text().splitlines()) == 4
+>>>>>>> 1fecbef9e8d9d7244bb2d3c2255b69224232f7f1

@@ -1,15 +1,17 @@
 """`gpt-xp train`: a GPT-2 of one's own, from scratch or from one that is trained."""
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_xp.cli.options import CONTEXT, COUNT, FILE, Decorator, flag, json_option, option, together
+import gpt_xp
+from gpt_xp.cli.options import CONTEXT, COUNT, Decorator, flag, json_option, option, together
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.config import GPT2Config
 from gpt_xp.training import Evaluation, Settings, Watcher
@@ -17,6 +19,7 @@ from gpt_xp.training import Evaluation, Settings, Watcher
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+FILE = click.Path(exists=True, dir_okay=False)  # not stdin: the text is read more than once
 NUMBER = click.FloatRange(min=0)
 BELOW_ONE = click.FloatRange(min=0, max=1, max_open=True)
 
@@ -91,12 +94,10 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
         given["start"] = given.pop("from")
     if given.get("patience") == 0:
         given["patience"] = None
-    with waiting("loading jax"):
-        from gpt_xp.training import train as run
     try:
-        found = run([*data, *more], out, resume=resume, watcher=Bar(), **given)
+        found = gpt_xp.train([*data, *more], out, resume=resume, watcher=Bar(), **given)
     except KeyboardInterrupt:
-        note(f"stopped; go on with: gpt-xp train --out {out} --resume")
+        note(f"stopped; go on with: gpt-xp train --out {shlex.quote(out)} --resume")
         raise
     best = found.best
     if as_json:
@@ -112,6 +113,10 @@ class Bar(Watcher):
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Show that JAX is being imported, where that takes long; Ctrl-C ends the process at once."""
+        return waiting("loading jax")
 
     @contextmanager
     def reading(self, what: str, n_bytes: int | None) -> Iterator[Callable[[int], object]]:

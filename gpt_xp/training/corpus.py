@@ -85,9 +85,14 @@ def texts(span: Span, advance: Advance | None = None) -> Iterator[str]:
     return (piece for piece in span.pieces(advance) if piece is not None)
 
 
-def n_bytes(settings: Settings) -> int | None:
-    """Return how much there is to read in one pass, or None for pipes."""
-    return size_of([*settings.data, *settings.val])
+def n_bytes(settings: Settings) -> int:
+    """Return how much there is to read in one pass. Raises `TextError` for what cannot be read, or not twice."""
+    n = 0
+    for file in (*settings.data, *settings.val):
+        if (size := size_of([file])) is None:
+            raise TextError(f"{file} is a pipe, and the text is read more than once: write it to a file first")
+        n += size
+    return n
 
 
 def tokenize(spans: tuple[Span, Span], tokenizer: Tokenizer, folder: Path, advance: Advance | None = None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt_xp._tree import finite
-from gpt_xp.checkpoint import written_aside
+from gpt_xp.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
 from gpt_xp.training.corpus import Advance
 from gpt_xp.training.settings import Settings
@@ -43,6 +43,10 @@ class Training:
 class Watcher:
     """Hears what a run tells while it goes. This one is silent: override what you want to hear."""
 
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context in which JAX is imported, which takes a second or two."""
+        return nullcontext()
+
     def reading(self, what: str, n_bytes: int | None) -> AbstractContextManager[Advance]:
         """Return a context in which so many bytes of text are read; its value is called with numbers of bytes."""
         return nullcontext(lambda n: None)
@@ -65,6 +69,7 @@ def write_log(path: Path, evaluations: list[Evaluation]) -> None:
     lines = [json.dumps(finite(asdict(each))) + "\n" for each in evaluations]
     with written_aside(path, sum(map(len, lines))) as aside:
         Path(aside).write_text("".join(lines), encoding="utf-8")
+        sync(aside)
 
 
 def read_log(path: Path, last: int) -> list[Evaluation]:

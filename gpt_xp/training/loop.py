@@ -24,7 +24,7 @@ from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, wr
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params
-from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, save_state, settings_of
+from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, remove_leftovers, save_state, settings_of
 
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
 SAMPLE_TOKENS = 64
@@ -62,7 +62,7 @@ def train(
     """
     if not str(out):
         raise SettingError("there is nowhere to write to: name a directory (out)")
-    directory = Path(out)
+    directory, watcher = Path(out), watcher or Watcher()
     files = [data] if isinstance(data, str | Path) else list(data)
     folder = directory / FOLDER
     chosen = None if resume else Settings(data=tuple(map(str, files)), **settings)
@@ -71,12 +71,14 @@ def train(
             chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
         if chosen.plot is not None:
             check_plot(Path(chosen.plot))
-        backend = jax_backend(chosen)
+        with watcher.loading():
+            backend = jax_backend(chosen)
         backend.keep_compiled()
         if not resume:
             check_start(chosen)
             begin(folder, chosen)
-        return _Run(chosen, directory, watcher or Watcher(), backend).go()
+        remove_leftovers(folder)
+        return _Run(chosen, directory, watcher, backend).go()
 
 
 CHANGEABLE = ("device", "threads", "plot", "sample")  # none of them is part of what is computed

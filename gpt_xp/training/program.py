@@ -6,6 +6,7 @@ shrinks the matrices (Loshchilov & Hutter 2019), dropout zeroes random weights i
 (Polyak & Juditsky 1992).
 """
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from gpt_xp._tree import tree_map
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.backend import Backend, get_backend, import_library
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import BackendError
 from gpt_xp.model import lm_loss
 from gpt_xp.safetensors_file import NumpyArray
 from gpt_xp.training.settings import Settings
@@ -25,9 +27,12 @@ State = dict[str, Any]  # a JAX pytree: the "params" that are trained, their "av
 
 def jax_backend(settings: Settings) -> Backend:
     """Return JAX as a backend. Raises `BackendError` where it, or optax, is not installed, or not in this dtype."""
-    import_library("jax", FIX)
-    import_library("optax", FIX)
-    return get_backend("jax", device=settings.device, dtype=settings.dtype, threads=settings.threads)
+    for library in ("jax", "optax"):
+        if importlib.util.find_spec(library) is None:
+            raise BackendError(f"{library} is not installed", FIX)
+    backend = get_backend("jax", device=settings.device, dtype=settings.dtype, threads=settings.threads)
+    import_library("optax", FIX)  # only now: it imports JAX, which must be told of the threads before
+    return backend
 
 
 class Program:
@@ -41,17 +46,17 @@ class Program:
         self._xp = _training_namespace(backend.xp)
         self._schedule = make_schedule(settings)
         self._optimizer = make_optimizer(settings, self._schedule)
+        self._learning_rate = backend.compile(self._schedule)
         self._params = params
         self._frozen = tree_map(lambda leaf: backend.asarray(leaf, backend.dtype), split(params, settings.freeze)[1])
+        self._start = backend.compile(self._first_state)
         self._train = backend.compile(self._train_step, donate=("state",))
         self._evaluate = backend.compile(self._loss)
 
     def start(self) -> State:
         """Return the state before the first step, on the device."""
         trained, _ = split(self._params, self._settings.freeze)
-        trained = tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained)
-        average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
-        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
+        return self._start(tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained))  # type: ignore[no-any-return]
 
     def train(self, state: State, tokens: NumpyArray, step: int) -> tuple[State, Array]:
         """Take step number `step` on `tokens`, int32 [accumulate, batch_size, n + 1]; return the state and the loss.
@@ -66,7 +71,7 @@ class Program:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step number `step`."""
-        return float(self._schedule(step))
+        return float(self._learning_rate(np.int32(step)))
 
     def to_device(self, state: Any) -> State:
         """Return a state of NumPy arrays on the device."""
@@ -77,6 +82,11 @@ class Program:
     def weights(self, state: State) -> Params:
         """Return the params that `evaluate` is about, as NumPy arrays, those that are frozen too."""
         return join(tree_map(self._backend.to_numpy, _best(state)), split(self._params, self._settings.freeze)[1])
+
+    def _first_state(self, trained: Params) -> State:
+        # Compiled, so that all of it is where a step's own result will be: else the second step is compiled anew.
+        average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
+        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
 
     def _loss(self, trained: Params, frozen: Params, tokens: Array) -> Array:
         params = join(tree_map(lambda leaf: leaf.astype(self._backend.dtype), trained), frozen)

@@ -100,6 +100,8 @@ def _check_counts(settings: Settings) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
             raise SettingError(f"{name} must be a whole number of at least {least.get(name, 1)}, not {value!r}")
+    if settings.seed >= 2**63:
+        raise SettingError(f"seed must be below 2**63, not {settings.seed}")
 
 
 def _check_ranges(settings: Settings) -> None:

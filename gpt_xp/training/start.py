@@ -12,7 +12,7 @@ from gpt_xp.hub import find_model
 from gpt_xp.safetensors_file import NumpyArray
 from gpt_xp.tokenizer import EOS, Tokenizer
 from gpt_xp.tokenizer_training import check_vocab_size, train_tokenizer
-from gpt_xp.training.corpus import Advance, Span, texts
+from gpt_xp.training.corpus import Advance, Span, n_bytes, texts
 from gpt_xp.training.settings import VOCAB_SIZE, Settings
 
 STD = 0.02  # of all matrices; openai/gpt-2 `src/model.py`
@@ -20,12 +20,19 @@ STD_WPE = 0.01
 
 
 def check_start(settings: Settings) -> None:
-    """Raise, before any text is read, where the model or the tokenizer is missing or does not fit the settings."""
-    settings.length(find_config(settings, None))
+    """Raise, before any text is read, where text, model or tokenizer are missing or do not fit the settings."""
+    n_bytes(settings)
+    config = find_config(settings, None)
+    settings.length(config)
     if settings.start is None and settings.tokenizer is None:
         check_vocab_size(settings.vocab_size or VOCAB_SIZE, (EOS,))
-    else:
-        find_tokenizer(settings, Span(()))
+        return
+    tokenizer = find_tokenizer(settings, Span(()))
+    if settings.start is not None and tokenizer.n_vocab > config.n_vocab:
+        raise SettingError(
+            f"the tokenizer of {settings.start} has ids up to {tokenizer.n_vocab - 1}, and its model's vocabulary ends "
+            f"at {config.n_vocab - 1}: they belong to different models"
+        )
 
 
 def find_tokenizer(settings: Settings, train_span: Span, advance: Advance | None = None) -> Tokenizer:

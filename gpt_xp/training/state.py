@@ -1,6 +1,7 @@
 """A run on disk: its settings in `run.json`, and all that the next step depends on in `state.safetensors`."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint import SAVING, read_json, sync, write_json, written_aside
 from gpt_xp.errors import CheckpointError, SettingError
 from gpt_xp.safetensors_file import open_safetensors
 from gpt_xp.training.corpus import COUNTS
+from gpt_xp.training.log import LOG
 from gpt_xp.training.settings import Settings
 
 RUN, STATE, FOLDER = "run.json", "state.safetensors", "training"
@@ -47,14 +50,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Write down the settings of a new run. Raises `SettingError` where there is one that has saved its state."""
+    """Write down the settings of a new run. Raises `SettingError` where its files would replace other work."""
     if (folder / STATE).exists():
         raise SettingError(
             f"{folder.parent} holds a run already: go on with it (--resume), train in another directory, or remove it"
         )
+    if (folder.parent / "config.json").exists() and not (folder / RUN).exists():
+        raise SettingError(f"{folder.parent} holds a model that was not trained there: train in another directory")
     (folder / COUNTS).unlink(missing_ok=True)  # what was tokenized may be of other settings
     with written_aside(folder / RUN, 1000) as aside:
         write_json(aside, settings.as_dict())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing; while `folder` is locked, nobody else writes there."""
+    for file in (*folder.glob("*.part"), *folder.parent.glob(f"{LOG}.*.part")):
+        file.unlink(missing_ok=True)
+    for aside in folder.parent.glob(f"{SAVING}*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def settings_of(folder: Path) -> Settings:
@@ -75,7 +88,12 @@ def save_state(folder: Path, state: Any, place: Place) -> None:
     """
     tensors = {name: np.asarray(leaf) for name, leaf in _named(state)}
     with written_aside(folder / STATE, sum(each.nbytes for each in tensors.values())) as aside:
-        save_file(tensors, aside, metadata={"place": json.dumps(asdict(place))})
+        try:
+            save_file(tensors, aside, metadata={"place": json.dumps(asdict(place))})
+        except SafetensorError as error:  # so it calls a full disk
+            raise CheckpointError(
+                f"cannot write {folder / STATE} ({error}); the run is kept as it was: make room, then go on (--resume)"
+            ) from error
         sync(aside)
 
 
@@ -92,7 +110,7 @@ def load_state(folder: Path, like: Any) -> tuple[Any, Place] | None:
     expected = {name: leaf.shape for name, leaf in _named(like)}
     with open_safetensors(str(path)) as file:
         if {name: tensor.shape for name, tensor in file.tensors.items()} != expected:
-            raise CheckpointError(f"{path} is of another model, or of another version: remove {folder} to begin anew")
+            raise CheckpointError(f"{path} is of another model, or of another version: train in another directory")
         arrays = [file.read(name) for name in expected]
         place = Place(**json.loads(file.metadata["place"]))
     return jax.tree.unflatten(jax.tree.structure(like), arrays), place
