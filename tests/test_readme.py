@@ -67,10 +67,7 @@ def test_the_two_commands_come_first() -> None:
     first, second = blocks("sh")[:2]
     assert first.splitlines()[0] == "python3 -m venv .venv"
     assert 'gpt-xp -m shakespeare --temperature 0.8 --seed 1 "ROMEO:"' in first
-<<<<<<< HEAD
     assert second.splitlines()[-1].endswith("-m pytest -n auto")
-=======
-    assert second.splitlines()[-1].endswith("-m pytest")
 
 
 @posix
@@ -104,4 +101,3 @@ def test_the_commands_of_training(tmp_path: Path) -> None:
     run(["step:2:1", *training[1]], short, code=-9, command=[sys.executable, "-c", KILLED])
     assert "my-letters has the model of step" in run(training[2], {})
     assert len((tmp_path / "my-letters" / "train.jsonl").read_text().splitlines()) == 4
->>>>>>> 1fecbef9e8d9d7244bb2d3c2255b69224232f7f1
