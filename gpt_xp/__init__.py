@@ -14,10 +14,10 @@ from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.comparison import Comparison, compare
 from gpt_xp.config import SIZES, GPT2Config
 from gpt_xp.errors import GptXpError
-from gpt_xp.generation import Generation, Piece, Stats
 from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
 from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
 from gpt_xp.quantization import quantize
+from gpt_xp.results import Generation, Piece, Stats
 from gpt_xp.scoring import RankedChoice, Score
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.tokenizer_training import train_tokenizer

@@ -18,10 +18,11 @@ from gpt_xp._typing import Params
 from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
-from gpt_xp.generation import Engine, Piece, Prompt
+from gpt_xp.generation import Engine
 from gpt_xp.hub import find_model
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
+from gpt_xp.results import Piece, Prompt
 from gpt_xp.sampling import Sampling
 from gpt_xp.scoring import Progress, RankedChoice, Score, Windows
 from gpt_xp.streaming import check_stops

@@ -10,209 +10,27 @@ where they are computed, and the host sees them a block at a time.
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from array_api_compat import device
 
-from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.backend import Backend, DecodeBlock, get_backend
+from gpt_xp._typing import Array, Params
+from gpt_xp.backend import Backend, get_backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
-from gpt_xp.model import at_least_float32, gpt2, hidden_states, unembed
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.quantization import quantization_of
+from gpt_xp.results import Piece, Prompt, Row, Stats
 from gpt_xp.sampling import Choice, Sampling, choose
 from gpt_xp.speculation import WIDTH, Speculation, agree
+from gpt_xp.steps import all_logits, decode_steps, each_logits, last_logits
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
 PIECE = 128  # tokens whose logits are computed together
 BLOCK = 16  # steps of a `decode_block`: what comes after the end of a text in its last block is computed for nothing
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one call of `generate` did, over all its rows. Seconds are wall time.
-
-    `prefill_seconds` and `decode_seconds` (after the first token) leave out compiling, which `compile_seconds` counts;
-    `time_to_first_token` counts everything from the call on.
-    """
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    compile_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    time_to_first_token: float = 0.0
-    peak_memory_bytes: int | None = None
-    backend: str = ""
-    device: str = ""
-    dtype: str = ""
-    quantize: str | None = None
-    rows: int = 1
-    proposed_tokens: int = 0  # by speculation, and how many of them were what the model chose
-    accepted_tokens: int = 0
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens per second of prefill."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Generated tokens, but the first of each row, per second of decode; None if there are none."""
-        later = self.generated_tokens - self.rows
-        return later / self.decode_seconds if self.decode_seconds and later > 0 else None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A continuation.
-
-    `text` is the continuation alone and ends before a stop string; `token_ids` holds every generated id but that of
-    the end token, with a natural `logprobs` and a `margins` entry each (see `sampling.Choice`). `finish_reason` is
-    "eos" (the end token), "stop" (a stop string), "max_tokens", or "context" (no room is left).
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    margins: list[float]
-    finish_reason: str
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a stream: what one token adds to row `index`.
-
-    `text` is empty while a character or a possible stop string is incomplete; `token_id` is None for the end token.
-    The last piece of each row adds nothing and carries the whole `result`.
-    """
-
-    text: str
-    index: int = 0
-    token_id: int | None = None
-    result: Generation | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of a batch: its token ids, and which of the samples of that prompt it is."""
-
-    token_ids: Sequence[int]
-    sample: int = 0
-
-
-@dataclass
-class Row:
-    """A prompt while it is being continued."""
-
-    prompt: Prompt
-    stream: TextStream
-    limit: int  # how many tokens may be generated
-    limit_reason: str
-    eos: int | None
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def take(self, token: int, logprob: float, margin: float) -> str:
-        """Add a token; return the text that it releases, and set `finish_reason` if it is the last."""
-        text = ""
-        if token == self.eos:
-            self.finish_reason = "eos"
-        else:
-            self.token_ids.append(token)
-            self.logprobs.append(logprob)
-            self.margins.append(margin)
-            text = self.stream.push(token)
-            if len(self.token_ids) == self.limit:
-                self.finish_reason = self.limit_reason
-        if self.finish_reason:
-            text += self.stream.finish()
-        if self.stream.stopped:
-            self.finish_reason = "stop"
-        self.text += text
-        return text
-
-    def result(self, stats: Stats) -> Generation:
-        """Return the finished continuation."""
-        assert self.finish_reason is not None
-        return Generation(self.text, self.token_ids, self.logprobs, self.margins, self.finish_reason, stats)
-
-
-def last_logits(
-    params: Params,
-    tokens: Array,
-    cache: KVCache,
-    count: int | Array,
-    config: GPT2Config,
-    window: int,
-    xp: Namespace,
-) -> tuple[Array, KVCache]:
-    """Logits [batch, n_vocab], at least float32, after the first `count` of tokens [batch, n_seq]; more is padding."""
-    x, after = hidden_states(params, tokens, config, cache, window, xp)  # [batch, n_seq, n_embd]
-    assert after is not None
-    logits = at_least_float32(unembed(x[:, count - 1, :], params["wte"], xp), xp)
-    # Padding was written into the cache too. Nobody looks at it, and the next token overwrites it.
-    return logits, after._replace(position=cache.position + count)
-
-
-def all_logits(
-    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
-) -> tuple[Array, KVCache]:
-    """Logits [batch, n_seq, n_vocab] in at least float32, which NumPy has."""
-    logits, cache = gpt2(params, tokens, config, cache, window, xp)
-    return at_least_float32(logits, xp), cache
-
-
-def each_logits(
-    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
-) -> tuple[list[Array], KVCache]:
-    """Logits [batch, n_vocab], at least float32, after each of tokens [batch, n_seq]."""
-    logits, cache = all_logits(params, tokens, cache, config, window, xp)
-    return [logits[:, position, :] for position in range(tokens.shape[1])], cache
-
-
-def decode_steps(
-    params: Params,
-    token: Array,
-    cache: KVCache,
-    seen: Array | None,
-    noise: Array | None,
-    allowed: Array | None,
-    k: int,
-    decode_block: DecodeBlock,
-    config: GPT2Config,
-    window: int,
-    xp: Namespace,
-    **numbers: Any,
-) -> tuple[Choice, KVCache]:
-    """Decode `k` more tokens after the latest, `token` [batch] int32: `Choice` of [k, batch] each, and the cache.
-
-    `noise` is [k, batch, n_vocab]; the rest of the arguments are those of `choose` and `last_logits`.
-    """
-    first = cache.position
-
-    def step(state: tuple[Array, KVCache, Array | None]) -> tuple[Any, Choice]:
-        token, cache, seen = state
-        drawn = None if noise is None else noise[cache.position - first, ...]
-        logits, cache = last_logits(params, token[:, None], cache, 1, config, window, xp)
-        choice = choose(logits, drawn, seen, allowed, xp=xp, **numbers)
-        token = xp.astype(choice.token, xp.int32)
-        if seen is not None:
-            ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device(seen))
-            seen = seen | (ids == token[:, None])
-        return (token, cache, seen), choice
-
-    (_, cache, _), choices = decode_block(step, (token, cache, seen), k)
-    return choices, cache
 
 
 class Clock:

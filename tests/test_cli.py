@@ -509,7 +509,7 @@ def test_help_shows_the_options_of_generation_and_the_commands(call):
     assert call("--version").out == f"gpt-xp {gpt_xp.__version__}\n"
 
 
-def test_help_is_quick_and_loads_no_array_library():
+def test_help_loads_no_array_library():
     code = """
 import sys
 from gpt_xp.cli import main
@@ -520,12 +520,6 @@ except SystemExit:
 """
     result = process("--help", command=[sys.executable, "-c", code])
     assert result.out.endswith("\n[]\n")
-    seconds = []
-    while len(seconds) < 10 and min(seconds, default=9) > 0.45:  # other work may slow a machine down
-        begin = time.perf_counter()
-        assert process("--help").code == 0
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) <= 0.45
 
 
 def test_the_console_script_is_main():

@@ -17,7 +17,7 @@ from gpt_xp_backends.cupy_kernels import ROWS, SOURCE, TYPES, options, thin_matm
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 
 from gpt_xp.cache import new_cache
-from gpt_xp.generation import last_logits
+from gpt_xp.steps import last_logits
 from gpt_xp.tolerances import TOLERANCE
 
 NAME = "thin_product"

@@ -67,15 +67,14 @@ def test_the_two_commands_come_first() -> None:
     first, second = blocks("sh")[:2]
     assert first.splitlines()[0] == "python3 -m venv .venv"
     assert 'gpt-xp -m shakespeare --temperature 0.8 --seed 1 "ROMEO:"' in first
-    assert second.splitlines()[-1].endswith("-m pytest")
+    assert second.splitlines()[-1].endswith("-m pytest -n auto")
 
 
 @posix
 def test_the_commands_of_training(tmp_path: Path) -> None:
     """Each as it stands there, on small data: what is not said is set by variables, and 124M is a directory here."""
     section = re.search(r"^## Training\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
-    if section is None:
-        pytest.skip("README has no section on training yet")
+    assert section is not None
     with skipping_what_is_missing("optax"):
         import optax  # noqa: F401
     training, using = (

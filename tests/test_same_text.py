@@ -16,7 +16,7 @@ import pytest
 import threadpoolctl
 from conftest import make_backend
 
-from gpt_xp import Generation, GPT2Config, Model, generation
+from gpt_xp import Generation, GPT2Config, Model, Stats, generation
 from gpt_xp.noise import gumbel_noise
 
 CONFIG = GPT2Config(n_vocab=50257, n_ctx=199, n_embd=28, n_head=4, n_layer=2)
@@ -184,7 +184,7 @@ def test_the_draws_are_neither_flat_nor_a_spike() -> None:
 
 
 def made_up(token_ids: list[int], margins: list[float]) -> Generation:
-    return Generation("", token_ids, [0.0] * len(margins), margins, "max_tokens", generation.Stats())
+    return Generation("", token_ids, [0.0] * len(margins), margins, "max_tokens", Stats())
 
 
 def test_ties_end_what_can_be_compared_and_are_few() -> None:

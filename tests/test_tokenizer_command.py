@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import posix, start
+from commands import COMMAND, posix, start
 
 from gpt_xp import Tokenizer, train_tokenizer
 from gpt_xp.tokenizer import EOS
@@ -109,7 +109,8 @@ def test_what_cannot_be_is_one_clear_error(call, text, out, args, stdin, code, m
 
 @posix
 def test_a_closed_stdin_is_an_error(out):
-    running = start(*TRAIN, "--out", str(out), "-", stdin=None, preexec_fn=lambda: os.close(0))
+    closing = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND]
+    running = start(*TRAIN, "--out", str(out), "-", command=closing)
     _, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (1, b"gpt-xp: error: stdin is closed: expected text\n")
 

@@ -9,7 +9,7 @@ from gpt_xp.cli.output import progress, write_json
 from gpt_xp.cli.report import record
 from gpt_xp.cli.session import Session
 from gpt_xp.errors import GptXpError, PromptError
-from gpt_xp.generation import Stats
+from gpt_xp.results import Stats
 
 
 class Line(NamedTuple):

@@ -14,7 +14,7 @@ from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.report import add_stats, logprob_table, record, stats_line
 from gpt_xp.cli.session import Session, check_settings, load_model
-from gpt_xp.generation import Generation, Piece, Stats
+from gpt_xp.results import Generation, Piece, Stats
 
 LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
 EPILOG = """\

@@ -9,7 +9,7 @@ from typing import Any
 from gpt_xp import __version__
 from gpt_xp._text import table
 from gpt_xp.cli.session import Session
-from gpt_xp.generation import Generation, Stats
+from gpt_xp.results import Generation, Stats
 
 
 def record(session: Session, prompt: str, sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:

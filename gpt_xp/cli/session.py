@@ -12,9 +12,9 @@ from gpt_xp.api import Model, load
 from gpt_xp.backend import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.errors import SettingError
-from gpt_xp.generation import Generation, Piece
 from gpt_xp.hub import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.results import Generation, Piece
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
 

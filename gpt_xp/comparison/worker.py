@@ -17,8 +17,9 @@ from gpt_xp.backend import get_backend
 from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
-from gpt_xp.generation import PIECE, Engine, Prompt, Stats
+from gpt_xp.generation import PIECE, Engine
 from gpt_xp.model import at_least_float32, layer_norm, residual_stream, unembed
+from gpt_xp.results import Prompt, Stats
 from gpt_xp.sampling import Sampling
 
 ONE_AT_A_TIME = 5  # tokens at the end of each prompt that are decoded, so that the cache is compared too
@@ -59,7 +60,7 @@ def work(job_file: Path) -> None:
 def traced(
     params: Params, tokens: Array, cache: KVCache, count: int | Array, config: GPT2Config, window: int, xp: Namespace
 ) -> tuple[list[Array], Array, KVCache]:
-    """What `generation.last_logits` computes, and all that it leaves on the way, in at least float32."""
+    """What `steps.last_logits` computes, and all that it leaves on the way, in at least float32."""
     seen: list[Array] = []
     after: KVCache | None = cache
     for x, after in residual_stream(params, tokens, config, cache, window, xp):  # noqa: B007
