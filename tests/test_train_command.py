@@ -235,7 +235,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
     while b"after step 5" not in running.stderr.readline():
         assert running.poll() is None
     running.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(1)
     assert running.poll() is None  # it waits for the end of the step
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
