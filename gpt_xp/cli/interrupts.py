@@ -18,7 +18,7 @@ def exit_on_interrupt() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as behind nohup
         yield
         return
-    signal.signal(signal.SIGINT, _exit)
+    signal.signal(signal.SIGINT, exit_now)
     try:
         yield
     finally:
@@ -45,6 +45,7 @@ def resend_interrupt(lost: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(lost)
 
 
-def _exit(signum: int, frame: object) -> None:
+def exit_now(signum: int, frame: object) -> None:
+    """End the process, as a handler of Ctrl-C: nothing is unwound, nothing cleaned up."""
     os.write(2, b"\n")  # the terminal has written ^C
     os._exit(130)

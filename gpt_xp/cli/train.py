@@ -1,16 +1,19 @@
 """`gpt-xp train`: a GPT-2 of one's own, from scratch or from one that is trained."""
 
 import dataclasses
+import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import gpt_xp
+from gpt_xp.cli.interrupts import exit_now
 from gpt_xp.cli.options import CONTEXT, COUNT, Decorator, flag, json_option, option, together
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.config import GPT2Config
@@ -163,6 +166,12 @@ class Bar(Watcher):
             if evaluation.sample is not None:
                 click.echo(evaluation.sample, err=True)
         self._tokens, self._since = 0, time.monotonic()
+
+    def interrupted(self) -> None:
+        """Say what happens now, and let a second Ctrl-C end the process: an exception can crash JAX's compiler."""
+        with suppress(OSError):
+            os.write(2, b"\ngpt-xp: saving after this step; Ctrl-C again ends at once\n")  # print is not for handlers
+        signal.signal(signal.SIGINT, exit_now)
 
     def ends(self) -> None:
         """Take the bar away."""

@@ -60,6 +60,9 @@ class Watcher:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Hear of an evaluation."""
 
+    def interrupted(self) -> None:
+        """Hear, in a signal handler, of a Ctrl-C: the state is saved after this step."""
+
     def ends(self) -> None:
         """Hear that no more steps come."""
 

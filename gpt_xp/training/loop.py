@@ -114,7 +114,7 @@ class _Run:
         self.watcher.begins(place.step, settings, self.config, self.corpus.counts.train_tokens)
         self.begun = time.monotonic() - place.seconds
         try:
-            with _interrupts() as interrupted:
+            with _interrupts(self.watcher) as interrupted:
                 if not self.evaluations:
                     self._evaluate()
                 while place.step < settings.steps and not self._is_stale:
@@ -244,8 +244,8 @@ class _Run:
 
 
 @contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Let Ctrl-C set the event, so that a step is finished first; a second one ends the program at once."""
+def _interrupts(watcher: Watcher) -> Iterator[threading.Event]:
+    """Let Ctrl-C set the event, so that a step is finished first; a second one does what it did before."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before != signal.default_int_handler:
@@ -255,6 +255,7 @@ def _interrupts() -> Iterator[threading.Event]:
     def remember(signum: int, frame: object) -> None:
         interrupted.set()
         signal.signal(signal.SIGINT, before)
+        watcher.interrupted()
 
     signal.signal(signal.SIGINT, remember)
     try:
