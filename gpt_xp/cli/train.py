@@ -168,7 +168,7 @@ class Bar(Watcher):
         self._tokens, self._since = 0, time.monotonic()
 
     def interrupted(self) -> None:
-        """Say what happens now, and let a second Ctrl-C end the process: an exception can crash JAX's compiler."""
+        """Say what happens now, and let a second Ctrl-C end the process: an exception has crashed JAX here."""
         with suppress(OSError):
             os.write(2, b"\ngpt-xp: saving after this step; Ctrl-C again ends at once\n")  # print is not for handlers
         signal.signal(signal.SIGINT, exit_now)
