@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--batch", type=int, default=16, help="rows of n-ctx tokens")
     memory = made.add_argument_group("--memory")
     memory.add_argument("--size", default="124M", choices=list(gpt_xp.SIZES))
-    memory.add_argument("--batches", type=common.numbers, default=[16, 8, 4, 2, 1], help="default: 16,8,4,2,1")
+    memory.add_argument("--batches", type=common.numbers, default=[16, 8, 4], help="default: 16,8,4")
     memory.add_argument("--freeze", type=common.numbers, default=[0, 6], help="blocks kept as they are; default: 0,6")
     return made
 
@@ -115,7 +115,7 @@ def heading(options: argparse.Namespace) -> str:
     known = environment()
     tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(common.TUNING)]
     memory = f", {size(int(known['memory_bytes']))}" if known["memory_bytes"] else ""
-    shape = f"fine-tuning {options.size}, rows of 256 tokens, 2 steps" if options.memory else (
+    shape = f"fine-tuning {options.size}, 2 steps of 16 rows of 256 tokens" if options.memory else (
         f"{options.n_layer} layers, {options.n_head} heads, {options.n_embd} wide, vocabulary {options.n_vocab}, "
         f"{options.batch} x {options.n_ctx} tokens a step"
     )  # fmt: skip
