@@ -2,6 +2,7 @@
 
     python benchmarks/train.py --markdown              # a process each, A B A B, beside the bare matrix products
     python benchmarks/train.py --profile --markdown    # the parts of gpt-xp's step, each timed alone
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train.py --markdown    # memory in pages of 2 MB, for all
     python benchmarks/train.py --memory --markdown     # the peak memory of fine-tuning 124M, whole processes
 
 The shape is that of the bundled model, and so is the batch: 16 rows of 256 tokens. Float32, AdamW, clipping, no
@@ -36,9 +37,12 @@ from gpt_xp.errors import GptXpError
 CHECKED = 4  # steps whose losses are compared
 ALLOWED = 1e-4  # nats between the losses of two trainers
 PAUSE = 0.25  # seconds between turns: the threads of the one before spin on for a while
+TUNING = (*common.TUNING, "GLIBC_", "MALLOC_")  # variables that are printed
 REFERENCE, FLOOR = "gpt-xp", "floor"
 TRAINERS = {
     REFERENCE: "own:Trainer",
+    "gpt-xp, 4 pieces": "own:Accumulate4",
+    "gpt-xp, 8 pieces": "own:Accumulate8",
     "gpt-xp, jax.numpy's max": "own:OwnMax",
     "transformers": "in_transformers:Trainer",
     "transformers, eager": "in_transformers:Eager",
@@ -50,13 +54,14 @@ WORKER = Path(__file__).parent / "training" / "worker.py"
 
 @dataclass
 class Lane:
-    """A trainer in the race: its process, and the seconds of a step in each round."""
+    """A trainer in the race: its process, and the seconds and page faults of a step in each round."""
 
     name: str
     worker: Worker
     description: str = ""
     losses: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    page_faults: list[float] = field(default_factory=list)
 
     def train(self, seed: int, steps: int) -> dict[str, Any]:
         """Let it take steps, all on the batch of that seed; return their seconds and losses."""
@@ -113,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 def heading(options: argparse.Namespace) -> str:
     """Return the machine, the versions and the shape, for a reader who wants to compare."""
     known = environment()
-    tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(common.TUNING)]
+    tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(TUNING)]
     memory = f", {size(int(known['memory_bytes']))}" if known["memory_bytes"] else ""
     shape = f"fine-tuning {options.size}, 2 steps of 16 rows of 256 tokens" if options.memory else (
         f"{options.n_layer} layers, {options.n_head} heads, {options.n_embd} wide, vocabulary {options.n_vocab}, "
@@ -161,7 +166,9 @@ def race(folder: Path, options: argparse.Namespace) -> list[Lane]:
             first = turn % len(lanes)
             for lane in lanes[first:] + lanes[:first]:
                 time.sleep(PAUSE)
-                lane.seconds.append(sum(lane.train(1 + turn, options.steps)["seconds"]) / options.steps)
+                answer = lane.train(1 + turn, options.steps)
+                lane.seconds.append(sum(answer["seconds"]) / options.steps)
+                lane.page_faults.append(answer["page_faults"] / options.steps)
     return lanes
 
 
@@ -184,14 +191,17 @@ def rows(lanes: Sequence[Lane], n_tokens: int) -> list[tuple[str, ...]]:
     """Return the table: medians, and ratios of tokens per second within the same round, with their quartiles."""
     by_name = {lane.name: lane.seconds for lane in lanes}
     others = [name for name in (REFERENCE, "transformers", "nanoGPT's recipe", FLOOR) if name in by_name]
-    table: list[tuple[str, ...]] = [("", "ms a step", "tokens/s", *(f"x {name}" for name in others), "loss")]
+    table: list[tuple[str, ...]] = [
+        ("", "ms a step", "tokens/s", *(f"x {name}" for name in others), "page faults", "loss")
+    ]
     for lane in lanes:
         found = spread(lane.seconds)
         ratios = ["-" if name == lane.name else ratio(speed(lane.seconds, by_name[name])) for name in others]
         loss = "-" if lane.losses[-1] is None else f"{lane.losses[-1]:.6f}"
         half = (found.high - found.low) / 2 / found.median
         table.append((
-            lane.name, f"{number(1e3 * found.median)} ±{half:.0%}", number(n_tokens / found.median), *ratios, loss,
+            lane.name, f"{number(1e3 * found.median)} ±{half:.0%}", number(n_tokens / found.median), *ratios,
+            f"{spread(lane.page_faults).median:.0f}", loss,
         ))  # fmt: skip
     return table
 

@@ -91,7 +91,7 @@ def test_naive_is_compared_over_its_whole_command(script):
     assert token[1].startswith("95.000 ")
 
 
-TINY = ["--n-layer", "1", "--n-head", "3", "--n-embd", "33", "--n-ctx", "17", "--n-vocab", "307", "--batch", "5"]
+TINY = ["--n-layer", "1", "--n-head", "3", "--n-embd", "33", "--n-ctx", "17", "--n-vocab", "307", "--batch", "4"]
 
 
 @pytest.mark.oracle
@@ -99,13 +99,13 @@ def test_all_trainers_compute_the_same_losses(script):
     for name in ("torch", "transformers"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev,oracle]'")
     train = script("train")
-    names = ["gpt-xp", "transformers", "nanoGPT's recipe", "floor"]
+    names = ["gpt-xp", "transformers", "nanoGPT's recipe", "gpt-xp, 4 pieces", "floor"]
     options = train.parser().parse_args([*TINY, "--rounds", "2", "--steps", "1", "--threads", "1", "--only", *names])
     with train.checkpoint(options) as folder:
         lanes = train.race(folder, options)
     assert [lane.name for lane in lanes] == names
     assert all(len(lane.seconds) == 2 for lane in lanes)
-    for lane in lanes[:3]:  # independent of gpt-xp, the second and the third know what is right
+    for lane in lanes[:4]:  # independent of gpt-xp, the second and the third know what is right
         assert lane.losses == pytest.approx(lanes[1].losses, abs=1e-5)
         assert lane.losses[0] == pytest.approx(np.log(307), abs=0.1)
 
@@ -126,7 +126,8 @@ def test_trainers_that_disagree_or_learn_nothing_are_not_timed(script):
 
 def test_training_ratios_are_of_tokens_per_second_within_a_round(script):
     train = script("train")
-    lanes = [train.Lane("gpt-xp", None, "", [5.0], [0.1, 1.0]), train.Lane("transformers", None, "", [5.0], [0.2, 3.0])]
+    seconds = {"gpt-xp": [0.1, 1.0], "transformers": [0.2, 3.0]}
+    lanes = [train.Lane(name, None, "", [5.0], each, [7.0, 9.0]) for name, each in seconds.items()]
     head, ours, theirs = train.rows(lanes, 4096)
     assert head[2:5] == ("tokens/s", "x gpt-xp", "x transformers")
     assert ours[2:5] == ("7447", "-", "2.50 2.25-2.75")

@@ -14,9 +14,12 @@ from training import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY
 class Trainer:
     """`Program.train`, with the whole recipe as `gpt-xp train` is asked for it."""
 
+    accumulate = 1
+
     def __init__(self, folder: Path, batch: int) -> None:
         settings = Settings(
-            data=("random tokens",), batch_size=batch, learning_rate=LEARNING_RATE, min_learning_rate=1.0, warmup=0,
+            data=("random tokens",), batch_size=batch // self.accumulate, accumulate=self.accumulate,
+            learning_rate=LEARNING_RATE, min_learning_rate=1.0, warmup=0,
             beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, clip=CLIP,
         )  # fmt: skip
         self.config = read_config(folder)
@@ -27,11 +30,14 @@ class Trainer:
 
     def describe(self) -> str:
         """Return JAX's version and device."""
-        return f"jax {jax.__version__} on {self.backend.device}"
+        pieces = f", a step in {self.accumulate} pieces" if self.accumulate > 1 else ""
+        return f"jax {jax.__version__} on {self.backend.device}{pieces}"
 
     def step(self, tokens: Any) -> float:
         """Take a step, and return its loss."""
-        self.state, loss = self.program.train(self.state, tokens[None], self.n_steps)
+        self.state, loss = self.program.train(
+            self.state, tokens.reshape(self.accumulate, -1, tokens.shape[-1]), self.n_steps
+        )
         self.n_steps += 1
         jax.block_until_ready(self.state)
         return float(loss)
@@ -47,3 +53,15 @@ class OwnMax(Trainer):
     def describe(self) -> str:
         """Return JAX's version and device."""
         return f"{super().describe()}, softmax's maximum with its gradient"
+
+
+class Accumulate4(Trainer):
+    """The same step in four pieces, whose gradients are added: a quarter of the memory is taken, and taken anew."""
+
+    accumulate = 4
+
+
+class Accumulate8(Trainer):
+    """The same in eight."""
+
+    accumulate = 8

@@ -3,7 +3,8 @@
     python benchmarks/training/worker.py nanogpt:Trainer FOLDER 16     (module and class, checkpoint, rows of a batch)
 
     {"do": "describe"}                        {"description": "..."}
-    {"do": "train", "seed": k, "steps": n}    {"seconds": [n numbers], "losses": [n numbers, or nulls]}
+    {"do": "train", "seed": k, "steps": n}    {"seconds": [n numbers], "losses": [n numbers, or nulls],
+                                               "page_faults": of all steps, without those that read a file}
     {"do": "quit"}                            the end
 
 All steps of a request are on the same batch: the k-th of random tokens. A failure is answered by {"error": "..."}.
@@ -11,6 +12,7 @@ All steps of a request are on the same batch: the k-th of random tokens. A failu
 
 import importlib
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -53,12 +55,17 @@ def train(trainer: Any, folder: Path, batch: int, seed: int, n_steps: int) -> di
     """Return the seconds and the losses of some steps: from tokens in NumPy to a loss in Python."""
     config = read_config(folder)
     tokens = np.random.default_rng(seed).integers(0, config.n_vocab, (batch, config.n_ctx + 1), dtype=np.int32)
-    seconds, losses = [], []
+    seconds, losses, before = [], [], page_faults()
     for _ in range(n_steps):
         begin = time.perf_counter()
         losses.append(trainer.step(tokens))
         seconds.append(time.perf_counter() - begin)
-    return {"seconds": seconds, "losses": losses}
+    return {"seconds": seconds, "losses": losses, "page_faults": page_faults() - before}
+
+
+def page_faults() -> int:
+    """Return how many pages of memory this process has been given so far, each zeroed by the system first."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 if __name__ == "__main__":
