@@ -19,6 +19,7 @@ from test_training import EVERYTHING, bits, log, story
 
 import gpt_xp
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
 
@@ -126,12 +127,20 @@ assert not {"jax", "optax", "matplotlib", "torch"} & sys.modules.keys()
     assert [name for name in sorted(expected) if f"--{name.replace('_', '-')} " not in done.out] == []
 
 
+def test_a_run_that_ends_early_says_so(text: str, out: Path, call: Call, monkeypatch: Any) -> None:
+    losses = iter([5.0, 4.0, 4.5])
+    monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))
+    done = call(*begin(text, out), "--patience", "1")
+    assert f"{out} has the model of step 3 of 6 (ended early: 1 evaluation without a better one): " in done.out
+
+
 # --- nothing lost ---------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
 from gpt_xp.cli import main
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 
 kind, name, count = sys.argv.pop(1).split(":")
 seen = 0
@@ -184,6 +193,7 @@ SLOW = """
 import sys, time
 from gpt_xp.cli import main
 from gpt_xp.cli.train import Bar
+from gpt_xp.hub import find_model
 
 show, waits = Bar.stepped, eval(sys.argv.pop(1))
 
@@ -225,7 +235,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
     while b"after step 5" not in running.stderr.readline():
         assert running.poll() is None
     running.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(1)
     assert running.poll() is None  # it waits for the end of the step
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
@@ -234,6 +244,19 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
     done = call(*go_on(out))
     assert "going on after step 3" in done.err
     assert bits(out) == bits(undisturbed[0])
+
+
+@pytest.mark.parametrize(("moment", "goes_on"), [("check_start", False), ("texts.tokenize", True)])
+def test_ctrl_c_before_the_first_step(
+    moment: str, goes_on: bool, text: str, out: Path, call: Call, monkeypatch: Any
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gpt_xp.training.loop.{moment}", interrupted)
+    done = call(*begin(text, out))
+    assert done.code == 130
+    assert ("go on with" in done.err) == goes_on
 
 
 @contextmanager
@@ -293,6 +316,7 @@ MISTAKES = [
     (["--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["--data", "TEXT", "--out", "NEW", "--from", "shakespear"], 1, "there is no directory 'shakespear'"),
     (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "there is no directory"),
+    (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "they belong to different models"),
     (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "it needs a model to start from"),
     (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "seed must be below 2**63"),
     (["--data", "TEXT", "--out", "NEW", "--steps", "1e3"], 2, "'1e3' is not a valid integer"),
@@ -316,12 +340,16 @@ def places(undisturbed: tuple[Path, Result], text: str, tmp_path_factory: pytest
     (folder / "empty").touch()
     (folder / "latin1").write_bytes("Ô Romeo".encode("latin-1") * 100)
     model = shutil.copytree(undisturbed[0], folder / "model", ignore=shutil.ignore_patterns("training"))
+    mixed = shutil.copytree(model, folder / "mixed")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(find_model("shakespeare") / name, mixed / name)
     torn = shutil.copytree(undisturbed[0], folder / "torn")
     os.truncate(torn / "training" / "state.safetensors", 1000)
     pipe = folder / "pipe"
     if hasattr(os, "mkfifo"):
         os.mkfifo(pipe)
     found = {"EMPTY": folder / "empty", "LATIN1": folder / "latin1", "MODEL": model, "TORN": torn, "PIPE": pipe}
+    found["MIXED"] = mixed
     return {"TEXT": text, "DONE": str(undisturbed[0])} | {name: str(path) for name, path in found.items()}
 
 
@@ -338,6 +366,7 @@ def test_mistakes_are_one_clear_line(
     assert "Traceback" not in result.err
     assert len(result.err.splitlines()) == (1 if code == 1 else 4)
     assert not (out / "model.safetensors").exists()
+    assert not ("--resume" in args and out.exists())
     assert bits(Path(places["DONE"])) == before
 
 

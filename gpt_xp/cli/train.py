@@ -15,6 +15,7 @@ from gpt_xp.cli.options import CONTEXT, COUNT, Decorator, flag, json_option, opt
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.config import GPT2Config
 from gpt_xp.training import Evaluation, Settings, Watcher
+from gpt_xp.training.state import is_begun
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -97,14 +98,16 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
     try:
         found = gpt_xp.train([*data, *more], out, resume=resume, watcher=Bar(), **given)
     except KeyboardInterrupt:
-        note(f"stopped; go on with: gpt-xp train --out {shlex.quote(out)} --resume")
+        if is_begun(out):
+            note(f"stopped; go on with: gpt-xp train --out {shlex.quote(out)} --resume")
         raise
     best = found.best
     if as_json:
         summary = {"directory": str(found.directory), "steps": found.steps, "stopped_early": found.stopped_early}
         write_json(summary | {"best": dataclasses.asdict(best)})
         return
-    early = f" (no better one in {len(found.evaluations)} evaluations)" if found.stopped_early else ""
+    worse = sum(each.step > best.step for each in found.evaluations)
+    early = f" (ended early: {worse} evaluation{'s' * (worse > 1)} without a better one)" if found.stopped_early else ""
     write(f"{found.directory} has the model of step {best.step} of {found.steps}{early}: validation {_losses(best)}\n")
 
 

@@ -65,10 +65,11 @@ def train(
     directory, watcher = Path(out), watcher or Watcher()
     files = [data] if isinstance(data, str | Path) else list(data)
     folder = directory / FOLDER
-    chosen = None if resume else Settings(data=tuple(map(str, files)), **settings)
+    if resume:
+        chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
+    else:
+        chosen = Settings(data=tuple(map(str, files)), **settings)
     with locked(folder):
-        if chosen is None:
-            chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
         if chosen.plot is not None:
             check_plot(Path(chosen.plot))
         with watcher.loading():

@@ -62,6 +62,11 @@ def begin(folder: Path, settings: Settings) -> None:
         write_json(aside, settings.as_dict())
 
 
+def is_begun(directory: str | Path) -> bool:
+    """Whether there is a run in `directory` to go on with."""
+    return (Path(directory) / FOLDER / RUN).exists()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing; while `folder` is locked, nobody else writes there."""
     for file in (*folder.glob("*.part"), *folder.parent.glob(f"{LOG}.*.part")):
