@@ -11,6 +11,7 @@ from small_models import CONFIGS, small_params
 
 from gpt_xp.bench import Benchmark, Standing, Workload
 from gpt_xp.bench.figures import Spread, Turn, figures
+from gpt_xp.errors import GptXpError
 from gpt_xp.tolerances import TOLERANCE
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -88,3 +89,57 @@ def test_naive_is_compared_over_its_whole_command(script):
     command, token = peers.naive_ratios(benchmark([peers.README_COMMAND, peers.AT_512], turns))
     assert command[1].startswith(f"{(0.2 + 39 * 0.12) / (0.1 + 39 * 0.01):.3f} ")
     assert token[1].startswith("95.000 ")
+
+
+TINY = ["--n-layer", "1", "--n-head", "3", "--n-embd", "33", "--n-ctx", "17", "--n-vocab", "307", "--batch", "4"]
+
+
+@pytest.mark.oracle
+def test_all_trainers_compute_the_same_losses(script):
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev,oracle]'")
+    train = script("train")
+    names = ["gpt-xp", "transformers", "nanoGPT's recipe", "gpt-xp, 4 pieces", "floor"]
+    options = train.parser().parse_args([*TINY, "--rounds", "2", "--steps", "1", "--threads", "1", "--only", *names])
+    with train.checkpoint(options) as folder:
+        lanes = train.race(folder, options)
+    assert [lane.name for lane in lanes] == names
+    assert all(len(lane.seconds) == 2 for lane in lanes)
+    for lane in lanes[:4]:  # independent of gpt-xp, the second and the third know what is right
+        assert lane.losses == pytest.approx(lanes[1].losses, abs=1e-5)
+        assert lane.losses[0] == pytest.approx(np.log(307), abs=0.1)
+
+
+def test_trainers_that_disagree_or_learn_nothing_are_not_timed(script):
+    train = script("train")
+
+    def lane(name, *losses):
+        return train.Lane(name, None, losses=[*losses])
+
+    train.check_losses([lane("floor", None), lane("a", 6.0, 5.0), lane("b", 6.00005, 5.0)])
+    for losses in ((6.0, 5.001), (6.0, float("nan"))):
+        with pytest.raises(GptXpError, match="b does not train as a does"):
+            train.check_losses([lane("a", 6.0, 5.0), lane("b", *losses)])
+    with pytest.raises(GptXpError, match="a does not learn"):
+        train.check_losses([lane("a", 6.0, 6.0)])
+
+
+def test_training_ratios_are_of_tokens_per_second_within_a_round(script):
+    train = script("train")
+    seconds = {"gpt-xp": [0.1, 1.0], "transformers": [0.2, 3.0]}
+    lanes = [train.Lane(name, None, "", [5.0], each, [7.0, 9.0]) for name, each in seconds.items()]
+    head, ours, theirs = train.rows(lanes, 4096)
+    assert head[2:5] == ("tokens/s", "x gpt-xp", "x transformers")
+    assert ours[2:5] == ("7447", "-", "2.50 2.25-2.75")
+    assert theirs[3].startswith("0.42 ")
+
+
+def test_training_floor_is_all_products_of_a_step(script):
+    floor = script("training.floor")
+    config, batch = CONFIGS["prime"], 3
+    shapes = [*floor.block_products(config, batch)] * config.n_layer + [*floor.last_product(config, batch)]
+    n_flops = sum(3 * 2 * np.prod(x) * w[-1] for x, w in shapes)
+    # Chowdhery et al. 2022, appendix B: 6 N + 12 L H Q T for each token.
+    n_weights = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
+    per_token = 6 * n_weights + 12 * config.n_layer * config.n_embd * config.n_ctx
+    assert n_flops == per_token * batch * config.n_ctx

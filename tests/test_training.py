@@ -24,7 +24,16 @@ from gpt_xp.training.start import random_params
 from gpt_xp.training.state import load_state
 
 SHAPE = {"n_layer": 1, "n_head": 3, "n_embd": 39, "n_ctx": 37, "vocab_size": 277}
-SMALL = {**SHAPE, "steps": 7, "warmup": 2, "batch_size": 5, "eval_every": 3, "learning_rate": 0.01, "seed": 11}
+SMALL = {
+    **SHAPE,
+    "steps": 7,
+    "warmup": 2,
+    "batch_size": 5,
+    "accumulate": 1,
+    "eval_every": 3,
+    "learning_rate": 0.01,
+    "seed": 11,
+}
 EVERYTHING = {**SMALL, "accumulate": 2, "weight_dropout": 0.1, "average": 0.9}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*")
@@ -107,7 +116,7 @@ def adamw_in_float64(params: Any, gradients: list[Any], rates: list[float], sett
 def test_steps_are_adamw_on_the_gradient_of_lm_loss() -> None:
     import jax
 
-    settings = Settings(data=("x",), steps=10, warmup=2, weight_decay=0.3, clip=0.5, batch_size=5, average=0.9)
+    settings = Settings(data=("x",), steps=10, warmup=2, weight_decay=0.3, clip=0.5, accumulate=1, average=0.9)
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=2)
     params = random_params(config, seed=3)
     program = Program(settings, config, params, jax_backend(settings))
@@ -161,7 +170,7 @@ def test_weight_dropout_zeroes_matrices_of_blocks_and_keeps_the_mean() -> None:
 
 
 def test_each_step_drops_other_weights() -> None:
-    settings = Settings(data=("x",), weight_dropout=0.5, warmup=5)  # step 0 has a learning rate of 0
+    settings = Settings(data=("x",), weight_dropout=0.5, warmup=5, accumulate=1)  # step 0 has a learning rate of 0
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=2)
     program = Program(
         settings, config, tree_map(lambda leaf: 3 * leaf, random_params(config, 0)), jax_backend(settings)

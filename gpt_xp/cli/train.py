@@ -45,8 +45,8 @@ model_settings = together(
 )
 optimizer_settings = together(
     setting("--steps", COUNT, "Steps to take.  [default: 2000]"),
-    setting("--batch-size", COUNT, "Rows of text in a batch.  [default: 16]"),
-    setting("--accumulate", COUNT, "Batches in a step, one after the other, to save memory.  [default: 1]"),
+    setting("--batch-size", COUNT, "Rows of text that are computed together.  [default: 4]"),
+    setting("--accumulate", COUNT, "Batches in a step: they take turns, which saves memory.  [default: 4]"),
     setting("--seq-len", COUNT, "Tokens in a row.  [default: the context, at most 256]"),
     setting("--learning-rate", NUMBER, "The highest.  [default: 0.001]"),
     setting("--min-learning-rate", click.FloatRange(0, 1), "The last, as a part of the highest.  [default: 0.1]"),

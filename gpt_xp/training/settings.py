@@ -32,8 +32,8 @@ class Settings:
     seq_len: int | None = None
 
     steps: int = 2000
-    batch_size: int = 16
-    accumulate: int = 1
+    batch_size: int = 4  # times 4: XLA asks the system for the memory of a batch anew in each step, which takes long
+    accumulate: int = 4
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.1  # of learning_rate, at the end
     warmup: int = 100
