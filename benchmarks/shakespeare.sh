@@ -17,7 +17,7 @@ EOF
 
 gpt-xp train --data "$data" --out "$out" \
   --n-layer 6 --n-head 6 --n-embd 192 --n-ctx 256 --vocab-size 1024 \
-  --steps 3200 --batch-size 16 --learning-rate 0.002 --min-learning-rate 0.05 --weight-decay 1 \
+  --steps 3200 --batch-size 16 --accumulate 1 --learning-rate 0.002 --min-learning-rate 0.05 --weight-decay 1 \
   --weight-dropout 0.1 --average 0.998 --eval-every 200 --patience 0 --save-dtype float16 --seed 1
 
 for convention in "huggingface --stride 128" "lm-eval" "nanogpt --crops 5000"; do
