@@ -97,8 +97,6 @@ def make(folder: Path, batch: int) -> list[Part]:
     return [
         Part(STEP, 1, lambda: trainer.step(tokens)),
         Part("the same, jax.numpy's max", 1, lambda: own_max.step(tokens)),
-        Part("blocks", n_layer, both(
-            lambda block, x: model.transformer_block(x, **block, n_head=config.n_head, mask=mask, xp=xp)[0], block, x)),
         Part("- products with weights", n_layer, both(linears, block["attn"], block["mlp"], x, wide)),
         Part("- attention", n_layer, both(lambda q, k, v: model.attention(q, k, v, mask, xp), q, k, v)),
         Part("-- its two products", n_layer, both(
