@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,22 @@ def test_each_step_drops_other_weights() -> None:
     losses = [float(program.train(program.start(), tokens, step)[1]) for step in (0, 1, 0)]
     assert losses[0] != losses[1]
     assert losses[0] == losses[2]
+
+
+def test_bfloat16_multiplies_copies_and_trains_float32() -> None:
+    """On a CPU gpt-xp refuses it, as slower than float32: here it is allowed, for there is a device to compute it."""
+    settings = Settings(data=("x",), warmup=0, accumulate=1)
+    config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=1)
+    tokens = np.random.RandomState(0).randint(0, 101, size=(1, 5, 14)).astype(np.int32)
+    backend = jax_backend(settings)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        program = Program(settings, config, random_params(config, 0), replace(backend, dtype=dtype))
+        state, loss = program.train(program.start(), tokens, 0)
+        assert {str(leaf.dtype) for leaf in leaves(state["params"])} == {"float32"}
+        found[dtype] = float(loss)
+    assert found["float32"] == pytest.approx(found["bfloat16"], rel=1e-3)  # 8 bits of a logit, averaged over 65 of them
+    assert found["float32"] != found["bfloat16"]
 
 
 def test_initial_params_are_gpt2s() -> None:
@@ -466,6 +483,7 @@ WRONG: list[tuple[dict[str, Any], type[GptXpError], str]] = [
     ({"learning_rate": math.nan}, SettingError, "learning_rate must be a number"),
     ({"val_fraction": 0.0}, SettingError, "val_fraction must be more than 0"),
     ({"save_dtype": "int8"}, SettingError, "save_dtype must be float32 or float16"),
+    ({"dtype": "float16"}, SettingError, "dtype must be float32 or bfloat16"),
     ({"freeze": 1}, SettingError, "it needs a model to start from"),
     ({"start": "shakespeare", "n_layer": 2}, SettingError, "n_layer is that of the model to start from"),
     ({"start": "shakespeare", "freeze": 7}, SettingError, "freeze 7: the model has 6 blocks"),

@@ -62,6 +62,8 @@ class Settings:
             raise SettingError("there is nothing to train on: name the files of text (data)")
         _check_counts(self)
         _check_ranges(self)
+        if self.dtype not in ("float32", "bfloat16"):  # in float16 gradients vanish or overflow
+            raise SettingError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         if self.save_dtype not in ("float32", "float16"):
             raise SettingError(f"save_dtype must be float32 or float16, not {self.save_dtype!r}")
         if self.start is None and self.freeze:
