@@ -33,7 +33,7 @@ def main() -> None:
     from shapes import published_params
 
     import gpt_xp
-    from gpt_xp import generation, model
+    from gpt_xp import generation, model, steps
     from gpt_xp.cache import KVCache
 
     config = gpt_xp.SIZES["124M"]
@@ -44,7 +44,7 @@ def main() -> None:
     spent: dict[str, float] = defaultdict(float)
     for name in FUNCTIONS:
         setattr(model, name, timed(getattr(model, name), spent))
-    generation.unembed = model.unembed  # type: ignore[attr-defined]
+    steps.unembed = model.unembed  # type: ignore[attr-defined]
     KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
     generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]

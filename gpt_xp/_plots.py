@@ -13,10 +13,10 @@ def check_plot(path: Path) -> None:
     """Raise `SettingError`, before anything is computed, where no picture can be written to `path`."""
     import importlib.util
 
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SettingError("a plot needs matplotlib, which is not installed: pip install 'gpt-xp[plot]'")
     if path.suffix.lower() not in SUFFIXES:
         raise SettingError(f"a plot cannot be written to {path}: its name must end in {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SettingError("a plot needs matplotlib, which is not installed: pip install 'gpt-xp[plot]'")
     if not path.parent.is_dir():
         raise SettingError(f"a plot cannot be written to {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):

@@ -95,7 +95,7 @@ def test_a_tokenizer_json_would_hide_the_new_one(call, text, out):
         ((*TRAIN[:-1], "1e3", "--out", "OUT", "TEXT"), b"", 2, "'1e3' is not a valid integer"),
         ((*TRAIN, "TEXT"), b"", 2, "Missing option '--out'"),
         ((*TRAIN, "--out", "OUT"), b"", 2, "Missing argument"),
-        (("tokenizer", "trian", "TEXT"), b"", 2, "Did you mean 'train'?"),
+        (("tokenizer", "trian", "TEXT"), b"", 2, "No such command 'trian'"),
         (("tokeniser",), b"", 0, "a command's name comes first: gpt-xp tokenizer"),
     ],
 )
