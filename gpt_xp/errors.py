@@ -38,7 +38,7 @@ class PromptError(GptXpError):
 
 
 class SettingError(GptXpError, ValueError):
-    """An option of generation or sampling with a value that makes no sense."""
+    """An option of generation, sampling, scoring or training with a value that makes no sense."""
 
 
 class BackendError(GptXpError):
