@@ -14,6 +14,7 @@ Importing an adapter must not import its library. CONTRIBUTING shows one being w
 import contextlib
 import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -45,6 +46,11 @@ def _as_it_is(
     function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
 ) -> Callable[..., Any]:
     return function
+
+
+def is_step(function: Callable[..., Any]) -> bool:
+    """Whether a function that `compile` is given is a step of the model, by its first arguments (see `steps`)."""
+    return [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]
 
 
 def _no_memory_error(error: BaseException) -> bool:

@@ -6,18 +6,28 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import threadpoolctl
 
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
+from gpt_xp.backend import (
+    Backend,
+    BackendInfo,
+    Compile,
+    DeviceInfo,
+    check_dtype,
+    import_library,
+    is_step,
+    physical_memory,
+)
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
+MANY = 192  # tokens of a step from which on threads gain more than Python between their blocks costs
 FEW = 3  # rows that are multiplied sooner one by one
 
 # What is in NumPy as the standard has it, of that which every step calls.
@@ -50,15 +60,16 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     if device not in (None, "cpu"):
         raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
     check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
+    xp = namespace()
     return Backend(
         name="numpy",
         version=np.__version__,
         device="cpu",
         dtype=dtype,
-        xp=namespace(),
+        xp=xp,
         asarray=lambda array, dtype=None: np.asarray(array, dtype=dtype),
         to_numpy=np.asarray,
-        compile=_within_threads(threads),
+        compile=_compiler(xp, threads, _limited(threads)),
         piece=lambda batch: max(ROWS // batch, 16),
         device_memory=physical_memory(),
         settings=lambda: _settings(threads),
@@ -125,22 +136,47 @@ def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
     return reduce
 
 
-def _within_threads(threads: int | None) -> Callable[..., Callable[..., Any]]:
+Scope: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def _limited(threads: int | None) -> Scope:
+    """Return a scope in which BLAS has so many threads."""
     if threads is None:
-        return lambda function, static=(), donate=(): function
+        return contextlib.nullcontext
     controller = threadpoolctl.ThreadpoolController()
-    return _within(lambda: controller.limit(limits=threads))
+    return lambda: controller.limit(limits=threads)
 
 
-def _within(scope: Callable[[], contextlib.AbstractContextManager[Any]]) -> Callable[..., Callable[..., Any]]:
+def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
+    """Return a `Backend.compile` for functions in the namespace `xp`, called inside `scope`.
+
+    Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`.
+    """
+
+    @functools.cache
+    def in_blocks() -> tuple[Any, Scope]:
+        from gpt_xp_backends import fusion, numpy_blocks
+
+        numpy_blocks.keep_freed_memory()
+        blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+        pool = numpy_blocks.Threads(threads or max((each["num_threads"] for each in blas.info()), default=1))
+        matmul = functools.partial(numpy_blocks.matmul, pool, xp)
+        fusing = fusion.Fusing(xp, matmul, functools.partial(numpy_blocks.compute, pool))
+        return fusing, lambda: blas.limit(limits=1)
+
     def compile(
         function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        def scoped(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_step(function) and args[1].size >= MANY:
+                fusing, one_thread = in_blocks()
+                with scope(), one_thread():
+                    return function(*args, **kwargs | {"xp": fusing})
             with scope():
                 return function(*args, **kwargs)
 
-        return scoped
+        return call
 
     return compile
 
@@ -163,7 +199,8 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
         finally:
             numba.set_num_threads(before)
 
-    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype, product), compile=_within(scope))
+    xp = QuantizedNamespace(backend.xp, backend.dtype, product)
+    return replace(backend, xp=xp, compile=_compiler(xp, threads, scope))
 
 
 def _settings(threads: int | None) -> dict[str, str]:
