@@ -20,6 +20,7 @@ THREADS = 256  # a power of two
 AXES = ("outer", "middle", "inner", "in")  # the first three number the rows
 
 # {f} is what C appends to floats and to their functions: one number without it, and all that meets it is a double.
+SUFFIX = {"float": "f", "double": ""}
 FUNCTIONS = {
     "add": "{} + {}",
     "subtract": "{} - {}",
@@ -83,22 +84,21 @@ def _values(program: Program) -> list[_Value]:
         values.append(_Value(wide, is_row, (), f"({wide})a{place}[{'0' if is_row else f'i * a{place}_in'}]"))
     for step in program.steps:
         wide = TYPES[str(step.dtype)][1]
-        f = "f" if wide == "float" else ""
         inputs = tuple(each for each in step.inputs if isinstance(each, int))
-        operands = [
-            f"{each!r}{f}"
-            if isinstance(each, float)
-            else f"v{each}"
-            if values[each].type == wide
-            else f"({wide})v{each}"
-            for each in step.inputs
-        ]
+        operands = [_operand(values, each, wide) for each in step.inputs]
         reduction = None
         if step.function in REDUCTIONS and step.is_row and not values[inputs[0]].is_row:
             start, combined = REDUCTIONS[step.function]
-            reduction = start.format(f=f), combined
-        values.append(_Value(wide, step.is_row, inputs, FUNCTIONS[step.function].format(*operands, f=f), reduction))
+            reduction = start.format(f=SUFFIX[wide]), combined
+        expression = FUNCTIONS[step.function].format(*operands, f=SUFFIX[wide])
+        values.append(_Value(wide, step.is_row, inputs, expression, reduction))
     return values
+
+
+def _operand(values: list[_Value], x: int | float, wide: str) -> str:
+    if isinstance(x, float):
+        return f"{x!r}{SUFFIX[wide]}"
+    return f"v{x}" if values[x].type == wide else f"({wide})v{x}"
 
 
 def _step(program: Program, number: int) -> Step:
