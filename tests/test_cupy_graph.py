@@ -174,6 +174,7 @@ def test_the_third_step_is_compared_and_all_later_ones_are_replayed(cupy: FakeCu
     same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
     assert graph_setting(model) == "yes"
     assert None in cupy.pools, "the allocator is put back"
+    assert set(cupy.RawKernel.launched) == {"thin_product", "fused"}
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5, "top_k": 20}], ids=["greedy", "sampled"])
