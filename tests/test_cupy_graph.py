@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_backend
+from cuda_by_numpy import ByNumPy
 from gpt_xp_backends import cupy_backend, cupy_graph
+from gpt_xp_backends.fusion import Fusing
 from small_models import CONFIGS, small_params, small_tokens
 
 from gpt_xp import Backend, Generation, Model, generation
@@ -36,8 +38,8 @@ CAPTURE = ["sync", "run", "wait", "begin", "end", "sync", "step"]
 class FakeCuPy:
     """NumPy with CUDA's streams and graphs. `log` says what happened, and `break_at` what fails."""
 
-    def __init__(self) -> None:
-        self.__version__, self.int32 = "14", np.int32
+    def __init__(self, kernels: ByNumPy) -> None:
+        self.__version__, self.int32, self.RawKernel = "14", np.int32, kernels
         self.full, self.empty, self.asarray, self.asnumpy = np.full, np.empty, np.asarray, np.asarray
         self.log: list[str] = []
         self.break_at: dict[str, Callable[[], None]] = {}
@@ -68,14 +70,6 @@ class FakeCuPy:
     def matmul(self, x: Any, w: Any) -> Any:
         raise NotImplementedError("cuBLAS, in a capture")
 
-    @staticmethod
-    def RawKernel(source: str, name: str, options: tuple[str, ...]) -> Any:  # noqa: N802, it is CuPy's name
-        def launch(grid: Any, block: Any, arguments: tuple[Any, ...]) -> None:
-            x, w, out = arguments[:3]
-            out[...] = x @ w
-
-        return launch
-
     def record(self, *arguments: Any) -> Callable[..., Any]:
         return functools.partial(replayed, *arguments)
 
@@ -84,7 +78,7 @@ class FakeCuPy:
 
         @functools.wraps(function)
         def call(params: Any, tokens: Any, cache: Any, *rest: Any, xp: Any, **options: Any) -> Any:
-            by_kernel = xp.matmul.__qualname__.startswith("thin_matmul")
+            by_kernel = isinstance(xp, Fusing)
             assert by_kernel == isinstance(cache.position, np.ndarray), "the plain step is as it always was"
             if tokens.shape[1] == 1 and not self.capturing:
                 self.happens("run" if by_kernel else "step")
@@ -148,7 +142,7 @@ class FakeGraph:
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
-    fake = FakeCuPy()
+    fake = FakeCuPy(ByNumPy(monkeypatch))
     monkeypatch.setattr(cupy_backend, "import_library", lambda name, fix: fake)
     monkeypatch.setattr(cupy_backend, "_namespace", lambda cupy: make_backend("numpy").xp)
     for name in ("last_logits", "each_logits"):
@@ -180,6 +174,7 @@ def test_the_third_step_is_compared_and_all_later_ones_are_replayed(cupy: FakeCu
     same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
     assert graph_setting(model) == "yes"
     assert None in cupy.pools, "the allocator is put back"
+    assert set(cupy.RawKernel.launched) == {"thin_product", "fused"}
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5, "top_k": 20}], ids=["greedy", "sampled"])

@@ -1,19 +1,17 @@
 """The CUDA kernel of thin products: compiled by CUDA's compiler where it is installed, and run on the CPU, fiber by
 fiber (see `cuda_on_cpu`), and on a GPU by `pytest -m gpu`."""
 
-import ctypes
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import make_backend
-from cuda_on_cpu import Library, compiler
+from cuda_on_cpu import Library, OnCPU, amid_nan, library_of, to_gpu
 from gpt_xp_backends.cupy_kernels import ROWS, SOURCE, TYPES, options, thin_matmul
+from nvrtc import compile_for
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 
 from gpt_xp.cache import new_cache
@@ -51,37 +49,13 @@ BUGS = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    cxx = compiler()
-    if cxx is None:
-        pytest.skip("there is no C++ compiler here that has <ucontext.h> and _Float16")
     right = [(SOURCE, NAME, options(*kind)) for kind in KINDS]
     wrong = [(change(SOURCE), NAME, options("float32", 2)) for change in BUGS.values()]
-    return Library(cxx, tmp_path_factory.mktemp("kernels"), right + wrong)
-
-
-def amid_nan(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """An array amid numbers that are none, and the whole: what is read or written beside it shows."""
-    size = int(np.prod(shape))
-    whole = np.full(size + 2 * 4096, np.nan, dtype=dtype)
-    return whole[4096:-4096].reshape(shape), whole
-
-
-class OnCPU:
-    """What `thin_matmul` needs of CuPy."""
-
-    def __init__(self, library: Library, backwards: bool, changed: Callable[[str], str] = str) -> None:
-        self.RawKernel = library.raw_kernel(backwards, changed)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        out, self.whole = amid_nan(shape, dtype)
-        return out
-
-    def matmul(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("cuBLAS")
+    return library_of(tmp_path_factory.mktemp("kernels"), right + wrong)
 
 
 def numbers(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    made, _ = amid_nan(shape, dtype)
+    made = amid_nan(shape, dtype)
     made[...] = np.random.RandomState(seed).standard_normal(shape)
     return made
 
@@ -108,7 +82,7 @@ def check(cupy: Any, x: np.ndarray, w: np.ndarray) -> None:
     assert (product.shape, product.dtype) == (expected.shape, x.dtype)
     error = np.abs(product - expected).max() / np.abs(expected).max()
     assert error <= TOLERANCES[str(x.dtype)], f"off by {error}"
-    assert np.isfinite(cupy.whole).sum() == product.size, "written beside the product"
+    assert np.isfinite(product.base).sum() == product.size, "written beside the product"
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -160,32 +134,6 @@ def test_what_is_no_thin_product_is_left_to_cupy(library: Library) -> None:
             matmul(a, b)
 
 
-def nvrtc() -> tuple[Any, Path]:
-    """CUDA's compiler of the wheel nvidia-cuda-nvrtc, and its headers, of nvidia-cuda-runtime; neither needs a GPU."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    libraries = [each for root in roots for each in root.glob("**/libnvrtc.so.*")]
-    headers = [each.parent for root in roots for each in root.glob("**/include/cuda_fp16.h")]
-    if not (libraries and headers):
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime")
-    return ctypes.CDLL(str(libraries[0])), headers[0]
-
-
-def compile_for(architecture: str, source: str, defines: tuple[str, ...]) -> str:
-    """Compile, and return what the compiler had to say; empty where all is well."""
-    library, headers = nvrtc()
-    arguments = [f"-arch={architecture}", "-std=c++17", "-ftz=true", f"-I{headers}", f"-I{headers / 'cccl'}", *defines]
-    encoded = [argument.encode() for argument in arguments]
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"k.cu", 0, None, None) == 0
-    failed = library.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    assert bool(failed) == ("error" in log.value.decode())
-    return log.value.decode()
-
-
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_cudas_compiler_takes_it(dtype: str, architecture: str) -> None:
@@ -204,13 +152,6 @@ def test_products_on_a_gpu(dtype: str, rows: int) -> None:
     cupy = sys.modules["cupy"]
     refusing = SimpleNamespace(RawKernel=cupy.RawKernel, empty=cupy.empty)  # no cuBLAS
     for x, w in operands(dtype, rows).values():
-        whole = [cupy.asarray(each.base if each.base is not None else each) for each in (x, w)]
-        moved = [cupy.ndarray(each.shape, each.dtype, base.data + _offset(each), strides=each.strides)
-                 for each, base in zip((x, w), whole, strict=True)]  # fmt: skip
-        product = thin_matmul(refusing)(*moved).get()
+        product = thin_matmul(refusing)(to_gpu(cupy, x), to_gpu(cupy, w)).get()
         expected = x.astype(np.float64) @ w.astype(np.float64)
         assert np.abs(product - expected).max() <= TOLERANCES[dtype] * np.abs(expected).max()
-
-
-def _offset(view: np.ndarray) -> int:
-    return int(view.ctypes.data - view.base.ctypes.data)

@@ -15,8 +15,10 @@ import numpy as np
 from gpt_xp._typing import Array
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
+from gpt_xp_backends.cupy_fusion import fused
 from gpt_xp_backends.cupy_graph import GraphedStep, Trust
 from gpt_xp_backends.cupy_kernels import thin_matmul
+from gpt_xp_backends.fusion import Fusing
 from gpt_xp_backends.jax_backend import window
 
 FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
@@ -92,8 +94,7 @@ def _compile(
     """
     step = function
     if [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]:
-        thin = SimpleNamespace(**vars(xp) | {"matmul": thin_matmul(cupy)})
-        step = GraphedStep(cupy, function, xp, thin, trust)
+        step = GraphedStep(cupy, function, xp, Fusing(xp, thin_matmul(cupy), fused(cupy)), trust)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -90,7 +90,7 @@ class GraphedStep:
     """
 
     def __init__(self, cupy: Any, function: Step, xp: Namespace, thin: Namespace, trust: Trust) -> None:
-        # `thin` is `xp` with a `matmul` that can be captured.
+        # `thin` is `xp` with a `matmul` that can be captured, and few launches for all the rest.
         self._cupy, self._function, self._xp, self._thin, self._trust = cupy, function, xp, thin, trust
         self._graph: Graph | None = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -38,7 +39,18 @@ class Library:
             )
         (folder / "kernels.cpp").write_text("\n".join(parts))
         built = folder / "kernels.so"
-        command = [cxx, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{HERE}", folder / "kernels.cpp", "-o", built]
+        command = [
+            cxx,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            f"-I{HERE}",
+            "-Werror=double-promotion",
+            folder / "kernels.cpp",
+            "-o",
+            built,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         self._functions = ctypes.CDLL(str(built))
@@ -65,3 +77,34 @@ class Library:
             return launch
 
         return make
+
+
+def library_of(folder: Path, kernels: Sequence[tuple[str, str, tuple[str, ...]]]) -> Library:
+    """The kernels, compiled; skip the test where there is no compiler."""
+    cxx = compiler()
+    if cxx is None:
+        pytest.skip("there is no C++ compiler here that has <ucontext.h> and _Float16")
+    return Library(cxx, folder, kernels)
+
+
+def amid_nan(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array amid numbers that are none: what is read or written beside it shows. Its `base` is the whole."""
+    return np.full(int(np.prod(shape)) + 2 * 4096, np.nan, dtype=dtype)[4096:-4096].reshape(shape)
+
+
+class OnCPU:
+    """What kernels need of CuPy."""
+
+    def __init__(self, library: Library, backwards: bool, changed: Callable[[str], str] = str) -> None:
+        self.RawKernel = library.raw_kernel(backwards, changed)
+        self.empty = amid_nan
+
+    def matmul(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        raise NotImplementedError("cuBLAS")
+
+
+def to_gpu(cupy: Any, view: np.ndarray) -> Any:
+    """The view on a GPU, with its strides, of a copy of all that is around it."""
+    whole = cupy.asarray(view if view.base is None else view.base)
+    offset = 0 if view.base is None else view.ctypes.data - view.base.ctypes.data
+    return cupy.ndarray(view.shape, view.dtype, whole.data + offset, strides=view.strides)

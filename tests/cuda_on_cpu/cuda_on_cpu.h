@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <functional>
+#include <math.h>
 #include <utility>
 #include <vector>
 #include <ucontext.h>
@@ -25,6 +26,7 @@ struct Fiber {
 static ucontext_t scheduler;
 static Fiber* running;
 static std::function<void()> body;
+static std::vector<Fiber> fibers;  // kept, for making their stacks takes longer than most kernels
 
 static void start() {
     body();
@@ -32,9 +34,9 @@ static void start() {
 }
 
 // Run one block. Returns false where some threads ended while others wait at a barrier: a GPU would hang.
-static bool run_block(std::vector<Fiber>& fibers, int width, bool backwards, Index& thread) {
-    const int n = (int)fibers.size();
-    for (Fiber& fiber : fibers) {
+static bool run_block(int n, int width, bool backwards, Index& thread) {
+    for (int i = 0; i < n; i++) {
+        Fiber& fiber = fibers[i];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = STACK;
@@ -58,7 +60,7 @@ static bool run_block(std::vector<Fiber>& fibers, int width, bool backwards, Ind
 }
 }  // namespace cuda_on_cpu
 
-static cuda_on_cpu::Index threadIdx, blockIdx;
+static cuda_on_cpu::Index threadIdx, blockIdx, gridDim;
 
 static void __syncthreads() {
     swapcontext(&cuda_on_cpu::running->context, &cuda_on_cpu::scheduler);
@@ -69,11 +71,14 @@ namespace cuda_on_cpu {
 template <class... P, std::size_t... I>
 int launch(void (*kernel)(P...), const int* grid, const int* block, bool backwards, void** arguments,
            std::index_sequence<I...>) {
-    std::vector<Fiber> fibers(block[0] * block[1]);
+    const int n = block[0] * block[1];
+    if ((int)fibers.size() < n)
+        fibers.resize(n);
     body = [=] { kernel(*(P*)arguments[I]...); };
+    gridDim = {grid[0], grid[1]};
     for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++)
-            if (!run_block(fibers, block[0], backwards, threadIdx))
+            if (!run_block(n, block[0], backwards, threadIdx))
                 return 1;
     return 0;
 }

@@ -1,0 +1,174 @@
+"""Lazy expressions (see `fusion`) as CUDA kernels: all that stands between two products is one launch.
+
+A block of threads computes a row, of which each thread takes every `THREADS`th column. A reduction computes again what
+it needs of each column, from arrays that the GPU's caches still hold, so nothing is stored on the way and read back.
+Half precision is computed in float, and rounded where it is stored.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt_xp._typing import Array
+from gpt_xp_backends.cupy_kernels import TYPES
+from gpt_xp_backends.fusion import Compute, Program, Step
+
+NAME = "fused"
+THREADS = 256  # a power of two
+AXES = ("outer", "middle", "inner", "in")  # the first three number the rows
+
+# {f} is what C appends to floats and to their functions: one number without it, and all that meets it is a double.
+SUFFIX = {"float": "f", "double": ""}
+FUNCTIONS = {
+    "add": "{} + {}",
+    "subtract": "{} - {}",
+    "multiply": "{} * {}",
+    "divide": "{} / {}",
+    "exp": "exp{f}({})",
+    "sqrt": "sqrt{f}({})",
+    "tanh": "tanh{f}({})",
+    "astype": "{}",
+    "max": "{}",  # of one number; of a row, see below
+    "sum": "{}",
+}
+# With what they begin, and how they make one number of two. A maximum with NaN is NaN, which `fmax` leaves out.
+REDUCTIONS = {"max": ("-1.0{f} / 0.0{f}", "{0} > {1} || {0} != {0} ? {0} : {1}"), "sum": ("0.0{f}", "{0} + {1}")}
+
+
+class _Value(NamedTuple):
+    """A number that threads compute: of their row, or of the column `i`."""
+
+    type: str
+    is_row: bool
+    inputs: tuple[int, ...]
+    expression: str
+    reduction: tuple[str, str] | None = None
+
+
+def source(program: Program) -> str:
+    """Return a kernel `NAME(sizes, each array given and its strides in numbers, outputs)`."""
+    values = _values(program)
+    parameters = ["int n", "int n_middle", "int n_inner"]
+    lines = [
+        "const int thread = threadIdx.x, row = blockIdx.x;",
+        "const int outer = row / n_inner / n_middle, middle = row / n_inner % n_middle, inner = row % n_inner;",
+    ]
+    for place, (dtype, _) in enumerate(program.given):
+        parameters.append(f"const {TYPES[str(dtype)][0]}* __restrict__ a{place}")
+        parameters += [f"long long a{place}_{axis}" for axis in AXES]
+        lines.append(f"a{place} += outer * a{place}_outer + middle * a{place}_middle + inner * a{place}_inner;")
+    for number, value in enumerate(values):
+        if value.is_row:
+            lines += _of_row(values, number)
+    columns, stores = [], []
+    for number in program.outputs:
+        number_type = TYPES[str(_step(program, number).dtype)][0]
+        parameters.append(f"{number_type}* __restrict__ out{number}")
+        if values[number].is_row:
+            lines.append(f"if (thread == 0) out{number}[row] = ({number_type})v{number};")
+        else:
+            columns.append(number)
+            stores.append(f"out{number}[(long long)row * n + i] = ({number_type})v{number};")
+    lines += _loop(values, columns, stores) if columns else []
+    header = f'extern "C" __global__ void __launch_bounds__({THREADS}) {NAME}'
+    text = f"{header}(\n    {', '.join(parameters)})\n{{\n    " + "\n    ".join(lines) + "\n}\n"
+    return "#include <cuda_fp16.h>\n" * ("__half" in text) + text
+
+
+def _values(program: Program) -> list[_Value]:
+    values = []
+    for place, (dtype, is_row) in enumerate(program.given):
+        wide = TYPES[str(dtype)][1]
+        values.append(_Value(wide, is_row, (), f"({wide})a{place}[{'0' if is_row else f'i * a{place}_in'}]"))
+    for step in program.steps:
+        wide = TYPES[str(step.dtype)][1]
+        inputs = tuple(each for each in step.inputs if isinstance(each, int))
+        operands = [_operand(values, each, wide) for each in step.inputs]
+        reduction = None
+        if step.function in REDUCTIONS and step.is_row and not values[inputs[0]].is_row:
+            start, combined = REDUCTIONS[step.function]
+            reduction = start.format(f=SUFFIX[wide]), combined
+        expression = FUNCTIONS[step.function].format(*operands, f=SUFFIX[wide])
+        values.append(_Value(wide, step.is_row, inputs, expression, reduction))
+    return values
+
+
+def _operand(values: list[_Value], x: int | float, wide: str) -> str:
+    if isinstance(x, float):
+        return f"{x!r}{SUFFIX[wide]}"
+    return f"v{x}" if values[x].type == wide else f"({wide})v{x}"
+
+
+def _step(program: Program, number: int) -> Step:
+    return program.steps[number - len(program.given)]
+
+
+def _of_row(values: list[_Value], number: int) -> list[str]:
+    """Compute a value of the row, in every thread."""
+    value, name, shared = values[number], f"v{number}", f"shared{number}"
+    if value.reduction is None:
+        return [_definition(values, number)]
+    start, combined = value.reduction
+    return [
+        f"{value.type} {name} = {start};",
+        *_loop(values, value.inputs, [f"{name} = {combined.format(name, f'v{value.inputs[0]}')};"]),
+        f"__shared__ {value.type} {shared}[{THREADS}];",  # its own: the next one need not wait till all have read it
+        f"{shared}[thread] = {name};",
+        "__syncthreads();",
+        f"for (int others = {THREADS} / 2; others > 0; others /= 2) {{",
+        "    if (thread < others)",
+        f"        {shared}[thread] = {combined.format(f'{shared}[thread]', f'{shared}[thread + others]')};",
+        "    __syncthreads();",
+        "}",
+        f"{name} = {shared}[0];",
+    ]
+
+
+def _loop(values: list[_Value], wanted: Iterable[int], last: list[str]) -> list[str]:
+    """Compute the values `wanted` of each column, and do what is `last`. Several blocks may share the row."""
+    needed, visit = set(), list(wanted)
+    while visit:
+        number = visit.pop()
+        if number not in needed and not values[number].is_row:
+            needed.add(number)
+            visit += values[number].inputs
+    return [
+        f"for (int i = blockIdx.y * {THREADS} + thread; i < n; i += gridDim.y * {THREADS}) {{",
+        *(f"    {_definition(values, number)}" for number in sorted(needed)),
+        *(f"    {line}" for line in last),
+        "}",
+    ]
+
+
+def _definition(values: list[_Value], number: int) -> str:
+    return f"const {values[number].type} v{number} = {values[number].expression};"
+
+
+def fused(cupy: Any) -> Compute:
+    """Return what computes programs by one launch each, of arrays of up to four axes."""
+
+    @functools.cache
+    def kernel(program: Program) -> Any:
+        return cupy.RawKernel(source(program), NAME, ())
+
+    def compute(program: Program, arrays: list[Array], shape: tuple[int, ...], _: frozenset[int]) -> list[Array]:
+        outer, middle, inner, n = (1,) * (4 - len(shape)) + shape
+        steps = [_step(program, number) for number in program.outputs]
+        outputs = [cupy.empty((*shape[:-1], 1 if step.is_row else n), dtype=step.dtype) for step in steps]
+        reduces = any(step.is_row and step.function in REDUCTIONS for step in program.steps)
+        blocks = 1 if reduces else -(-n // THREADS)  # of a row
+        arguments: list[Any] = [*map(np.int32, (n, middle, inner))]
+        for array in arrays:
+            arguments += [array, *map(np.int64, _strides(array))]
+        kernel(program)((outer * middle * inner, blocks), (THREADS, 1), (*arguments, *outputs))
+        return outputs
+
+    return compute
+
+
+def _strides(x: Array) -> list[int]:
+    """The strides of an array in numbers, along `AXES`: none where it has one number for all."""
+    strides = [0 if size == 1 else stride // x.itemsize for size, stride in zip(x.shape, x.strides, strict=True)]
+    return [0] * (4 - x.ndim) + strides
