@@ -4,7 +4,6 @@ Decoding runs as a CUDA graph (see `cupy_graph`), unless `GPT_XP_CUPY_GRAPH=0`.
 """
 
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._typing import Array
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, is_step
 from gpt_xp.errors import BackendError
 from gpt_xp_backends.cupy_fusion import fused
 from gpt_xp_backends.cupy_graph import GraphedStep, Trust
@@ -93,7 +92,7 @@ def _compile(
     A step of the model, whose arguments begin with these three, becomes a CUDA graph where it decodes.
     """
     step = function
-    if [*inspect.signature(function).parameters][:3] == ["params", "tokens", "cache"]:
+    if is_step(function):
         step = GraphedStep(cupy, function, xp, Fusing(xp, thin_matmul(cupy), fused(cupy)), trust)
 
     @functools.wraps(function)

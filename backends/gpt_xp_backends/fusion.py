@@ -193,7 +193,7 @@ class Fusing:
         width = shape[-1]
 
         def is_row(node: Node) -> bool:
-            return node.shape[-1] == 1 < width
+            return bool(node.shape[-1] == 1 < width)
 
         outputs = [node for node in steps if node is root or (node.is_wanted() and node.shape == shape)]
         program = Program(
@@ -218,7 +218,9 @@ def _node(x: Any) -> Node | float:
 
 def _sorted(root: Node) -> tuple[list[Node], list[Node]]:
     """Return the nodes with an array below `root`, and those without: each after its inputs, once."""
-    given, steps, seen = [], [], set()
+    given: list[Node] = []
+    steps: list[Node] = []
+    seen: set[int] = set()
 
     def visit(node: Node) -> None:
         if id(node) in seen:

@@ -71,7 +71,6 @@ class Threads:
             for error in filter(None, errors):
                 raise error
 
-
     def take_turns(self, function: Callable[[Any], None], work: list[Any]) -> None:
         """Call `function` with each of `work`, which is used up; whoever is ready takes the next."""
 
@@ -173,7 +172,7 @@ def _of(shape: tuple[int, ...], is_row: bool) -> tuple[int, ...]:
 
 
 class Plan:
-    """How a program is run on a block: which value is where, in an output or in a register that several values share."""
+    """How a program is run on a block: each value goes into an output, or into a register that several values share."""
 
     def __init__(self, program: Program, spare: frozenset[int]) -> None:
         self._program = program
@@ -186,7 +185,11 @@ class Plan:
         ]
         # An output may be written over an array that no later step reads.
         self._reusable = [
-            [each for each in sorted(spare) if self._last_use[each] <= value and program.given[each] == self._kind(value)]
+            [
+                each
+                for each in sorted(spare)
+                if self._last_use[each] <= value and program.given[each] == self._kind(value)
+            ]
             for value in program.outputs
         ]
 
@@ -203,7 +206,9 @@ class Plan:
         free: list[int] = []
         for number, step in self._numbered():
             # What is read here for the last time may be overwritten by what is computed from it.
-            free += [places[each] for each in {*step.inputs} if self._last_use[each] == number and places.get(each, -1) >= 0]
+            free += [
+                places[each] for each in {*step.inputs} if self._last_use[each] == number and places.get(each, -1) >= 0
+            ]
             if number in self._program.outputs:
                 places[number] = -1 - self._program.outputs.index(number)
                 continue
