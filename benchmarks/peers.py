@@ -4,8 +4,8 @@
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
 gpt-xp on each backend, and on NumPy quantized to int8, against transformers, CTranslate2, llama.cpp and picoGPT's
-algorithm, beside the floor: the bare matrix products over the same weights. Whoever is not installed is skipped, with
-the reason.
+algorithm, beside the floors: the bare matrix products over the same weights in NumPy and, for JAX, in XLA. Whoever is
+not installed is skipped, with the reason.
 
 The model has random weights of a published shape and is read from a file laid out as the published ones; CTranslate2's
 and llama.cpp's files are converted from it, in a temporary folder. Each contender lives in a process of its own, with
@@ -26,6 +26,8 @@ from gpt_xp.bench.figures import Spread
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
 ENGINES = FLOAT32[1:]
+FLOOR = {"jax": "XLA's products"}  # of other backends it is NumPy's, "floor"
+PEERS = (*FLOAT32, *NARROW, *FLOOR.values())
 BACKENDS = "numpy,jax,torch,cupy,numpy+int8"
 # How many times the seconds of others it may take; those of prefill are for long prompts.
 TARGETS = {
@@ -53,7 +55,7 @@ def script() -> None:
     )
     made.add_argument("--backends", default=BACKENDS, help=f"of gpt-xp (default: {BACKENDS})")
     made.add_argument("--dtypes", default="float32", help="of gpt-xp (default: float32)")
-    made.add_argument("--peers", default=",".join(FLOAT32 + NARROW), help=f"of {', '.join(common.PEERS)}")
+    made.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(common.PEERS)}")
     made.add_argument("--without-naive", action="store_true", help="leave picoGPT's algorithm out, which takes long")
     made.add_argument("--without-floor", action="store_true", help="leave the floor out, which is the CPU's")
     options = made.parse_args()
@@ -105,9 +107,11 @@ def engine_row(found: Benchmark, place: int, phase: str, backend: str) -> list[l
     if phase == "prefill" and context < LONG_PROMPT:
         limits = {}
     fastest = min(engines, key=lambda each: getattr(each.figures[place], phase).seconds.median)
-    others = {"fastest": fastest, **{name: common.measured(found, name) for name in ("CTranslate2 float32", "floor")}}
+    floor = common.measured(found, FLOOR.get(backend, "floor"))
+    others = {"fastest": fastest, ENGINES[0]: common.measured(found, ENGINES[0]), "floor": floor}
     cells = [cell(mine, other, place, phase, limits.get(kind)) for kind, other in others.items()]
     cells[0] += f" ({fastest.name})"
+    cells[2] += f" ({floor.name})" if backend in FLOOR and floor else ""
     return [[f"{phase}, {backend}", str(context), *cells]]
 
 

@@ -84,11 +84,11 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
 
 
 def window(n: int) -> int:
-    """Round up to 128, 256, 512, ...: one compiled program for each, and none looks at twice what it must."""
+    """Round up to 128, 256, 512, 768, 1024, ...: a compiled program for each, and none looks at twice what it must."""
     size = BLOCK
     while size < n:
         size *= 2
-    return size
+    return size * 3 // 4 if size == 8 * BLOCK and n <= size * 3 // 4 else size
 
 
 def decode_block(step: Step, state: Any, k: int) -> tuple[Any, Any]:

@@ -184,7 +184,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
 def _quantized(threads: int | None, backend: Backend) -> Backend:
     """Return the backend with products by Numba; raises `BackendError` where that is not installed."""
     numba = import_library("numba", QUANTIZED_FIX)
-    from gpt_xp_backends.numpy_kernels import product
+    from gpt_xp_backends.numpy_kernels import matmul, product
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
 
@@ -199,7 +199,7 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
         finally:
             numba.set_num_threads(before)
 
-    xp = QuantizedNamespace(backend.xp, backend.dtype, product)
+    xp = QuantizedNamespace(NumPy(**vars(backend.xp) | {"matmul": matmul}), backend.dtype, product)
     return replace(backend, xp=xp, compile=_compiler(xp, threads, scope))
 
 

@@ -21,6 +21,7 @@ from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 TILE = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
 DEPTH = 1024  # numbers of a row that are multiplied at a time: a tile of x and one of the weight fit the first cache
 FEW = 4  # rows of x up to which the first kind of kernel is the faster
+LONG = 256  # slots of a cache from which on two threads gain more than it costs to start them
 LINE = 64  # bytes of a cache line: operands that begin at one are loaded in half the time
 
 _lock = threading.Lock()  # one of Numba's threading layers ends the process where two threads use it at once
@@ -39,6 +40,36 @@ def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[A
     with _lock:
         kernel(x, weight.q, weight.scale, out, numba.get_num_threads())
     return out[:rows, :n_out]
+
+
+def matmul(x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Return the product of arrays: that of a query with the keys, or of its weights with the values, by those threads.
+
+    BLAS, which has one thread then, takes longer to read a long cache.
+    """
+    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.shape[:2] == w.shape[:2]
+    if is_query and max(w.shape[2:]) >= LONG:
+        for rows, is_keys in ((w.mT, True), (w, False)):
+            if (cached := _heads(rows)) is not None:
+                flat = np.ascontiguousarray(x.reshape(len(cached), -1))
+                out = np.empty((len(cached), w.shape[3]), np.float32)
+                with _lock:
+                    _attention_kernel(is_keys)(flat, cached, rows.shape[2], out, numba.get_num_threads())
+                return out.reshape(*x.shape[:3], -1)
+    return np.matmul(x, w)
+
+
+def _heads(rows: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any] | None":
+    """Return rows [batch, n_head, window, d_head] as [batch * n_head, n_slots, d_head], as they lie in a cache.
+
+    Beyond the window lies what is not looked at. None if these are no rows of a cache.
+    """
+    batch, n_head, _, d_head = rows.shape
+    outer, inner, slot, number = rows.strides
+    size = d_head * rows.itemsize
+    if (number, slot, outer) != (rows.itemsize, size, n_head * inner) or inner % size or rows.dtype != np.float32:
+        return None
+    return np.lib.stride_tricks.as_strided(rows, (batch * n_head, inner // size, d_head), (inner, slot, number))
 
 
 def _whole_tiles(n: int) -> int:
@@ -204,9 +235,41 @@ def _many_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
                     _add_tile(x, row, first, depth, wide, out, j)
 
 
+def _keys(q: Any, k: Any, n: int, out: Any, n_threads: int) -> None:
+    """Multiply each q with the first n keys of its head."""
+    n_heads = len(k)
+    for thread in prange(n_threads):
+        for head in range(n_heads * thread // n_threads, n_heads * (thread + 1) // n_threads):
+            for slot in range(n):
+                out[head, slot] = _dot(q[head], k[head, slot])
+
+
+def _values(weights: Any, v: Any, n: int, out: Any, n_threads: int) -> None:
+    """Add up the first n values of each head by their weights, 4 at a time: the sums are then in registers longer."""
+    n_heads = len(v)
+    for thread in prange(n_threads):
+        for head in range(n_heads * thread // n_threads, n_heads * (thread + 1) // n_threads):
+            total, weight, rows = out[head], weights[head], v[head]
+            total[:] = 0
+            for slot in range(0, n - 3, 4):
+                w0, w1, w2, w3 = weight[slot], weight[slot + 1], weight[slot + 2], weight[slot + 3]
+                v0, v1, v2, v3 = rows[slot], rows[slot + 1], rows[slot + 2], rows[slot + 3]
+                for i in range(total.size):
+                    total[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
+            for slot in range(n // 4 * 4, n):
+                for i in range(total.size):
+                    total[i] += weight[slot] * rows[slot, i]
+
+
+@functools.cache
+def _attention_kernel(is_keys: bool) -> Callable[..., None]:
+    rows, cached = types.Array(types.float32, 2, "C"), types.Array(types.float32, 3, "C")
+    return _compiled(types.void(rows, cached, types.intp, rows, types.intp), _keys if is_keys else _values)
+
+
 @functools.cache
 def _kernel(kind: str, few: bool) -> Callable[..., None]:
-    """Compile one of the kernels, or find it on disk from the last time."""
+    """Return one of the kernels for quantized weights."""
     function = {"int8": (_many_int8, _few_int8), "int4": (_many_int4, _few_int4)}[kind][few]
     codes, scale = (types.int8, (1, "C")) if kind == "int8" else (types.uint8, (2, "C"))
     # Weights that are mapped from a file are read-only, a type of its own; a writable one fits it too.
@@ -217,6 +280,11 @@ def _kernel(kind: str, few: bool) -> Callable[..., None]:
         types.Array(types.float32, 2, "C"),
         types.intp,
     )
+    return _compiled(signature, function)
+
+
+def _compiled(signature: Any, function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a kernel, or find it on disk from the last time."""
     try:
         return cast(Callable[..., None], njit(signature, parallel=True, cache=True, **_FAST)(function))
     except RuntimeError:  # there is no folder that Numba may write to
