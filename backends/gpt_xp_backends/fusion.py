@@ -220,19 +220,19 @@ def _sorted(root: Node) -> tuple[list[Node], list[Node]]:
     """Return the nodes with an array below `root`, and those without: each after its inputs, once."""
     given: list[Node] = []
     steps: list[Node] = []
-    seen: set[int] = set()
-
-    def visit(node: Node) -> None:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        for each in node.inputs if node.array is None else ():
-            if isinstance(each, Node):
-                visit(each)
-        (steps if node.array is None else given).append(node)
-
-    visit(root)
+    _visit(root, set(), given, steps)
     return given, steps
+
+
+def _visit(node: Node, seen: set[int], given: list[Node], steps: list[Node]) -> None:
+    # No closure, which would hold itself, and all arrays until Python's collector comes by.
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    for each in node.inputs if node.array is None else ():
+        if isinstance(each, Node):
+            _visit(each, seen, given, steps)
+    (steps if node.array is None else given).append(node)
 
 
 def _spare(given: list[Node], steps: list[Node], outputs: list[Node]) -> frozenset[int]:
