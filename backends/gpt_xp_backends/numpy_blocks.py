@@ -50,6 +50,10 @@ class Threads:
             forget = weakref.WeakMethod(self._forget)
             os.register_at_fork(after_in_child=lambda: (found := forget()) and found())
 
+    def __del__(self) -> None:
+        for work in self._queues:
+            work.put(None)
+
     def _forget(self) -> None:
         """Begin without threads: none of them lives on in a process that was forked."""
         self._lock = threading.Lock()
@@ -87,13 +91,16 @@ class Threads:
 
 def _serve(work: "queue.SimpleQueue[Any]") -> None:
     while True:
-        function, place, done = work.get()
+        got = work.get()
+        if got is None:  # the pool is gone
+            return
+        function, place, done = got
         error = None
         try:
             function(place)
         except BaseException as raised:  # whatever it is: the caller raises it
             error = raised
-        del function  # and the arrays that it holds
+        del function, got  # and the arrays that it holds
         done.put(error)
         del done, error
 
