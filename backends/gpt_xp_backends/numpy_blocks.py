@@ -131,7 +131,9 @@ def matmul(threads: Threads, xp: Namespace, x: NumPyArray, w: NumPyArray | Quant
 
         threads.take_turns(tile, tiles)
         return out
-    batch = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    batch = x.shape[:-2]
+    if batch != w.shape[:-2] or min(x.ndim, w.ndim) < 2:  # none of the model's
+        return np.asarray(np.matmul(x, w))
     out = np.empty((*batch, x.shape[-2], w.shape[-1]), np.result_type(x, w))
 
     def part(place: int) -> None:
@@ -154,6 +156,9 @@ def compute(
     threads: Threads, program: Program, arrays: list[NumPyArray], shape: tuple[int, ...], spare: frozenset[int]
 ) -> list[NumPyArray]:
     """Compute a fused expression; see `fusion.Compute`."""
+    if len(shape) < 2:  # none of the model's
+        outputs = compute(threads, program, arrays, (*(1, 1)[len(shape) :], *shape), frozenset())
+        return [out.reshape(out.shape[2 - len(shape) :]) for out in outputs]
     plan = _plan(program, spare)
     whole = [np.broadcast_to(each, _of(shape, is_row)) for each, (_, is_row) in zip(arrays, program.given, strict=True)]
     outputs = plan.outputs(arrays, shape)
