@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -146,12 +147,37 @@ def logits_on_threads(models: list[Model], times: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [({}, {}), ({"threads": 1}, {}), ({}, {"kind": "int8"})])
-def test_steps_on_several_threads_leave_blas_its_threads(calls: list[int], settings: Any) -> None:
-    with threadpoolctl.threadpool_limits(3, user_api="blas"):
-        models = [make(**each) for each in settings]
-        for _ in range(5):
-            logits_on_threads(models, 2)
-            assert blas_threads() == 3
+def test_steps_on_several_threads_leave_blas_its_threads(calls: list[int], three: None, settings: Any) -> None:
+    models = [make(**each) for each in settings]
+    for _ in range(5):
+        logits_on_threads(models, 2)
+        assert blas_threads() == 3
+    assert set(calls) == {1}
+
+
+@pytest.fixture
+def three() -> Iterator[None]:
+    """A BLAS of three threads, which no thread of Python's has for itself."""
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    before = numpy_backend._by_any_thread(controller, lambda: controller.limit(limits=3))
+    yield
+    numpy_backend._by_any_thread(controller, before.restore_original_limits)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_limits_that_overlap_on_two_threads(three: None, same: bool) -> None:
+    controllers = [threadpoolctl.ThreadpoolController() for _ in range(2)]
+    one = numpy_backend.LIMITS(controllers[0], 1)
+    other = numpy_backend.LIMITS(controllers[0 if same else 1], 2)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        seen = [blas_threads()]
+        for thread, step in (
+            (first, one.__enter__), (second, other.__enter__),
+            (first, lambda: one.__exit__(None, None, None)), (second, lambda: other.__exit__(None, None, None)),
+        ):  # fmt: skip
+            thread.submit(step).result(20)
+            seen.append(blas_threads())
+    assert seen == [3, 1, 2, 2, 3]
 
 
 def test_the_pool_is_as_large_as_blas_was(calls: list[int]) -> None:
