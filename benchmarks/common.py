@@ -96,6 +96,8 @@ def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any)
 def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> list[Entry]:
     """Return other engines, with their conversions made; what cannot be used is skipped later, with its reason."""
     entries = []
+    if unknown := [name for name in wanted if name not in PEERS]:
+        raise GptXpError(f"there is no {unknown[0]!r} to compare with; there are: {', '.join(PEERS)}")
     for name in wanted:
         if options.only is not None and name not in options.only:
             continue

@@ -143,3 +143,8 @@ def test_training_floor_is_all_products_of_a_step(script):
     n_weights = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
     per_token = 6 * n_weights + 12 * config.n_layer * config.n_embd * config.n_ctx
     assert n_flops == per_token * batch * config.n_ctx
+
+
+def test_an_unknown_peer_is_refused_by_name(script, tmp_path):
+    with pytest.raises(GptXpError, match=r"no 'lama.cpp' .* transformers, .*llama.cpp Q8_0,"):
+        script("common").peers(tmp_path, ["llama.cpp F32", "lama.cpp"], OPTIONS)

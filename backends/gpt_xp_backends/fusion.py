@@ -190,10 +190,10 @@ class Fusing:
         given, steps = _sorted(root)
         number = {id(node): place for place, node in enumerate([*given, *steps])}
         shape = np.broadcast_shapes(*{node.shape for node in (*given, *steps)})
-        width = shape[-1]
+        width = shape[-1] if shape else 1
 
         def is_row(node: Node) -> bool:
-            return bool(node.shape[-1] == 1 < width)
+            return width > 1 and node.shape[-1:] in ((), (1,))
 
         outputs = [node for node in steps if node is root or (node.is_wanted() and node.shape == shape)]
         program = Program(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -139,12 +140,60 @@ def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
 Scope: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
+class Limits:
+    """How many threads BLAS has: what it was before the first of several that overlap is put back after the last.
+
+    Two models that run on two of Python's threads would each put back what the other had set, and so leave it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._first: dict[int, Any] = {}  # of each controller, in the order in which they came
+
+    @contextlib.contextmanager
+    def __call__(self, controller: Any, threads: int) -> Iterator[None]:
+        """Limit what the controller controls, inside; where limits overlap, the latest holds."""
+        with self._lock:
+            self._first.setdefault(id(controller), _by_any_thread(controller, lambda: controller.limit(limits=threads)))
+            self._n_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_inside -= 1
+                while self._first and not self._n_inside:
+                    _by_any_thread(controller, self._first.popitem()[1].restore_original_limits)
+
+    def without(self, blas: Any) -> int:
+        """Return how many threads BLAS has outside of all limits."""
+        with self._lock:
+            for first in self._first.values():
+                return int(first.get_original_num_threads()["blas"] or 1)
+            return max((each["num_threads"] for each in blas.info()), default=1)
+
+
+def _by_any_thread(controller: Any, change: Callable[[], Any]) -> Any:
+    """Return what `change` does: threadpoolctl 3.8 lets only the thread that set OpenBLAS's threads set them again."""
+    libraries = [each for each in controller.lib_controllers if hasattr(each, "clear_controlling_thread")]
+    for library in libraries:
+        library.clear_controlling_thread(force=True)
+    try:
+        return change()
+    finally:
+        for library in libraries:
+            library.clear_controlling_thread(force=True)
+
+
+LIMITS = Limits()
+
+
 def _limited(threads: int | None) -> Scope:
     """Return a scope in which BLAS has so many threads."""
     if threads is None:
         return contextlib.nullcontext
     controller = threadpoolctl.ThreadpoolController()
-    return lambda: controller.limit(limits=threads)
+    return lambda: LIMITS(controller, threads)
 
 
 def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
@@ -154,24 +203,27 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
     """
 
     @functools.cache
-    def in_blocks() -> tuple[Any, Scope]:
+    def in_blocks() -> tuple[Any, Any]:
         from gpt_xp_backends import fusion, numpy_blocks
 
         numpy_blocks.keep_freed_memory()
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-        pool = numpy_blocks.Threads(threads or max((each["num_threads"] for each in blas.info()), default=1))
+        pool = numpy_blocks.Threads(threads or LIMITS.without(blas))
         matmul = functools.partial(numpy_blocks.matmul, pool, xp)
         fusing = fusion.Fusing(xp, matmul, functools.partial(numpy_blocks.compute, pool))
-        return fusing, lambda: blas.limit(limits=1)
+        return fusing, blas
 
     def compile(
         function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
+        step = is_step(function)
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if is_step(function) and args[1].size >= MANY:
-                fusing, one_thread = in_blocks()
-                with scope(), one_thread():
+            # Another namespace that somebody put in the place of this one is used as it is.
+            if step and args[1].size >= MANY and kwargs["xp"] is xp:
+                fusing, blas = in_blocks()
+                with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
             with scope():
                 return function(*args, **kwargs)
@@ -194,7 +246,7 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads or before, numba.config.NUMBA_NUM_THREADS))
         try:
-            with blas.limit(limits=1):
+            with LIMITS(blas, 1):
                 yield
         finally:
             numba.set_num_threads(before)

@@ -50,6 +50,10 @@ class Threads:
             forget = weakref.WeakMethod(self._forget)
             os.register_at_fork(after_in_child=lambda: (found := forget()) and found())
 
+    def __del__(self) -> None:
+        for work in self._queues:
+            work.put(None)
+
     def _forget(self) -> None:
         """Begin without threads: none of them lives on in a process that was forked."""
         self._lock = threading.Lock()
@@ -87,13 +91,16 @@ class Threads:
 
 def _serve(work: "queue.SimpleQueue[Any]") -> None:
     while True:
-        function, place, done = work.get()
+        got = work.get()
+        if got is None:  # the pool is gone
+            return
+        function, place, done = got
         error = None
         try:
             function(place)
         except BaseException as raised:  # whatever it is: the caller raises it
             error = raised
-        del function  # and the arrays that it holds
+        del function, got  # and the arrays that it holds
         done.put(error)
         del done, error
 
@@ -124,7 +131,9 @@ def matmul(threads: Threads, xp: Namespace, x: NumPyArray, w: NumPyArray | Quant
 
         threads.take_turns(tile, tiles)
         return out
-    batch = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    batch = x.shape[:-2]
+    if batch != w.shape[:-2] or min(x.ndim, w.ndim) < 2:  # none of the model's
+        return np.asarray(np.matmul(x, w))
     out = np.empty((*batch, x.shape[-2], w.shape[-1]), np.result_type(x, w))
 
     def part(place: int) -> None:
@@ -147,6 +156,9 @@ def compute(
     threads: Threads, program: Program, arrays: list[NumPyArray], shape: tuple[int, ...], spare: frozenset[int]
 ) -> list[NumPyArray]:
     """Compute a fused expression; see `fusion.Compute`."""
+    if len(shape) < 2:  # none of the model's
+        outputs = compute(threads, program, arrays, (*(1, 1)[len(shape) :], *shape), frozenset())
+        return [out.reshape(out.shape[2 - len(shape) :]) for out in outputs]
     plan = _plan(program, spare)
     whole = [np.broadcast_to(each, _of(shape, is_row)) for each, (_, is_row) in zip(arrays, program.given, strict=True)]
     outputs = plan.outputs(arrays, shape)
