@@ -18,9 +18,12 @@ from small_models import CONFIGS, small_params, small_tokens
 from test_model import GOLDENS
 
 import gpt_xp
-from gpt_xp import Backend, Model
-from gpt_xp.backend import closest_first, get_backend, import_library
+from gpt_xp import Backend, Model, steps
+from gpt_xp.backend import closest_first, get_backend, import_library, is_step
+from gpt_xp.cache import new_cache
+from gpt_xp.comparison.worker import traced
 from gpt_xp.errors import BackendError
+from gpt_xp.sampling import choose
 
 
 def in_a_new_process(code: str, **environment: str) -> Any:
@@ -322,3 +325,11 @@ def test_a_wrong_backend_is_caught(bug: str) -> None:
 def test_a_backend_through_the_same_namespace_is_right(name: str) -> None:
     model = Model(small_params(name), CONFIGS[name], backend=wrong_backend("tanh", np.tanh))
     assert_values(model.logits(small_tokens(name))[:, ::3], GOLDENS[f"{name}/logits"], TOLERANCE["logits", "float32"])
+
+
+def test_what_is_a_step_of_the_model() -> None:
+    for function in (steps.last_logits, steps.all_logits, steps.each_logits):
+        assert is_step(function)
+    # Those return more than logits and a cache, which CuPy's graph and NumPy's blocks would not know.
+    for other in (steps.decode_steps, choose, new_cache, traced):
+        assert not is_step(other)

@@ -1,6 +1,8 @@
 """Lazy arrays on plain NumPy: the numbers of eager ones, each computed once, and nothing spoiled that is still read."""
 
 import functools
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -229,3 +231,23 @@ def test_the_oracle_of_programs_is_numpy() -> None:
     )
     total, wide = evaluate(program, [np.asarray([[0.5, 2], [3, 4]], dtype=np.float32)])
     assert (total.tolist(), wide.dtype) == ([[2.5], [7.0]], np.float64)
+
+
+def test_arrays_are_gone_when_nobody_holds_them() -> None:
+    """Without Python's collector: a cycle of references would hold the largest arrays there are until it comes by."""
+    made: list[Any] = []
+
+    def matmul(x: Any, w: Any) -> Any:
+        product = np.matmul(x, w)
+        made.append(weakref.ref(product))
+        return product
+
+    xp = Fusing(PLAIN, matmul, Spiteful())
+    gc.collect()
+    gc.disable()
+    try:
+        model.gpt2(small_params("prime"), small_tokens("prime"), CONFIGS["prime"], xp=xp)
+        assert len(made) > 10
+        assert not any(product() is not None for product in made)
+    finally:
+        gc.enable()

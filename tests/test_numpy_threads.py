@@ -153,3 +153,12 @@ def child():
     quiet = "import warnings; warnings.simplefilter('ignore'); codes = []\n"  # of a fork beside threads
     code = POOL + quiet + fork + end + "\ndone.clear(); pool.run(done.append); print(json.dumps([codes, sorted(done)]))"
     assert in_a_new_process(code) == [[0], [0, 1]]
+
+
+def test_numpys_error_state_is_the_callers() -> None:
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        Threads(2).run(lambda place: 1 / np.zeros(1) if place else None)
+    found: list[Any] = []
+    with np.errstate(divide="ignore"):  # a warning would be an error here
+        Threads(2).run(lambda place: found.append(1 / np.zeros(1)))
+    assert found == [np.inf, np.inf]

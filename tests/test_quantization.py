@@ -1,5 +1,6 @@
 """Quantized weights: against float64 arithmetic on the weights that they stand for, on every backend."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from commands import Result
 from comparison import assert_values
-from conftest import make_backend, quantized
+from conftest import make_backend, quantized, skipping_what_is_missing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_gpt2 import gpt2 as naive_gpt2
@@ -309,6 +310,44 @@ def test_the_command_says_what_ran(no_variables: None, call: Callable[..., Resul
     assert "float32, int8;" in result.err
     record = json.loads(call("--model", "shakespeare", "-n", "3", "--json", "--quantize", "int4", "ROMEO:").out)
     assert record["stats"]["quantize"] == "int4"
+
+
+@pytest.mark.parametrize("window", [1, 4, 23, 41])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, batch: int, window: int) -> None:
+    """The products of a decode step with a cache, of which only the first slots may be looked at."""
+    with skipping_what_is_missing("numba"):
+        numpy_kernels = importlib.import_module("gpt_xp_backends.numpy_kernels")
+    monkeypatch.setattr(numpy_kernels, "LONG", 1)
+    plain = []
+    monkeypatch.setattr(
+        numpy_kernels.np, "matmul", lambda x, w: plain.append(1) or np.einsum("...ij,...jk->...ik", x, w)
+    )
+    random = np.random.RandomState(window)
+    layers = random.standard_normal((3, batch, 7, 41, 13)).astype(np.float32)  # [n_layer, batch, n_head, n_slots, d]
+    layers[:, :, :, window:] = np.nan
+    rows = layers[1, :, :, :window]
+    query = random.standard_normal((7, batch, 1, 13)).astype(np.float32).swapaxes(0, 1)  # as permuted heads lie
+    weights = random.standard_normal((batch, 7, 1, window)).astype(np.float32)
+    for x, w in ((query, rows.mT), (weights, rows)):
+        expected = np.einsum("...ij,...jk->...ik", x.astype(np.float64), w.astype(np.float64))
+        product = numpy_kernels.matmul(x, w)
+        assert (product.shape, product.dtype) == (expected.shape, np.float32)
+        assert np.abs(product - expected).max() <= TOLERANCE["same", "float32"] * np.abs(expected).max()
+    assert not plain, "by NumPy"
+    # What is no query of one token, no float32, or no rows of a cache, is NumPy's.
+    others = [
+        (np.concatenate([query, query], axis=2), rows.mT),
+        (query.astype(np.float64), rows.mT),
+        (query, rows.mT.astype(np.float64)),
+        (query[..., ::2], rows[..., ::2].mT),
+        (query, np.asfortranarray(rows).mT),
+        (query[:, :1], rows.mT),
+        (query[0, 0], rows[0, 0].mT),
+    ]
+    for x, w in others:
+        np.testing.assert_allclose(numpy_kernels.matmul(x, w), np.einsum("...ij,...jk->...ik", x, w), rtol=1e-6)
+    assert len(plain) == len(others)
 
 
 def test_without_numba_numpy_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,7 +221,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             # Another namespace that somebody put in the place of this one is used as it is.
-            if step and args[1].size >= MANY and kwargs["xp"] is xp:
+            if step and args[1].size >= MANY and kwargs.get("xp") is xp:
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})

@@ -5,6 +5,7 @@ for some rows at a time, few enough for the processor's cache and enough that Py
 and threads take the blocks in turns. Products are split among the same threads, each with a BLAS of one.
 """
 
+import contextvars
 import functools
 import itertools
 import math
@@ -67,7 +68,7 @@ class Threads:
                 self._queues.append(queue.SimpleQueue())
                 threading.Thread(target=_serve, args=(self._queues[-1],), daemon=True).start()
             for place, work in enumerate(self._queues, 1):
-                work.put((function, place, done))
+                work.put((contextvars.copy_context(), function, place, done))  # with the caller's np.errstate
             try:
                 function(0)
             finally:
@@ -94,13 +95,13 @@ def _serve(work: "queue.SimpleQueue[Any]") -> None:
         got = work.get()
         if got is None:  # the pool is gone
             return
-        function, place, done = got
+        context, function, place, done = got
         error = None
         try:
-            function(place)
+            context.run(function, place)
         except BaseException as raised:  # whatever it is: the caller raises it
             error = raised
-        del function, got  # and the arrays that it holds
+        del context, function, got  # and the arrays that it holds
         done.put(error)
         del done, error
 
@@ -111,8 +112,7 @@ def keep_freed_memory() -> None:
     glibc gives back what is larger than the largest block that was ever freed, up to 32 MB, and the system clears every
     page anew: up to a fifth of the time of a prompt. Others take no notice of this.
     """
-    del_at_once = np.empty(2**25 - 2**16, np.uint8)
-    del del_at_once
+    np.empty(2**25 - 2**16, np.uint8)  # freed at once, and never touched
 
 
 def matmul(threads: Threads, xp: Namespace, x: NumPyArray, w: NumPyArray | QuantizedWeight) -> NumPyArray:

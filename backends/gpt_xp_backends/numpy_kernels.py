@@ -56,7 +56,7 @@ def matmul(x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]") -> "np.ndarray[
                 with _lock:
                     _attention_kernel(is_keys)(flat, cached, rows.shape[2], out, numba.get_num_threads())
                 return out.reshape(*x.shape[:3], -1)
-    return np.matmul(x, w)
+    return np.asarray(np.matmul(x, w))
 
 
 def _heads(rows: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any] | None":

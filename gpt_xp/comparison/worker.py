@@ -58,9 +58,12 @@ def work(job_file: Path) -> None:
 
 
 def traced(
-    params: Params, tokens: Array, cache: KVCache, count: int | Array, config: GPT2Config, window: int, xp: Namespace
+    tokens: Array, params: Params, cache: KVCache, count: int | Array, config: GPT2Config, window: int, xp: Namespace
 ) -> tuple[list[Array], Array, KVCache]:
-    """What `steps.last_logits` computes, and all that it leaves on the way, in at least float32."""
+    """What `steps.last_logits` computes, and all that it leaves on the way, in at least float32.
+
+    It returns more than a step does, and by the order of its arguments backends do not take it for one.
+    """
     seen: list[Array] = []
     after: KVCache | None = cache
     for x, after in residual_stream(params, tokens, config, cache, window, xp):  # noqa: B007
@@ -86,7 +89,7 @@ def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.nda
         else:
             piece, window = backend.asarray(tokens[:, begin : begin + 1]), min(backend.window(begin + 1), cache.n_slots)
             count = 1
-        seen, scores, cache = step(model.params, piece, cache, count, config=model.config, window=window, xp=backend.xp)
+        seen, scores, cache = step(piece, model.params, cache, count, config=model.config, window=window, xp=backend.xp)
         layers.append(np.stack([backend.to_numpy(each)[:count] for each in seen]))
         logits.append(backend.to_numpy(scores)[:count])
     return np.concatenate(layers, axis=1), np.concatenate(logits)
