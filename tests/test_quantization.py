@@ -343,6 +343,7 @@ def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, bat
         (query[..., ::2], rows[..., ::2].mT),
         (query, np.asfortranarray(rows).mT),
         (query[:, :1], rows.mT),
+        (query, np.concatenate([rows, rows], axis=1)[:, :7].mT),
         (query[0, 0], rows[0, 0].mT),
     ]
     for x, w in others:
