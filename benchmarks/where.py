@@ -1,10 +1,12 @@
-"""Where the time of gpt-xp on NumPy goes: seconds in each function of model.py, beside the bare matrix products.
+"""Where the time of gpt-xp on NumPy goes: milliseconds in each function of model.py.
 
     python benchmarks/where.py --threads 2
 
 A model of 124M shape with random weights, float32. Two tables, for prefill of a prompt and for a greedy step of decode
 after it: medians over several runs of the time inside each function, those that it calls included, so `attention` holds
-`softmax`. Looking at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
+`softmax`. A long prompt is computed in blocks: there the functions of model.py only note what is to be computed, and what
+takes the time is `matmul`, the products, and `compute`, all that stands between two of them, of `numpy_blocks`. Looking
+at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 FUNCTIONS = ("linear", "attention", "softmax", "gelu", "layer_norm", "embed", "unembed")
+BLOCKS = ("matmul", "compute")
 
 
 def main() -> None:
@@ -30,6 +33,7 @@ def main() -> None:
         os.environ[name] = str(options.threads)
 
     import numpy as np
+    from gpt_xp_backends import numpy_blocks
     from shapes import published_params
 
     import gpt_xp
@@ -37,22 +41,26 @@ def main() -> None:
     from gpt_xp.cache import KVCache
 
     config = gpt_xp.SIZES["124M"]
-    engine = gpt_xp.Model(published_params(config), config, backend="numpy")
+    params = published_params(config)
     prompt = np.random.default_rng(0).integers(0, config.n_vocab, options.context).tolist()
-    plain = list(turns(engine, prompt, options.runs))
+    plain = list(turns(gpt_xp.Model(params, config, backend="numpy"), prompt, options.runs))
 
     spent: dict[str, float] = defaultdict(float)
     for name in FUNCTIONS:
         setattr(model, name, timed(getattr(model, name), spent))
+    for name in BLOCKS:
+        setattr(numpy_blocks, name, timed(getattr(numpy_blocks, name), spent))
     steps.unembed = model.unembed  # type: ignore[attr-defined]
     KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
     generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
+    engine = gpt_xp.Model(params, config, backend="numpy")
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
     for phase, title in enumerate(("prefill", "decode")):
         print(f"\n{title}, {options.context} tokens of context, {options.threads} threads, milliseconds")
         print(f"  {'whole':20} {1e3 * statistics.median(turn[phase] for turn in plain):8.2f}")
         print(f"  {'whole, while watched':20} {1e3 * statistics.median(turn[phase] for turn in watched):8.2f}")
-        for name in watched[0][2][phase]:
+        names = watched[0][2][phase]
+        for name in [name for name in names if name not in FUNCTIONS or not {*BLOCKS} & {*names}]:
             print(f"    {name:18} {1e3 * statistics.median(turn[2][phase][name] for turn in watched):8.2f}")
 
 

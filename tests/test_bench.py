@@ -180,6 +180,16 @@ def test_the_logits_of_quantized_weights_are_reported(found):
     assert standing(found, "floor").logits_difference is None
 
 
+@pytest.mark.parametrize(("allowed", "fits"), [(0.02, True), (0.005, False)])
+@pytest.mark.parametrize("behaviour", ["int8", "wrong"])
+def test_an_entry_says_how_far_its_logits_may_be_off(tmp_path, behaviour, allowed, fits):
+    log = tmp_path / "log"
+    entries = [fake("right", log), dataclasses.replace(fake(behaviour, log), allowed=allowed)]
+    found = race("made up", entries, [Workload(5)], 97, rounds=1, pause=0)
+    assert found.is_ok == fits
+    assert bool(standing(found, behaviour).figures) == fits
+
+
 def test_compiling_counts_in_the_warm_up_alone(found):
     assert standing(found, "slow to compile").compile_seconds == 20.0
     assert standing(found, "slow to compile").peak_memory_bytes == 12345

@@ -32,12 +32,14 @@ Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 class Entry:
     """A contender that is to take part: a name, and the command of a process that speaks `worker.py`'s protocol.
 
-    The floor is no contender: it is what the machine can do, and the others are compared with it.
+    The floor is no contender: it is what the machine can do, and the others are compared with it. `allowed` is how far
+    its logits may be off, relative to the largest, where the tolerance of its dtype does not say.
     """
 
     name: str
     command: Sequence[str]
     is_floor: bool = False
+    allowed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class _Lane:
             self.failed = f"it has {self.logits.size} logits, where {reference.entry.name} has {reference.logits.size}"
             return
         self.difference = difference([self.logits], [reference.logits]).relative
-        own = TOLERANCE.get(("logits", self.description["dtype"]))
+        own = self.entry.allowed or TOLERANCE.get(("logits", self.description["dtype"]))
         if own is None:  # quantized: how far off it is, is its user's to judge
             return
         allowed = max(own, TOLERANCE["logits", reference.description["dtype"]])
