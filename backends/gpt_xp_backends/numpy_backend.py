@@ -28,7 +28,8 @@ from gpt_xp.quantization import QuantizedNamespace
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
-MANY = 192  # tokens of a step from which on threads gain more than Python between their blocks costs
+# Tokens of a step from which on threads gain more than Python between their blocks costs, and Numba's products lose.
+MANY = {"plain": 256, "quantized": 96}
 FEW = 3  # rows that are multiplied sooner one by one
 
 # What is in NumPy as the standard has it, of that which every step calls.
@@ -201,6 +202,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
 
     Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`.
     """
+    weights = "quantized" if isinstance(xp, QuantizedNamespace) else "plain"
 
     @functools.cache
     def in_blocks() -> tuple[Any, Any]:
@@ -221,7 +223,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             # Another namespace that somebody put in the place of this one is used as it is.
-            if step and args[1].size >= MANY and kwargs.get("xp") is xp:
+            if step and args[1].size >= MANY[weights] and kwargs.get("xp") is xp:
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
