@@ -39,7 +39,8 @@ def test_goldens_are_what_transformers_computes(name: str) -> None:
 
     goldens = np.load(HERE / "goldens" / "logits.npz")
     for key, value in make_goldens.golden(name).items():
-        assert_values(value, goldens[key], 1e-10)
+        by_loss = key.endswith(("/loss", "/gradient"))
+        assert_values(value, goldens[key], TOLERANCE["gradient of transformers", "float64"] if by_loss else 1e-10)
 
 
 def test_the_greedy_text_is_what_transformers_writes() -> None:

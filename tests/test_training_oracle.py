@@ -101,7 +101,10 @@ def read(directory: Path) -> dict[str, np.ndarray]:
 
 
 def assert_moved_alike(
-    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], before: dict[str, np.ndarray]
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, np.ndarray],
+    before: dict[str, np.ndarray],
+    tolerance: str = "gradient",
 ) -> None:
     assert ours.keys() == theirs.keys()
     for name, start in before.items():
@@ -112,7 +115,7 @@ def assert_moved_alike(
             n = len(moved) // 3
             moved, wanted = np.delete(moved, slice(n, 2 * n)), np.delete(wanted, slice(n, 2 * n))
         if wanted.any():
-            assert_values(moved, wanted, TOLERANCE["gradient", "float32"])
+            assert_values(moved, wanted, TOLERANCE[tolerance, "float32"])
         else:
             assert not moved.any(), name
 
@@ -156,7 +159,7 @@ def test_fine_tuning_with_frozen_blocks_is_that_of_torch(tmp_path: Path) -> None
     losses = [theirs.step(crops(tokens, 31, 15, seed=7, step=step).reshape(3, 5, 32))[0] for step in range(3)]
     assert found.best.train_loss == pytest.approx(np.mean(losses), rel=1e-6)
     ours, after = read(tmp_path / "after"), theirs.tensors()
-    assert_moved_alike(ours, after, theirs.before)
+    assert_moved_alike(ours, after, theirs.before, "first steps of Adam")  # there is no warm-up
     moved = {name for name, start in theirs.before.items() if not np.array_equal(ours[name], start)}
     assert moved == {name for name in ours if name.startswith(("transformer.h.1.", "transformer.ln_f."))}
 
