@@ -183,7 +183,7 @@ def test_models_of_one_shape_share_the_programs_of_jax(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("kind", "n_in"), [("int8", 7), ("int8", 1056), ("int4", 32), ("int4", 1056)])
 def test_kernels_of_numpy_for_any_shape(kind: str, n_in: int, n_out: int) -> None:
     quantized(make_backend("numpy"))
-    from gpt_xp_backends.numpy_kernels import product
+    from gpt_xp_backends.numpy_kernels import product, widening
 
     random = np.random.RandomState(n_in + n_out)
     weight = QuantizedWeight(*_quantized(random.standard_normal((n_out, n_in)).astype(np.float32), kind))
@@ -193,6 +193,9 @@ def test_kernels_of_numpy_for_any_shape(kind: str, n_in: int, n_out: int) -> Non
     for rows in (1, 2, 4, 5, 8, 13):
         x = random.standard_normal((rows, 2 * n_in)).astype(np.float32)[:, ::2]
         assert_values(product(x, weight), x.astype(np.float64) @ meant, TOLERANCE["logits", "float32"])
+    wide = np.full((n_out, n_in), np.nan, np.float32)
+    widening(weight)(weight.q, weight.scale, wide)
+    assert_values(wide, meant.T, TOLERANCE["same", "float32"])
 
 
 def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

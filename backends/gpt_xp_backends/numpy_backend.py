@@ -197,12 +197,13 @@ def _limited(threads: int | None) -> Scope:
     return lambda: LIMITS(controller, threads)
 
 
-def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
+def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) -> Compile:
     """Return a `Backend.compile` for functions in the namespace `xp`, called inside `scope`.
 
-    Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`.
+    Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`, which needs
+    `widening` where weights are quantized.
     """
-    weights = "quantized" if isinstance(xp, QuantizedNamespace) else "plain"
+    weights = "quantized" if widening else "plain"
 
     @functools.cache
     def in_blocks() -> tuple[Any, Any]:
@@ -211,7 +212,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
         numpy_blocks.keep_freed_memory()
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
         pool = numpy_blocks.Threads(threads or LIMITS.without(blas))
-        matmul = functools.partial(numpy_blocks.matmul, pool, xp)
+        matmul = functools.partial(numpy_blocks.matmul, pool, widening)
         fusing = fusion.Fusing(xp, matmul, functools.partial(numpy_blocks.compute, pool))
         return fusing, blas
 
@@ -238,7 +239,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope) -> Compile:
 def _quantized(threads: int | None, backend: Backend) -> Backend:
     """Return the backend with products by Numba; raises `BackendError` where that is not installed."""
     numba = import_library("numba", QUANTIZED_FIX)
-    from gpt_xp_backends.numpy_kernels import matmul, product
+    from gpt_xp_backends.numpy_kernels import matmul, product, widening
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
 
@@ -254,7 +255,7 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
             numba.set_num_threads(before)
 
     xp = QuantizedNamespace(NumPy(**vars(backend.xp) | {"matmul": matmul}), backend.dtype, product)
-    return replace(backend, xp=xp, compile=_compiler(xp, threads, scope))
+    return replace(backend, xp=xp, compile=_compiler(xp, threads, scope, widening))
 
 
 def _settings(threads: int | None) -> dict[str, str]:

@@ -18,13 +18,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpt_xp._typing import Namespace
-from gpt_xp.quantization import QuantizedWeight, dequantize
+from gpt_xp.quantization import QuantizedWeight
 from gpt_xp_backends.fusion import Program
 
 NumPyArray: TypeAlias = np.ndarray[Any, Any]
 
-TILE = 2**18  # numbers of a quantized weight that are widened at a time
+COLUMNS = 512  # of a quantized weight that are widened at a time: with few, BLAS takes a tenth longer
 BLOCK = 2**16  # numbers of a block: with half as many, GELU and softmax took 1.1 and 1.4 times as long on two threads
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -115,22 +114,15 @@ def keep_freed_memory() -> None:
     np.empty(2**25 - 2**16, np.uint8)  # freed at once, and never touched
 
 
-def matmul(threads: Threads, xp: Namespace, x: NumPyArray, w: NumPyArray | QuantizedWeight) -> NumPyArray:
-    """Return the product, split among threads: of matrices by columns, of batches of them by heads.
+# For a quantized weight, what writes rows of it into an array of float32: (codes, scales, array [n_out, n_in]).
+Widening: TypeAlias = Callable[[QuantizedWeight], Callable[[NumPyArray, NumPyArray, NumPyArray], None]]
 
-    A quantized weight is widened some columns at a time: for many rows that is the smaller part of the work.
-    """
+
+def matmul(threads: Threads, widening: Widening | None, x: NumPyArray, w: NumPyArray | QuantizedWeight) -> NumPyArray:
+    """Return the product, split among threads: of matrices by columns, of batches of them by heads."""
     if isinstance(w, QuantizedWeight):
-        out = np.empty((len(x), w.shape[1]), x.dtype)
-        step = max(1, TILE // w.shape[0])
-        tiles = [slice(first, first + step) for first in range(0, w.shape[1], step)]
-
-        def tile(columns: slice) -> None:
-            wide = dequantize(QuantizedWeight(w.q[columns], w.scale[columns]), x.dtype, xp)
-            np.matmul(x, wide.T, out=out[:, columns])
-
-        threads.take_turns(tile, tiles)
-        return out
+        assert widening is not None
+        return _quantized_matmul(threads, widening, x, w)
     batch = x.shape[:-2]
     if batch != w.shape[:-2] or min(x.ndim, w.ndim) < 2:  # none of the model's
         return np.asarray(np.matmul(x, w))
@@ -143,6 +135,26 @@ def matmul(threads: Threads, xp: Namespace, x: NumPyArray, w: NumPyArray | Quant
         else:
             columns = _part(out.shape[-1], place, threads.n)
             np.matmul(x, w[:, columns], out=out[:, columns])
+
+    threads.run(part)
+    return out
+
+
+def _quantized_matmul(threads: Threads, widening: Widening, x: NumPyArray, w: QuantizedWeight) -> NumPyArray:
+    """Widen some columns at a time, and multiply by them while they are in the cache: for many rows the larger part."""
+    n_in, n_out = w.shape
+    out = np.empty((len(x), n_out), np.float32)
+    widen = widening(w)  # compiled before there are threads
+
+    def part(place: int) -> None:
+        mine = range(n_out)[_part(n_out, place, threads.n)]
+        n_tiles = -(-len(mine) // COLUMNS)
+        tiles = [mine[_part(len(mine), number, n_tiles)] for number in range(n_tiles)]
+        memory = np.empty((max(map(len, tiles), default=0), n_in), np.float32)
+        for tile in tiles:
+            columns, wide = slice(tile.start, tile.stop), memory[: len(tile)]
+            widen(w.q[columns], w.scale[columns], wide)
+            np.matmul(x, wide.T, out=out[:, columns])
 
     threads.run(part)
     return out

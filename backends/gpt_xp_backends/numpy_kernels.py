@@ -42,6 +42,11 @@ def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[A
     return out[:rows, :n_out]
 
 
+def widening(weight: QuantizedWeight) -> Callable[..., None]:
+    """Return what writes rows of such a weight into an array [n_out, n_in] of float32, on the thread that asks."""
+    return _widening_kernel(kind_of(weight))
+
+
 def matmul(x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """Return the product of arrays: that of a query with the keys, or of its weights with the values, by those threads.
 
@@ -261,6 +266,23 @@ def _values(weights: Any, v: Any, n: int, out: Any, n_threads: int) -> None:
                     total[i] += weight[slot] * rows[slot, i]
 
 
+def _rows_int8(q: Any, scale: Any, wide: Any) -> None:
+    for j in range(len(q)):
+        _widen_int8(q[j], scale[j], wide[j])
+
+
+def _rows_int4(q: Any, scale: Any, wide: Any) -> None:
+    for j in range(len(q)):
+        _widen_int4(q[j], scale[j], wide[j])
+
+
+@functools.cache
+def _widening_kernel(kind: str) -> Callable[..., None]:
+    codes, scale = _weight_types(kind)
+    function = {"int8": _rows_int8, "int4": _rows_int4}[kind]
+    return _compiled(types.void(codes, scale, types.Array(types.float32, 2, "C")), function, parallel=False)
+
+
 @functools.cache
 def _attention_kernel(is_keys: bool) -> Callable[..., None]:
     rows, cached = types.Array(types.float32, 2, "C"), types.Array(types.float32, 3, "C")
@@ -271,21 +293,19 @@ def _attention_kernel(is_keys: bool) -> Callable[..., None]:
 def _kernel(kind: str, few: bool) -> Callable[..., None]:
     """Return one of the kernels for quantized weights."""
     function = {"int8": (_many_int8, _few_int8), "int4": (_many_int4, _few_int4)}[kind][few]
-    codes, scale = (types.int8, (1, "C")) if kind == "int8" else (types.uint8, (2, "C"))
-    # Weights that are mapped from a file are read-only, a type of its own; a writable one fits it too.
-    signature = types.void(
-        types.Array(types.float32, 2, "C"),
-        types.Array(codes, 2, "C", readonly=True),
-        types.Array(types.float32, *scale, readonly=True),
-        types.Array(types.float32, 2, "C"),
-        types.intp,
-    )
-    return _compiled(signature, function)
+    rows = types.Array(types.float32, 2, "C")
+    return _compiled(types.void(rows, *_weight_types(kind), rows, types.intp), function)
 
 
-def _compiled(signature: Any, function: Callable[..., None]) -> Callable[..., None]:
+def _weight_types(kind: str) -> tuple[Any, Any]:
+    """Return the types of codes and scales. Those that are mapped from a file are read-only; writable ones fit too."""
+    codes, n_axes = (types.int8, 1) if kind == "int8" else (types.uint8, 2)
+    return types.Array(codes, 2, "C", readonly=True), types.Array(types.float32, n_axes, "C", readonly=True)
+
+
+def _compiled(signature: Any, function: Callable[..., None], parallel: bool = True) -> Callable[..., None]:
     """Compile a kernel, or find it on disk from the last time."""
     try:
-        return cast(Callable[..., None], njit(signature, parallel=True, cache=True, **_FAST)(function))
+        return cast(Callable[..., None], njit(signature, parallel=parallel, cache=True, **_FAST)(function))
     except RuntimeError:  # there is no folder that Numba may write to
-        return cast(Callable[..., None], njit(signature, parallel=True, **_FAST)(function))
+        return cast(Callable[..., None], njit(signature, parallel=parallel, **_FAST)(function))
