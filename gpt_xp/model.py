@@ -66,8 +66,8 @@ def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -
     """Mix the rows of `v` by how well each `q` matches each `k`; `mask` forbids where to look."""
     xp = xp or array_namespace(q, k, v)
     q = q / math.sqrt(q.shape[-1])  # before the product: fewer numbers, and half precision does not overflow
-    scores = xp.matmul(q, xp.matrix_transpose(k)) + mask  # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k]
-    weights = softmax(scores, xp)  # in float32 at least, which is the mask's dtype
+    # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k], in float32 at least, which is the mask's dtype
+    weights = softmax(xp.matmul(q, xp.matrix_transpose(k)) + mask, xp)
     return xp.matmul(xp.astype(weights, v.dtype, copy=False), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
 
 

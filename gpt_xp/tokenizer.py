@@ -9,11 +9,10 @@ stand for bytes are those of `encoder.py` in openai/gpt-2.
 """
 
 import heapq
-import itertools
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, KeysView, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,12 +71,12 @@ class Tokenizer:
     ) -> None:
         """Raises `TokenizerError` if vocabulary, merges and special tokens do not fit each other."""
         self.encoder = dict(encoder)
-        self.merges = list(merges)
+        same = {token: token for token in self.encoder}  # merges are of tokens: each string is held once
+        self.merges = [(same.get(left, left), same.get(right, right)) for left, right in merges]
         self.special_tokens = frozenset(special_tokens) | ({EOS} & self.encoder.keys())
         _check_parts(self.encoder, self.merges, self.special_tokens, _places)
         self.decoder = {id: token for token, id in self.encoder.items()}
-        self.ids = frozenset(self.decoder)
-        self.n_vocab = max(self.ids) + 1
+        self.n_vocab = max(self.decoder) + 1
         self.eos_token_id = self.encoder.get(EOS)
         self._rank: dict[tuple[str | None, str | None], int] = {merge: rank for rank, merge in enumerate(self.merges)}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
@@ -134,6 +133,11 @@ class Tokenizer:
                     f"{path} would be read in place of the tokenizer to be saved there, and is another: "
                     "remove it, or choose another directory"
                 )
+
+    @property
+    def ids(self) -> KeysView[int]:
+        """The ids that have a token."""
+        return self.decoder.keys()
 
     def __len__(self) -> int:
         """How many tokens there are; `n_vocab` is larger where the ids have gaps."""
@@ -279,11 +283,9 @@ def _check_parts(
     for byte, character in enumerate(CHARACTER_OF_BYTE):
         if character not in encoder:
             raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: no {character!r} for byte {byte:#04x}")
-    made = set(map("".join, merges))
-    unknown = {*itertools.chain.from_iterable(merges), *made} - encoder.keys()
-    for rank, (left, right) in enumerate(merges if unknown or EOS in made else ()):
+    for rank, (left, right) in enumerate(merges):
         for token in (left, right, left + right):
-            if token in unknown:
+            if token not in encoder:
                 raise TokenizerError(f"{places.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
         if left + right == EOS:
             raise TokenizerError(f"{places.merge(rank)}: makes {EOS}, which text must not become by itself")

@@ -5,7 +5,7 @@ Each of the two readers returns the arguments of `Tokenizer`; they raise `Tokeni
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
 
 IN_MEMORY = Places("encoder", "merges[{}]".format)
-Parts = tuple[dict[str, int], list[tuple[str, str]], Iterable[str], Places]
+Parts = tuple[dict[str, int], Iterable[tuple[str, str]], Iterable[str], Places]
 
 
 def what_is_missing(folder: Path) -> str:
@@ -110,17 +110,15 @@ def _with_added(encoder: dict[str, int], added: dict[str, int], place: str) -> d
     return encoder | added if added else encoder
 
 
-def _pairs(merges: Iterable[Any], places: Places) -> list[tuple[str, str]]:
+def _pairs(merges: Iterable[Any], places: Places) -> Iterator[tuple[str, str]]:
     """The two parts of each merge, which is "left right" or ["left", "right"]."""
-    pairs = []
     for rank, merge in enumerate(merges):
         match merge.split(" ") if isinstance(merge, str) else merge:
             case [left, right] if left and right and isinstance(left, str) and isinstance(right, str):
-                pairs.append((left, right))
+                yield left, right
             case _:
                 problem = f"{merge!r} is no merge: expected two tokens with one space between them"
                 raise TokenizerError(f"{places.merge(rank)}: {problem}")
-    return pairs
 
 
 def _read_text(path: Path) -> str:

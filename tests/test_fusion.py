@@ -89,8 +89,8 @@ def test_gpt2_is_the_same_and_computes_each_value_once(dtype: str, name: str, ca
     assert_same(run_gpt2(xp, dtype, name, cached), run_gpt2(PLAIN, dtype, name, cached), dtype)
     assert xp.computed_steps == xp.noted
     # In each layer: norm, shift of q, k, v, softmax, norm, and GELU; and the last norm. Stored besides are
-    # the residual, and what `model` still has a name for: the scores, and what attention adds to the residual.
-    outputs = [1, 1, 2, 3, 1] + [2, 1, 2, 3, 1] * (CONFIGS[name].n_layer - 1) + [2]
+    # the residual, and what `model` still has a name for: what attention adds to the residual.
+    outputs = [1, 1, 1, 3, 1] + [2, 1, 1, 3, 1] * (CONFIGS[name].n_layer - 1) + [2]
     assert [len(program.outputs) for program in xp.programs] == outputs * (3 if cached else 1)
 
 

@@ -100,6 +100,16 @@ def test_decoding_starts_no_threads(calls: list[int], monkeypatch: pytest.Monkey
     assert threading.active_count() == before + 2
 
 
+def test_fewer_tokens_are_many_after_a_long_prompt(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_backend, "MANY", {"plain": 17, "long": 5, "quantized": 5})
+    monkeypatch.setattr(numpy_backend, "LONG", 17)
+    monkeypatch.setattr(numpy_backend, "ROWS", 16)
+    model = make(threads=2)
+    for n_tokens, n_steps in ((16, 0), (16 + 4, 0), (16 + 5, 1)):
+        model.generate([5] * n_tokens, max_tokens=2, ignore_eos=True)
+        assert len(calls) == n_steps * (6 * model.config.n_layer + 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_another_namespace_is_used_as_it_is(calls: list[int], dtype: str) -> None:
     model = make("int8", dtype=dtype)  # in float64 there are no products by Numba, and none in blocks

@@ -29,7 +29,9 @@ QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
 # Tokens of a step from which on threads gain more than Python between their blocks costs, and Numba's products lose.
-MANY = {"plain": 256, "quantized": 96}
+# With a long cache, blocks of attention's scores also spare memory: all of them at once are the largest arrays.
+MANY = {"plain": 256, "long": 96, "quantized": 96}
+LONG = 512  # slots of a cache
 FEW = 3  # rows that are multiplied sooner one by one
 
 # What is in NumPy as the standard has it, of that which every step calls.
@@ -203,7 +205,6 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) 
     Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`, which needs
     `widening` where weights are quantized.
     """
-    weights = "quantized" if widening else "plain"
 
     @functools.cache
     def in_blocks() -> tuple[Any, Any]:
@@ -221,10 +222,13 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) 
     ) -> Callable[..., Any]:
         step = is_step(function)
 
+        def has_many(tokens: Any, window: int) -> bool:
+            return bool(tokens.size >= MANY["quantized" if widening else "long" if window >= LONG else "plain"])
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             # Another namespace that somebody put in the place of this one is used as it is.
-            if step and args[1].size >= MANY[weights] and kwargs.get("xp") is xp:
+            if step and kwargs.get("xp") is xp and has_many(args[1], kwargs["window"]):
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
