@@ -109,7 +109,7 @@ class Backend:
     # Run step(state) -> (state, output) k times as one program; return the last state and the outputs, stacked. Called
     # inside `compile`. None: steps are run one by one, and each token is seen before the next is computed.
     decode_block: DecodeBlock | None = None
-    # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.1: there, logits are sampled by NumPy.
+    # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.3: there, logits are sampled by NumPy.
     samples_on_host: bool = False
 
     is_out_of_memory: Callable[[BaseException], bool] = _no_memory_error

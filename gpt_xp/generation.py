@@ -20,6 +20,7 @@ from gpt_xp.backend import Backend, get_backend
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
+from gpt_xp.host_sampling import choose_among_few
 from gpt_xp.noise import gumbel_noise
 from gpt_xp.quantization import quantization_of
 from gpt_xp.results import Piece, Prompt, Row, Stats
@@ -302,22 +303,23 @@ class Engine:
 
     def _sample(self, logits: Array, rows: Sequence[Row], sampling: Sampling, step: int) -> Choice:
         """Choose the next token of each row; the `Choice` holds NumPy arrays."""
-        host = self.backend.samples_on_host
+        host, numbers = self.backend.samples_on_host, sampling.numbers
         asarray = np.asarray if host else self.backend.asarray
-        numbers = sampling.numbers
-        noise = seen = None
-        if numbers["temperature"] is not None:
-            noise = asarray(self._noise(rows, sampling.seed, step))
-        if numbers["repetition_penalty"] is not None:
-            seen = asarray(self._seen(rows))
-        choice = self._choose(
-            self.backend.to_numpy(logits) if host else logits,
-            noise=noise,
-            seen=seen,
-            allowed=None if self._allowed is None else asarray(self._allowed),
-            xp=self._choosing.xp,
-            **numbers,
-        )
+        arguments = numbers | {
+            "seen": None if numbers["repetition_penalty"] is None else asarray(self._seen(rows)),
+            "allowed": None if self._allowed is None else asarray(self._allowed),
+            "xp": self._choosing.xp,
+        }
+        if host:
+            logits = self.backend.to_numpy(logits)
+        if host and numbers["top_k"] is not None:
+
+            def draw(row: int, ids: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+                return gumbel_noise(sampling.seed, rows[row].prompt.sample, step, self.config.n_vocab, ids)
+
+            return _finite(choose_among_few(logits, draw, **arguments), self.backend)
+        noise = None if numbers["temperature"] is None else asarray(self._noise(rows, sampling.seed, step))
+        choice = self._choose(logits, noise=noise, **arguments)
         if not host:
             choice = Choice(*map(self.backend.to_numpy, choice))
         return _finite(choice, self.backend)

@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 
 
-def gumbel_noise(seed: int, sample: int, step: int, n_vocab: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """Return [n_vocab] float32 draws of the standard Gumbel distribution (Gumbel 1954).
+def gumbel_noise(
+    seed: int, sample: int, step: int, n_vocab: int, ids: "np.ndarray[Any, Any] | None" = None
+) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return [n_vocab] float32 draws of the standard Gumbel distribution (Gumbel 1954), or those of `ids` alone.
 
     Adding them to logits and taking the largest samples from their softmax. They are computed in float64 on the host,
     from 32 bits each, and rounded once.
     """
     key, counter = np.array([seed, sample], dtype=np.uint64), np.array([0, step, 0, 0], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw((n_vocab + 1) // 2)
-    bits = raw.astype("<u8").view("<u4")[:n_vocab]
+    bits = raw.astype("<u8", copy=False).view("<u4")[:n_vocab]
+    if ids is not None:
+        bits = bits[ids]
     # From 1, the distance of the middle of one of 2^32 equal parts: never 0 or 1, and exact in float64.
     x = (2.0**32 - 0.5 - bits) * 2.0**-32
     for _ in range(2):  # -log(-log(x)), in place: a new array for each function would take as long as the logarithms

@@ -99,22 +99,40 @@ def choose(
     """
     xp = xp or array_namespace(logits)
     logits = at_least_float32(logits, xp)
+    scores = adjusted(logits, seen, allowed, temperature, repetition_penalty, xp)
+    if temperature is not None:
+        scores = keep_likeliest(scores, top_k, top_p, min_p, xp) + noise
+    token, margin = largest(scores, temperature, xp)
+    return Choice(token, log_probability(logits, token, xp), margin)
+
+
+def adjusted(
+    logits: Array,
+    seen: Array | None,
+    allowed: Array | None,
+    temperature: float | None,
+    repetition_penalty: float | None,
+    xp: Namespace,
+) -> Array:
+    """Scores [batch, n_vocab] for the filters: logits of ids that have a token, penalized, over the temperature."""
     scores = logits if allowed is None else xp.where(allowed, logits, lowest(logits, xp))
     if repetition_penalty is not None:
         scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
     if temperature is not None:
         # With the maximum taken off first, no temperature overflows.
         scores = (scores - xp.max(scores, axis=-1, keepdims=True)) / temperature
-        scores = keep_likeliest(scores, top_k, top_p, min_p, xp) + noise
+    return scores
 
-    token = xp.argmax(scores, axis=-1)  # [batch]
+
+def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Array, Array]:
+    """The place of the largest score of each row [batch], and its margin over the second in units of logits."""
+    token = xp.argmax(scores, axis=-1)
     ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(token))
     chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
     best = xp.max(scores, axis=-1)
     second = xp.max(xp.where(chosen, lowest(scores, xp), scores), axis=-1)
     # Where the filters left one token alone the difference is the largest number, and must not overflow.
-    margin = xp.clip(best - second, 0.0, 1e6) * (1 if temperature is None else temperature)
-    return Choice(token, log_probability(logits, token, xp), margin)
+    return token, xp.clip(best - second, 0.0, 1e6) * (1 if temperature is None else temperature)
 
 
 def lowest(x: Array, xp: Namespace) -> Array:

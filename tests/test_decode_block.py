@@ -139,9 +139,9 @@ def test_noise_is_drawn_for_the_tokens_that_may_come_and_no_more(monkeypatch: py
     drawn: list[int] = []
     original = generation.gumbel_noise
 
-    def spy(seed: int, sample: int, step: int, n_vocab: int) -> Any:
+    def spy(seed: int, sample: int, step: int, *rest: Any) -> Any:
         drawn.append(step)
-        return original(seed, sample, step, n_vocab)
+        return original(seed, sample, step, *rest)
 
     monkeypatch.setattr(generation, "gumbel_noise", spy)
     small(in_blocks(make_backend("numpy"))).generate(TOKENS[:3], max_tokens=18, ignore_eos=True, **FILTERS)

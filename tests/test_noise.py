@@ -46,6 +46,14 @@ def test_a_longer_vocabulary_begins_with_the_shorter() -> None:
     np.testing.assert_array_equal(gumbel_noise(1, 2, 3, 1000)[:17], gumbel_noise(1, 2, 3, 17))
 
 
+def test_noise_of_some_tokens_is_that_of_all() -> None:
+    n_vocab = 50257
+    noise = gumbel_noise(1, 2, 3, n_vocab)
+    for n_ids in (0, 1, 2, 7, 40, 1009):
+        ids = np.random.RandomState(n_ids).choice(n_vocab, n_ids, replace=False)
+        np.testing.assert_array_equal(gumbel_noise(1, 2, 3, n_vocab, ids), noise[ids])
+
+
 def test_every_part_of_the_key_counts() -> None:
     draws = [gumbel_noise(*key, 101) for key in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0), (2, 1, 3))]
     assert len({draw.tobytes() for draw in draws}) == 5

@@ -207,12 +207,12 @@ def assert_caught(actual: dict[str, Generation], expected: dict[str, Generation]
         assert_same(actual, expected)
 
 
-NOISE: dict[str, Callable[[int, int, int, int], Any]] = {
-    "one bit of the seed": lambda seed, sample, step, n: gumbel_noise(seed ^ 1, sample, step, n),
-    "the seed in 32 bits": lambda seed, sample, step, n: gumbel_noise(seed % 2**32, sample, step, n),
-    "one sample for all": lambda seed, sample, step, n: gumbel_noise(seed, 0, step, n),
-    "a step late": lambda seed, sample, step, n: gumbel_noise(seed, sample, step + 1, n),
-    "one token aside": lambda *key: np.roll(gumbel_noise(*key), 1),
+NOISE: dict[str, Callable[..., Any]] = {
+    "one bit of the seed": lambda seed, *rest: gumbel_noise(seed ^ 1, *rest),
+    "the seed in 32 bits": lambda seed, *rest: gumbel_noise(seed % 2**32, *rest),
+    "one sample for all": lambda seed, sample, *rest: gumbel_noise(seed, 0, *rest),
+    "a step late": lambda seed, sample, step, *rest: gumbel_noise(seed, sample, step + 1, *rest),
+    "one token aside": lambda *arguments: np.roll(gumbel_noise(*arguments), 1),
 }
 
 

@@ -75,6 +75,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         to_numpy=np.asarray,
         compile=_compiler(xp, threads, _limited(threads)),
         piece=lambda batch: max(ROWS // batch, 16),
+        samples_on_host=True,
         device_memory=physical_memory(),
         settings=lambda: _settings(threads),
         quantized=functools.partial(_quantized, threads) if dtype == "float32" else None,
