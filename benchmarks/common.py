@@ -39,6 +39,7 @@ PEERS = {
     "llama.cpp Q4_0": ("llama_cpp", "Q4_0+flash", 5e-1),
     "picoGPT's algorithm": ("naive", "float32", None),
     "XLA's products": ("xla", "float32", None),
+    "int8 products": ("int8", "int8", None),
     "transformers cuda float32": ("transformers", "float32", None),
     "transformers cuda bfloat16": ("transformers", "bfloat16", None),
     "torch.compile cuda float32": ("transformers", "float32+compile", None),

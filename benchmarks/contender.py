@@ -16,7 +16,7 @@ from gpt_xp.bench.worker import serve
 def main() -> None:
     """Prepare or serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=["transformers", "ctranslate2", "llama_cpp", "naive", "xla"])
+    parser.add_argument("engine", choices=["transformers", "ctranslate2", "llama_cpp", "naive", "xla", "int8"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, required=True)

@@ -4,8 +4,8 @@
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
 gpt-xp on each backend, and on NumPy quantized to int8, against transformers, CTranslate2, llama.cpp and picoGPT's
-algorithm, beside the floors: the bare matrix products over the same weights in NumPy and, for JAX, in XLA. Whoever is
-not installed is skipped, with the reason.
+algorithm, beside the floors: the bare matrix products over the same weights in NumPy, for JAX in XLA, and for int8 by
+gpt-xp's own compiled ones. Whoever is not installed is skipped, with the reason.
 
 The model has random weights of a published shape and is read from a file laid out as the published ones; CTranslate2's
 and llama.cpp's files are converted from it, in a temporary folder. Each contender lives in a process of its own, with
@@ -26,7 +26,7 @@ from gpt_xp.bench.figures import Spread
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
 ENGINES = FLOAT32[1:]
-FLOOR = {"jax": "XLA's products"}  # of other backends it is NumPy's, "floor"
+FLOOR = {"jax": "XLA's products", "numpy+int8": "int8 products"}  # of other backends it is NumPy's, "floor"
 PEERS = (*FLOAT32, *NARROW, *FLOOR.values())
 BACKENDS = "numpy,jax,torch,cupy,numpy+int8"
 # How many times the seconds of others it may take; those of prefill are for long prompts.
@@ -39,8 +39,8 @@ TARGETS = {
 LONG_PROMPT = 512
 QUANTIZED = "gpt-xp numpy+int8"
 QUANTIZED_TARGETS = {
-    "decode": {"gpt-xp numpy": 0.35, "llama.cpp Q8_0": 1.0, "CTranslate2 int8": None},
-    "prefill": {"gpt-xp numpy": 1.0, "llama.cpp Q8_0": None, "CTranslate2 int8": None},
+    "decode": {"gpt-xp numpy": 0.35, "llama.cpp Q8_0": 1.0, "CTranslate2 int8": None, "int8 products": None},
+    "prefill": {"gpt-xp numpy": 1.0, "llama.cpp Q8_0": None, "CTranslate2 int8": None, "int8 products": None},
 }
 NAIVE = "picoGPT's algorithm"
 README_COMMAND = Workload(context=10, n_new=40)  # picoGPT's README: a prompt of 10 tokens, and 40 more

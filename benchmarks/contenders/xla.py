@@ -1,6 +1,7 @@
-"""What XLA can do: the products of GPT-2's layers and of its token table in one compiled program, and nothing else.
+"""What XLA can do: the products of GPT-2's layers, of its token table and of its cache in one program, nothing else.
 
-No engine: it computes no logits. It is the floor of gpt-xp on JAX, as the bare products in NumPy are that of NumPy.
+No engine: it computes no logits. It is the floor of gpt-xp on JAX, as the bare products in NumPy are that of NumPy. The
+cache lies here as XLA reads it in the least time: an array of its own for each layer, all of which is looked at.
 """
 
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_xp_backends.jax_backend import LONG
+from gpt_xp_backends.jax_backend import LONG, window
 
 from gpt_xp.checkpoint import read_config, read_params
 
@@ -20,11 +21,18 @@ def prepare(folder: Path, dtype: str) -> None:
 
 
 @jax.jit
-def products(blocks: Any, wte: Any, x: Any) -> Any:
-    """Multiply x [rows, n_embd] with all weights in turn, and its last row with the token table."""
-    for block in blocks:
+def products(blocks: Any, wte: Any, x: Any, cache: Any) -> Any:
+    """Multiply x [rows, n_embd] with all weights and with the cache in turn, and its last row with the token table.
+
+    `cache` has keys and values [n_head, n_slots, d_head] for each layer, or is empty.
+    """
+    for layer, block in enumerate(blocks):
         qkv = x @ block["attn"]["c_attn"]["w"]
         x = jnp.sum(jnp.reshape(qkv, (len(x), 3, -1)), axis=1)  # all of them are needed, or XLA leaves some out
+        if cache:
+            k, v = cache[layer]
+            scores = k @ jnp.reshape(x, (len(k), -1, 1))  # [n_head, n_slots, d] @ [n_head, d, 1]: one query
+            x = jnp.reshape(jnp.matrix_transpose(scores) @ v, x.shape)
         x = x @ block["attn"]["c_proj"]["w"]
         x = x @ block["mlp"]["c_fc"]["w"] @ block["mlp"]["c_proj"]["w"]
     return x, x[-1:] @ wte.T
@@ -34,9 +42,9 @@ class Contender:
     """Products of float32 on the CPU; `threads` are set by NPROC when the process starts."""
 
     def __init__(self, folder: Path, dtype: str, threads: int, device: str) -> None:
-        config = read_config(folder)
-        params = jax.tree.map(jnp.asarray, read_params(folder, config))
-        self.blocks, self.wte, self.n_embd = params["blocks"], params["wte"], config.n_embd
+        self.config = read_config(folder)
+        params = jax.tree.map(jnp.asarray, read_params(folder, self.config))
+        self.blocks, self.wte = params["blocks"], params["wte"]
 
     def describe(self) -> dict[str, Any]:
         """Return name, version, device, dtype and settings."""
@@ -47,17 +55,24 @@ class Contender:
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
         """Return the seconds of prefill, in pieces as long as those of gpt-xp on JAX, and of each later token."""
-        total = len(prompts) * len(prompts[0])
-        pieces = [self.rows(min(LONG, total - begin)) for begin in range(0, total, LONG)]
-        token = self.rows(len(prompts))
+        (prompt,) = prompts
+        sizes = [min(LONG, len(prompt) - begin) for begin in range(0, len(prompt), LONG)]
+        pieces = [(self.full(rows, self.config.n_embd), ()) for rows in sizes]
+        token = self.full(1, self.config.n_embd)
+        caches = {n: self.cache(n) for n in {window(len(prompt) + step) for step in range(1, n_tokens)}}
         with jax.default_matmul_precision("highest"):
             times = [time.perf_counter()]
-            for rows in [pieces, *[[token]] * (n_tokens - 1)]:
-                for x in rows:
-                    jax.block_until_ready(products(self.blocks, self.wte, x))
+            for step in range(n_tokens):
+                for x, cache in [(token, caches[window(len(prompt) + step)])] if step else pieces:
+                    jax.block_until_ready(products(self.blocks, self.wte, x, cache))
                 times.append(time.perf_counter())
         return np.diff(times).tolist()
 
-    def rows(self, n: int) -> Any:
-        """Some numbers, [n, n_embd]."""
-        return jnp.full((n, self.n_embd), 0.5, dtype=jnp.float32)
+    def cache(self, n_slots: int) -> Any:
+        """Keys and values of each layer."""
+        shape = self.config.n_head, n_slots, self.config.n_embd // self.config.n_head
+        return [(self.full(*shape), self.full(*shape)) for _ in range(self.config.n_layer)]
+
+    def full(self, *shape: int) -> Any:
+        """Some numbers."""
+        return jnp.full(shape, 0.001, dtype=jnp.float32)
