@@ -38,7 +38,7 @@ def main() -> None:
     logits.block_until_ready()
     say("prompt run")
     cache = model._engine.decode([5], cache, used)[1]
-    cache.k.block_until_ready()
+    jax.block_until_ready(cache)
     say("a token decoded")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     say("given back")

@@ -208,10 +208,10 @@ def pass_times(model: Any, rounds: int, context: int = 512) -> list[dict[str, An
             for step in range(4):
                 tokens = backend.asarray(np.full((1, n), 7, dtype=np.int32))
                 begin = time.perf_counter()
+                cache, window = engine._fitting(cache._replace(position=used), used + n)
                 each, cache = engine._each_logits(
-                    model.params, tokens, cache._replace(position=used), config=model.config,
-                    window=min(backend.window(used + n), cache.n_slots), xp=backend.xp,
-                )  # fmt: skip
+                    model.params, tokens, cache, config=model.config, window=window, xp=backend.xp
+                )
                 backend.to_numpy(each[-1])
                 if turn and step:  # the first compiles, and the caches and threads are still those of another width
                     ms.append(1e3 * (time.perf_counter() - begin))

@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace
+from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
@@ -102,6 +103,10 @@ class Backend:
     window: Callable[[int], int] = lambda n: n
     # How many slots to make for n tokens in a model of context n_ctx.
     slots: Callable[[int, int], int] = lambda n, n_ctx: n
+    new_cache: Callable[..., KVCache] = new_cache
+    # (cache, n_slots, xp) -> the same cache with so many slots. With it a cache begins with the slots that the first
+    # step looks at, and grows; without, it has all that it may need.
+    grown: Callable[..., KVCache] | None = None
     # How many tokens of each of so many prompts are computed together: few stay in the processor's cache.
     piece: Callable[[int], int] = lambda batch: 128
     # To how many tokens a piece of n, out of a prompt of `total`, is padded on the right.

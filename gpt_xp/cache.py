@@ -83,7 +83,8 @@ class KVCache(NamedTuple):
     def copy(self, xp: Namespace = None) -> "KVCache":
         """A cache of its own with the same content, so that two continuations can begin here."""
         xp = xp or array_namespace(self.k)
-        return self._replace(k=xp.asarray(self.k, copy=True), v=xp.asarray(self.v, copy=True))
+        # All of it: a compiled step that may reuse the memory of a cache takes its position too.
+        return KVCache(*(part if isinstance(part, int) else xp.asarray(part, copy=True) for part in self))
 
     def _slots(self, n_seq: int, xp: Namespace) -> Array:
         return xp.arange(n_seq, dtype=xp.int32, device=device(self.start)) + self.position

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt_xp._typing import Array, Params
 from gpt_xp.backend import Backend, get_backend
-from gpt_xp.cache import KVCache, new_cache
+from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
 from gpt_xp.host_sampling import choose_among_few
@@ -81,7 +81,8 @@ class Engine:
         )
         # The very functions, not partial ones: JAX then shares compiled programs between models of one shape.
         static, donate = ("config", "window", "xp"), ("cache",)
-        self._new_cache = backend.compile(new_cache, static=("config", "n_slots", "xp"))
+        self._new_cache = backend.compile(backend.new_cache, static=("config", "n_slots", "xp"))
+        self._grown = backend.grown and backend.compile(backend.grown, static=("n_slots", "xp"))
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
         self._each_logits = backend.compile(each_logits, static=static, donate=donate)
@@ -161,17 +162,18 @@ class Engine:
         """Return the next `BLOCK` choices, [BLOCK, batch] each, which the device may still be computing."""
         asarray, numbers = self.backend.asarray, run.sampling.numbers
         run.used += BLOCK
+        cache, window = self._fitting(run.cache, run.used)
         choices, run.cache = self._decode_steps(
             self.params,
             token=asarray(np.asarray(run.choice.token, dtype=np.int32)),
-            cache=run.cache,
+            cache=cache,
             seen=None if numbers["repetition_penalty"] is None else asarray(self._seen(run.rows)),
             noise=None if noise is None else asarray(noise),
             allowed=None if self._allowed is None else asarray(self._allowed),
             k=BLOCK,
             decode_block=self.backend.decode_block,
             config=self.config,
-            window=min(self.backend.window(run.used), run.cache.n_slots),
+            window=window,
             xp=self.backend.xp,
             **numbers,
         )
@@ -193,7 +195,8 @@ class Engine:
         speculation.append(run.choice.token, run.alive)
         while True:
             step, began = run.step, run.clock.decode
-            fits = run.used + WIDTH <= run.cache.n_slots  # where the ring begins again, a wrong guess would destroy
+            # Where the ring begins again, a wrong guess would destroy.
+            fits = run.used + WIDTH <= (self._most_slots() if self._grown else run.cache.n_slots)
             proposed = speculation.propose(run.alive) if fits else None
             for choice in [self._next(run)] if proposed is None else self._verify(run, proposed):
                 speculation.append(choice.token, run.alive)
@@ -218,10 +221,10 @@ class Engine:
         Yield the choice after each, up to the first that is not what was proposed: it is right too.
         """
         tokens = np.column_stack([run.choice.token, proposed]).astype(np.int32)
-        window = min(self.backend.window(run.used + WIDTH), run.cache.n_slots)
         with run.clock.measure("decode"):
+            cache, window = self._fitting(run.cache, run.used + WIDTH)
             each, cache = self._each_logits(
-                self.params, self.backend.asarray(tokens), run.cache,
+                self.params, self.backend.asarray(tokens), cache,
                 config=self.config, window=window, xp=self.backend.xp,
             )  # fmt: skip
         run.proposed += proposed.shape[1] * sum(run.alive)
@@ -241,17 +244,17 @@ class Engine:
 
         The cache has room for `n_new` more tokens of each row.
         """
-        tokens, cache, total = self._begin(prompts, n_new)
         length = self.backend.piece(len(prompts))
+        tokens, cache, total = self._begin(prompts, n_new, length)
         for begin in range(0, total, length):
-            piece, window = self._piece(tokens, begin, cache, length)
+            piece, cache, window = self._piece(tokens, begin, cache, length)
             logits, cache = self._step(piece, cache, min(length, total - begin), window)
         return logits, cache, total
 
     def decode(self, token: Any, cache: KVCache, used: int) -> tuple[Array, KVCache, int]:
         """Run one more token [batch] of each row; return as `prefill` does."""
         used += 1
-        window = min(self.backend.window(used), cache.n_slots)
+        cache, window = self._fitting(cache, used)
         tokens = self.backend.asarray(np.asarray(token, dtype=np.int32)[:, None])
         logits, cache = self._step(tokens, cache, 1, window)
         return logits, cache, used
@@ -266,20 +269,26 @@ class Engine:
         """Yield the logits at all positions, [batch, piece, n_vocab] on the host, piece by piece."""
         tokens, cache, total = self._begin(token_ids, n_new=0)
         for begin in range(0, total, PIECE):
-            piece, window = self._piece(tokens, begin, cache)
+            piece, cache, window = self._piece(tokens, begin, cache)
             logits, cache = self._all_logits(
                 self.params, piece, cache, config=self.config, window=window, xp=self.backend.xp
             )
             yield self.backend.to_numpy(logits)[:, : min(PIECE, total - begin)]
 
-    def _begin(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
-        """Pad the prompts on the left to one length, and make a cache for them: tokens [batch, total], cache, total."""
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], n_new: int, length: int = PIECE
+    ) -> tuple["np.ndarray[Any, Any]", KVCache, int]:
+        """Pad the prompts on the left to one length, and make a cache for them: tokens [batch, total], cache, total.
+
+        The cache has slots for `n_new` more tokens, or, where it grows, for the first `length`.
+        """
         total = max(len(prompt) for prompt in prompts)
         tokens = np.zeros((len(prompts), total), dtype=np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[total - len(prompt) :] = prompt
         start = self.backend.asarray(np.asarray([total - len(prompt) for prompt in prompts], dtype=np.int32))
-        n_slots = self.backend.slots(min(total + n_new, self.config.n_ctx), self.config.n_ctx)
+        n_tokens = min(total, length) if self._grown else min(total + n_new, self.config.n_ctx)
+        n_slots = self.backend.slots(n_tokens, self.config.n_ctx)
         cache = self._new_cache(
             config=self.config, like=self.params["wpe"], n_slots=n_slots, start=start, xp=self.backend.xp
         )
@@ -287,13 +296,21 @@ class Engine:
 
     def _piece(
         self, tokens: "np.ndarray[Any, Any]", begin: int, cache: KVCache, length: int = PIECE
-    ) -> tuple[Array, int]:
-        """Return the piece of tokens [batch, total] that begins at `begin`, on the device, and its window."""
+    ) -> tuple[Array, KVCache, int]:
+        """Return the piece of tokens [batch, total] that begins at `begin`, on the device, with cache and window."""
         piece = tokens[:, begin : begin + length]
         padding = self.backend.pad(piece.shape[1], tokens.shape[1]) - piece.shape[1]
         piece = np.pad(piece, ((0, 0), (0, padding)))
-        window = min(self.backend.window(begin + piece.shape[1]), cache.n_slots)
-        return self.backend.asarray(piece), window
+        return self.backend.asarray(piece), *self._fitting(cache, begin + piece.shape[1])
+
+    def _fitting(self, cache: KVCache, used: int) -> tuple[KVCache, int]:
+        """Return the cache, larger if it must be for so many tokens, and at how many of its slots to look."""
+        if self._grown and cache.n_slots < (n_slots := min(self.backend.window(used), self._most_slots())):
+            cache = self._grown(cache, n_slots=n_slots, xp=self.backend.xp)
+        return cache, min(self.backend.window(used), cache.n_slots)
+
+    def _most_slots(self) -> int:
+        return self.backend.slots(self.config.n_ctx, self.config.n_ctx)
 
     def _row(self, prompt: Prompt, max_tokens: int | None, stops: Sequence[str], ignore_eos: bool) -> Row:
         # The last token needs no room: nothing is computed from it.

@@ -290,9 +290,9 @@ class Reader:
         engine = self._engine
         found = np.full(labels.shape, np.nan)
         length = self._backend.piece(len(tokens))
-        tokens, cache, total = engine._begin(tokens, n_new=0)
+        tokens, cache, total = engine._begin(tokens, 0, length)
         for begin in range(0, total, length):
-            piece, window = engine._piece(tokens, begin, cache, length)
+            piece, cache, window = engine._piece(tokens, begin, cache, length)
             x, cache = self._hidden_states(
                 engine.params, piece, config=engine.config, cache=cache, window=window, xp=self._backend.xp
             )

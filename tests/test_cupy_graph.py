@@ -199,17 +199,17 @@ def first(out: Generation, n: int) -> dict[str, Any]:
     return {name: getattr(out, name)[:n] for name in ("token_ids", "logprobs", "margins")}
 
 
-def test_the_cache_is_gone_when_the_generation_is(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_gone_when_the_generation_is(cupy: FakeCuPy) -> None:
     made = []
-    original = generation.new_cache
+    backend = cupy_backend.create()
+    original = backend.new_cache
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         cache = original(*args, **kwargs)
         made.append((weakref.ref(cache.k), weakref.ref(cache.v)))
         return cache
 
-    monkeypatch.setattr(generation, "new_cache", functools.wraps(original)(spy))
-    model = small(cupy_backend.create())
+    model = small(replace(backend, new_cache=functools.wraps(original)(spy)))
     model.generate(TOKENS[:5], max_tokens=9)
     cupy.recorded = None
     gc.collect()

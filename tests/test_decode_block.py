@@ -1,6 +1,6 @@
 """Decoding in blocks on the device: the text of the plain loop, whatever ends it, from few programs.
 
-JAX's own `decode_block` is forced on its CPU, where it is not the default; on the other libraries a loop stands in.
+JAX does on its CPU what it does on accelerators, in their layout of the cache; on other libraries a loop stands in.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def in_blocks(backend: Backend, **changes: Any) -> Backend:
             choices.append(choice)
         return state, Choice(*map(backend.xp.stack, zip(*choices, strict=True)))
 
-    own = jax_backend.decode_block if backend.name == "jax" else one_after_another
-    return replace(backend, decode_block=own, **changes)
+    own = jax_backend.on_accelerators() if backend.name == "jax" else {"decode_block": one_after_another}
+    return replace(backend, **own | changes)
 
 
 def plain(backend: Backend, **changes: Any) -> Backend:

@@ -21,6 +21,7 @@ from gpt_xp.backend import (
     peak_process_memory,
     physical_memory,
 )
+from gpt_xp.cache import new_cache
 from gpt_xp.errors import BackendError
 from gpt_xp.store import home
 
@@ -63,24 +64,54 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         version=jax.__version__,
         device=_name(where),
         dtype=dtype,
-        xp=_namespace_for_cpus() if on_cpu else jax.numpy,
         asarray=asarray,
         to_numpy=np.asarray,
         compile=functools.partial(_compile, jax, scope),
         synchronize=lambda array: array.block_until_ready(),
         window=window,
-        slots=lambda n, n_ctx: -(-n_ctx // BLOCK) * BLOCK,  # one size, or each would be compiled anew
         piece=lambda batch: max(LONG // batch // BLOCK, 1) * BLOCK,
         pad=lambda n, total: SHORT if total <= SHORT else -(-n // BLOCK) * BLOCK,
-        decode_block=None if on_cpu else decode_block,  # a step on a CPU takes longer than its dispatch
-        samples_on_host=on_cpu,
         is_out_of_memory=lambda error: "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError),
         device_memory=_device_info(where).memory,
         peak_memory=functools.partial(_peak_memory, where),
         compile_seconds=_stopwatch(jax),
         keep_compiled=functools.partial(_keep_compiled, jax),
         settings=functools.partial(_settings, jax, where, scope),
+        **(on_cpus() if on_cpu else on_accelerators()),
     )
+
+
+def on_cpus() -> dict[str, Any]:
+    """Return what the backend has of its own on a CPU, where a step takes longer than its dispatch."""
+    from gpt_xp_backends.jax_cache import grown, new_layered_cache
+
+    return {
+        "xp": _namespace_for_cpus(),
+        "slots": lambda n, n_ctx: min(window(n), all_slots(n, n_ctx)),
+        "new_cache": new_layered_cache,
+        "grown": grown,
+        "decode_block": None,
+        "samples_on_host": True,
+    }
+
+
+def on_accelerators() -> dict[str, Any]:
+    """Return what it has on a GPU or TPU instead."""
+    import jax.numpy
+
+    return {
+        "xp": jax.numpy,
+        "slots": all_slots,
+        "new_cache": new_cache,
+        "grown": None,
+        "decode_block": decode_block,
+        "samples_on_host": False,
+    }
+
+
+def all_slots(n: int, n_ctx: int) -> int:
+    """As many as a context may need: one size, or each would be compiled anew."""
+    return -(-n_ctx // BLOCK) * BLOCK
 
 
 def window(n: int) -> int:
@@ -101,17 +132,22 @@ def decode_block(step: Step, state: Any, k: int) -> tuple[Any, Any]:
 
 @functools.cache  # one object: JAX compiles anew for another
 def _namespace_for_cpus() -> Namespace:
-    """Return jax.numpy with a `matmul` that reads the keys of attention where they are.
+    """Return jax.numpy with a `matmul` that reads the cache where it is, for the one query of a decode step.
 
-    Each query of a decode step is multiplied with the transposed keys, which XLA's CPU compiler first copies into
-    that order. Written the other way round, keys times query, the same product needs no such copy.
+    XLA's CPU compiler takes long for such products of more than three axes, and copies transposed keys into that order
+    first. Written the other way round, keys times query, the same product needs no such copy.
     """
     import jax.numpy as jnp
 
     def matmul(a: Array, b: Array) -> Array:
-        if a.ndim > 2 and a.shape[-2] == 1 and b.shape[-1] > b.shape[-2]:
-            return jnp.matrix_transpose(jnp.matmul(jnp.matrix_transpose(b), jnp.matrix_transpose(a)))
-        return jnp.matmul(a, b)
+        if a.ndim < 3 or a.shape[-2] != 1 or a.shape[:-2] != b.shape[:-2]:
+            return jnp.matmul(a, b)
+        a3, b3 = (x.reshape((-1, *x.shape[-2:])) for x in (a, b))  # [batch, n_head, ...] -> [batch * n_head, ...]
+        if b.shape[-1] > b.shape[-2]:
+            product = jnp.matrix_transpose(jnp.matmul(jnp.matrix_transpose(b3), jnp.matrix_transpose(a3)))
+        else:
+            product = jnp.matmul(a3, b3)
+        return product.reshape((*a.shape[:-1], b.shape[-1]))
 
     namespace = ModuleType("jax.numpy for CPUs")
     vars(namespace).update(vars(jnp) | {"matmul": matmul})

@@ -84,11 +84,11 @@ def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.nda
     layers, logits = [], []
     for begin in [*range(0, first, PIECE), *range(first, total)]:
         if begin < first:
-            piece, window = engine._piece(tokens[:, :first], begin, cache)
+            piece, cache, window = engine._piece(tokens[:, :first], begin, cache)
             count = min(PIECE, first - begin)
         else:
-            piece, window = backend.asarray(tokens[:, begin : begin + 1]), min(backend.window(begin + 1), cache.n_slots)
-            count = 1
+            piece, count = backend.asarray(tokens[:, begin : begin + 1]), 1
+            cache, window = engine._fitting(cache, begin + 1)
         seen, scores, cache = step(piece, model.params, cache, count, config=model.config, window=window, xp=backend.xp)
         layers.append(np.stack([backend.to_numpy(each)[:count] for each in seen]))
         logits.append(backend.to_numpy(scores)[:count])
