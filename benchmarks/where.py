@@ -1,10 +1,10 @@
 """Where the time of gpt-xp on NumPy goes: milliseconds in each function of model.py.
 
-    python benchmarks/where.py --threads 2
+    python benchmarks/where.py --threads 2 [--quantize int8]
 
-A model of 124M shape with random weights, float32. Two tables, for prefill of a prompt and for a greedy step of decode
-after it: medians over several runs of the time inside each function, those that it calls included, so `attention` holds
-`softmax`. A long prompt is computed in blocks: functions of model.py only note what is to be computed then, and what
+A model of 124M shape with random weights, float32 or quantized. Two tables, for prefill of a prompt and for a greedy
+step of decode after it: medians over several runs of the time inside each function, those that it calls included, so
+`attention` holds `softmax`. A long prompt is computed in blocks: functions of model.py only note what is to be computed then, and what
 takes time are `matmul`, the products, and `compute`, all that stands between two of them, of `numpy_blocks`. Looking
 at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
 """
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--quantize", choices=["int8", "int4"])
     options = parser.parse_args()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(options.threads)
@@ -42,6 +43,8 @@ def main() -> None:
 
     config = gpt_xp.SIZES["124M"]
     params = published_params(config)
+    if options.quantize:
+        params = gpt_xp.quantize(params, options.quantize)
     prompt = np.random.default_rng(0).integers(0, config.n_vocab, options.context).tolist()
     plain = list(turns(gpt_xp.Model(params, config, backend="numpy"), prompt, options.runs))
 
@@ -56,7 +59,10 @@ def main() -> None:
     engine = gpt_xp.Model(params, config, backend="numpy")
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
     for phase, title in enumerate(("prefill", "decode")):
-        print(f"\n{title}, {options.context} tokens of context, {options.threads} threads, milliseconds")
+        print(
+            f"\n{title}, {options.context} tokens of context, {options.threads} threads, milliseconds"
+            + (f", {options.quantize}" if options.quantize else "")
+        )
         print(f"  {'whole':20} {1e3 * statistics.median(turn[phase] for turn in plain):8.2f}")
         print(f"  {'whole, while watched':20} {1e3 * statistics.median(turn[phase] for turn in watched):8.2f}")
         names = watched[0][2][phase]

@@ -1,7 +1,8 @@
 """Products with quantized weights, compiled by Numba: what NumPy has no function for.
 
 Reading the weights is what takes the time, so each is read once, 8 or 4 bits of it, and widened in a register or in the
-processor's first cache; and each thread reads at four places far apart, for the processor fetches ahead at each. Two kernels for each kind: `few` rows at a time, as in decoding, read a row of the weight and
+processor's first cache; in int8, and in the cache, a thread reads at four places far apart, for the processor fetches
+ahead at each of them. Two kernels for each kind: `few` rows at a time, as in decoding, read a row of the weight and
 multiply it by each row of x; `many` widen a tile of the weight first and reuse each number of it and of x 4 times.
 
 Importing this takes a second and compiles once per machine: it is imported when quantization is asked for.
