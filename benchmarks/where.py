@@ -4,9 +4,9 @@
 
 A model of 124M shape with random weights, float32 or quantized. Two tables, for prefill of a prompt and for a greedy
 step of decode after it: medians over several runs of the time inside each function, those that it calls included, so
-`attention` holds `softmax`. A long prompt is computed in blocks: functions of model.py only note what is to be computed then, and what
-takes time are `matmul`, the products, and `compute`, all that stands between two of them, of `numpy_blocks`. Looking
-at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
+`attention` holds `softmax`. A long prompt is computed in blocks: functions of model.py only note what is to be computed
+then, and what takes time are `matmul`, the products, and `compute`, all that stands between two of them, of
+`numpy_blocks`. Looking at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
 """
 
 import argparse
