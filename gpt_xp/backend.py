@@ -104,8 +104,8 @@ class Backend:
     # How many slots to make for n tokens in a model of context n_ctx.
     slots: Callable[[int, int], int] = lambda n, n_ctx: n
     new_cache: Callable[..., KVCache] = new_cache
-    # (cache, n_slots, xp) -> the same cache with so many slots. With it a cache begins with the slots that the first
-    # step looks at, and grows; without, it has all that it may need.
+    # (cache, n_slots) -> the same cache with so many slots. With it a cache begins with the slots that the first step
+    # looks at, and grows; without, it has all that it may need.
     grown: Callable[..., KVCache] | None = None
     # How many tokens of each of so many prompts are computed together: few stay in the processor's cache.
     piece: Callable[[int], int] = lambda batch: 128

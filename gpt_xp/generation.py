@@ -82,7 +82,6 @@ class Engine:
         # The very functions, not partial ones: JAX then shares compiled programs between models of one shape.
         static, donate = ("config", "window", "xp"), ("cache",)
         self._new_cache = backend.compile(backend.new_cache, static=("config", "n_slots", "xp"))
-        self._grown = backend.grown and backend.compile(backend.grown, static=("n_slots", "xp"))
         self._last_logits = backend.compile(last_logits, static=static, donate=donate)
         self._all_logits = backend.compile(all_logits, static=static, donate=donate)
         self._each_logits = backend.compile(each_logits, static=static, donate=donate)
@@ -196,7 +195,7 @@ class Engine:
         while True:
             step, began = run.step, run.clock.decode
             # Where the ring begins again, a wrong guess would destroy.
-            fits = run.used + WIDTH <= (self._most_slots() if self._grown else run.cache.n_slots)
+            fits = run.used + WIDTH <= (self._most_slots() if self.backend.grown else run.cache.n_slots)
             proposed = speculation.propose(run.alive) if fits else None
             for choice in [self._next(run)] if proposed is None else self._verify(run, proposed):
                 speculation.append(choice.token, run.alive)
@@ -287,7 +286,7 @@ class Engine:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[total - len(prompt) :] = prompt
         start = self.backend.asarray(np.asarray([total - len(prompt) for prompt in prompts], dtype=np.int32))
-        n_tokens = min(total, length) if self._grown else min(total + n_new, self.config.n_ctx)
+        n_tokens = min(total, length) if self.backend.grown else min(total + n_new, self.config.n_ctx)
         n_slots = self.backend.slots(n_tokens, self.config.n_ctx)
         cache = self._new_cache(
             config=self.config, like=self.params["wpe"], n_slots=n_slots, start=start, xp=self.backend.xp
@@ -305,9 +304,10 @@ class Engine:
 
     def _fitting(self, cache: KVCache, used: int) -> tuple[KVCache, int]:
         """Return the cache, larger if it must be for so many tokens, and at how many of its slots to look."""
-        if self._grown and cache.n_slots < (n_slots := min(self.backend.window(used), self._most_slots())):
-            cache = self._grown(cache, n_slots=n_slots, xp=self.backend.xp)
-        return cache, min(self.backend.window(used), cache.n_slots)
+        window, grown = self.backend.window(used), self.backend.grown
+        if grown and cache.n_slots < (n_slots := min(window, self._most_slots())):
+            cache = grown(cache, n_slots)
+        return cache, min(window, cache.n_slots)
 
     def _most_slots(self) -> int:
         return self.backend.slots(self.config.n_ctx, self.config.n_ctx)

@@ -50,7 +50,7 @@ def growing(grown: Any = None) -> None:
     found = []
     for begin, end in ((0, 7), (7, 17), (17, 31)):
         if end > 7:
-            cache = (grown or backend.grown)(cache, end, backend.xp)
+            cache = (grown or backend.grown)(cache, end)
         assert cache.n_slots == end
         logits, cache = forward(backend)(params, backend.asarray(TOKENS[:, begin:end]), CONFIG, cache=cache, window=end)
         found.append(backend.to_numpy(logits))
@@ -67,12 +67,13 @@ def test_it_grows() -> None:
 def test_a_planted_bug_of_growing_is_found(bug: str) -> None:
     backend = layered()[0]
 
-    def wrong(cache: Any, n_slots: int, xp: Any) -> Any:
+    def wrong(cache: Any, n_slots: int) -> Any:
+        xp = backend.xp
         if bug == "forgets":
             cache = cache._replace(k=tuple(each * 0 for each in cache.k))
         if bug == "other heads":
             cache = cache._replace(v=tuple(xp.roll(each, 1, axis=0) for each in cache.v))
-        after = backend.grown(cache, n_slots, xp)
+        after = backend.grown(cache, n_slots)
         return after._replace(k=tuple(xp.roll(each, 1, axis=1) for each in after.k)) if bug == "moves" else after
 
     with pytest.raises(AssertionError):
@@ -100,7 +101,7 @@ def test_a_generation_is_that_of_numpy_while_it_grows(speculate: bool, monkeypat
     def spy(engine: Any, cache: Any, used: int) -> Any:
         after, window = original(engine, cache, used)
         slots.append(after.n_slots)
-        assert not engine._grown or window == after.n_slots, "a part is looked at, and copied"
+        assert not engine.backend.grown or window == after.n_slots, "a part is looked at, and copied"
         return after, window
 
     monkeypatch.setattr(generation.Engine, "_fitting", spy)

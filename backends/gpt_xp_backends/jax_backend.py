@@ -77,11 +77,11 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         compile_seconds=_stopwatch(jax),
         keep_compiled=functools.partial(_keep_compiled, jax),
         settings=functools.partial(_settings, jax, where, scope),
-        **(on_cpus() if on_cpu else on_accelerators()),
+        **(on_cpus(scope) if on_cpu else on_accelerators()),
     )
 
 
-def on_cpus() -> dict[str, Any]:
+def on_cpus(scope: Callable[[], Any]) -> dict[str, Any]:
     """Return what the backend has of its own on a CPU, where a step takes longer than its dispatch."""
     from gpt_xp_backends.jax_cache import grown, new_layered_cache
 
@@ -89,7 +89,7 @@ def on_cpus() -> dict[str, Any]:
         "xp": _namespace_for_cpus(),
         "slots": lambda n, n_ctx: min(window(n), all_slots(n, n_ctx)),
         "new_cache": new_layered_cache,
-        "grown": grown,
+        "grown": functools.partial(grown, scope),
         "decode_block": None,
         "samples_on_host": True,
     }

@@ -4,6 +4,7 @@ XLA's CPU compiler copies a part of an array before it multiplies by it, and by 
 are. So a layer's keys have an array of their own, without slots that are not looked at yet: when more are, it grows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,11 +56,17 @@ def new_layered_cache(config: GPT2Config, like: Array, n_slots: int, start: Arra
     return LayeredCache(layers(), layers(), 0, start)
 
 
-def grown(cache: LayeredCache, n_slots: int, xp: Namespace) -> LayeredCache:
-    """The same cache with more slots, before its ring has begun again."""
+def grown(scope: Callable[[], Any], cache: LayeredCache, n_slots: int) -> LayeredCache:
+    """The same cache with more slots, before its ring has begun again; the one given is gone."""
 
     def longer(layers: tuple[Array, ...]) -> Any:
-        more = n_slots - cache.n_slots
-        return tuple(xp.pad(each, ((0, 0), (0, more), (0, 0))) for each in layers)
+        return tuple(_longer(each, n_slots) for each in layers)
 
-    return cache._replace(k=longer(cache.k), v=longer(cache.v))
+    with scope():
+        return cache._replace(k=longer(cache.k), v=longer(cache.v))
+
+
+def _longer(rows: Array, n_slots: int) -> Array:
+    made = jnp.pad(rows, ((0, 0), (0, n_slots - rows.shape[1]), (0, 0)))
+    rows.delete()  # layer by layer, so that there are never two caches
+    return made
