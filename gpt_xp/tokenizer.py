@@ -9,6 +9,7 @@ stand for bytes are those of `encoder.py` in openai/gpt-2.
 """
 
 import heapq
+import itertools
 import json
 import operator
 import os
@@ -71,7 +72,7 @@ class Tokenizer:
     ) -> None:
         """Raises `TokenizerError` if vocabulary, merges and special tokens do not fit each other."""
         self.encoder = dict(encoder)
-        same = {token: token for token in self.encoder}  # merges are of tokens: each string is held once
+        same = dict(zip(self.encoder, self.encoder, strict=True))  # merges are of tokens: each string is held once
         self.merges = [(same.get(left, left), same.get(right, right)) for left, right in merges]
         self.special_tokens = frozenset(special_tokens) | ({EOS} & self.encoder.keys())
         _check_parts(self.encoder, self.merges, self.special_tokens, _places)
@@ -283,7 +284,10 @@ def _check_parts(
     for byte, character in enumerate(CHARACTER_OF_BYTE):
         if character not in encoder:
             raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: no {character!r} for byte {byte:#04x}")
-    for rank, (left, right) in enumerate(merges):
+    # All at once, and one by one only to say which is wrong.
+    known = encoder.__contains__
+    fit = all(map(known, itertools.chain.from_iterable(merges))) and all(map(known, map("".join, merges)))
+    for rank, (left, right) in enumerate(() if fit and EOS not in map("".join, merges) else merges):
         for token in (left, right, left + right):
             if token not in encoder:
                 raise TokenizerError(f"{places.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
