@@ -26,7 +26,7 @@ def products(params: Any, tokens: Any, cache: Any, window: int, xp: Any) -> Any:
     Its first arguments are those of a step of the model, so that long prompts are computed in blocks like that.
     """
     x = xp.take(params["wte"], tokens, axis=0)
-    for block, (query, k, weights, v) in zip(params["blocks"], cache, strict=False):
+    for block, (query, k, weights, v) in zip(params["blocks"], cache, strict=True):
         x = xp.matmul(x, block["attn"]["c_attn"]["w"])[:, : x.shape[1]]
         if len(tokens) == 1:
             xp.matmul(query, k.mT)
