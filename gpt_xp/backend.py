@@ -13,6 +13,7 @@ Importing an adapter must not import its library. CONTRIBUTING shows one being w
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -213,6 +214,7 @@ def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why
         raise BackendError(f"{backend} does not compute in {dtype} on {device}, only in {', '.join(names)}{why}")
 
 
+@functools.cache  # to look through all that is installed takes some 10 ms
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
 

@@ -46,6 +46,24 @@ def test_importing_gpt_xp_imports_no_other_array_library() -> None:
     assert not loaded & {"jax", "cupy", "tensorflow", "torch", "array_api_strict", "requests", "transformers"}
 
 
+def test_the_command_imports_what_generating_needs() -> None:
+    code = "import gpt_xp.cli, sys, json; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(in_a_new_process(code))
+    assert "gpt_xp.generation" in loaded
+    assert not loaded & {"gpt_xp.training", "gpt_xp.comparison", "gpt_xp.tokenizer_training", "gpt_xp.cli.train"}
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    code = """
+import gpt_xp, json
+listed = dir(gpt_xp)
+print(json.dumps([name for name in gpt_xp.__all__ if name not in listed or not hasattr(gpt_xp, name)]))
+"""
+    assert in_a_new_process(code) == []
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        gpt_xp.trian  # noqa: B018
+
+
 def test_a_numpy_model_imports_no_other_array_library() -> None:
     code = (
         "import gpt_xp, sys, json; gpt_xp.load(backend='numpy').generate('a', max_tokens=2);"

@@ -377,7 +377,9 @@ def test_a_bug_is_not_hidden(call, monkeypatch):
 
 def test_every_option_has_a_variable():
     names = []
-    for command in cli.commands.values():
+    context = click.Context(cli)
+    for command in (cli.get_command(context, name) for name in cli.list_commands(context)):
+        assert command is not None
         for option in (param for param in command.params if isinstance(param, click.Option) and not param.hidden):
             long = next(name for name in option.opts if name.startswith("--"))
             assert option.envvar == "GPT_XP_" + long.removeprefix("--").replace("-", "_").upper()

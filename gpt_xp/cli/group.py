@@ -1,20 +1,28 @@
 """The command `gpt-xp`: a group of commands, the first of which need not be named."""
 
+from importlib import import_module
+
 import click
 from click.shell_completion import CompletionItem
 
 from gpt_xp import __version__
-from gpt_xp.cli.backends import backends
-from gpt_xp.cli.bench import bench, bench_worker
-from gpt_xp.cli.compare import compare, compare_backend
 from gpt_xp.cli.generate import generate
-from gpt_xp.cli.models import models
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
-from gpt_xp.cli.score import score
-from gpt_xp.cli.tokenizer import tokenizer
-from gpt_xp.cli.tokens import tokens
-from gpt_xp.cli.train import train
+
+# The other commands, and their modules, which are imported only when they are called: generating starts sooner.
+COMMANDS = {
+    "backends": "backends",
+    "bench": "bench",
+    "bench-worker": "bench",
+    "compare": "compare",
+    "compare-backend": "compare",
+    "models": "models",
+    "score": "score",
+    "tokenizer": "tokenizer",
+    "tokens": "tokens",
+    "train": "train",
+}
 
 
 class DefaultGroup(click.Group):
@@ -25,9 +33,21 @@ class DefaultGroup(click.Group):
         self.default = default
         self.add_command(default)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*self.commands, *COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of that name, imported now if it is not the default one."""
+        if cmd_name in COMMANDS:
+            module = import_module(f"gpt_xp.cli.{COMMANDS[cmd_name]}")
+            command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+            return command
+        return super().get_command(ctx, cmd_name)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the name of the default command in front where no command is named."""
-        own = {*self.commands, *ctx.help_option_names, "--version"}
+        own = {*self.list_commands(ctx), *ctx.help_option_names, "--version"}
         # A shell that completes the first word may want a command or an option: see `shell_complete`.
         completing = ctx.resilient_parsing and not args
         if not completing and not (args and args[0] in own):
@@ -60,6 +80,5 @@ cli = DefaultGroup(
     help=generate.help,
     epilog=generate.epilog,
     context_settings=CONTEXT,
-    commands=[backends, bench, bench_worker, compare, compare_backend, models, score, tokenizer, tokens, train],
 )
 click.version_option(__version__, prog_name="gpt-xp", message="%(prog)s %(version)s")(cli)
