@@ -13,7 +13,6 @@ Importing an adapter must not import its library. CONTRIBUTING shows one being w
 
 import contextlib
 import difflib
-import functools
 import importlib
 import inspect
 import os
@@ -175,19 +174,19 @@ def get_backend(
         if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
             raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
         return name
-    name = name or default_backend()
-    check_name(name)
+    entry = check_name(name or default_backend())
     if threads is not None and threads < 1:
         raise BackendError(f"threads must be at least 1, not {threads}")
-    return cast(Backend, _entries()[name].load().create(device=device, dtype=dtype, threads=threads))
+    return cast(Backend, entry.load().create(device=device, dtype=dtype, threads=threads))
 
 
-def check_name(name: str) -> None:
-    """Raise `BackendError` unless there is a backend of that name, installed or not; nothing is imported."""
+def check_name(name: str) -> EntryPoint:
+    """Return where the backend of that name is, installed or not; `BackendError` if there is none of that name."""
     entries = _entries()
     if name not in entries:
         known = closest_first(str(name), entries)
         raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
+    return entries[name]
 
 
 def closest_first(word: str, known: Iterable[str]) -> list[str]:
@@ -214,7 +213,6 @@ def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why
         raise BackendError(f"{backend} does not compute in {dtype} on {device}, only in {', '.join(names)}{why}")
 
 
-@functools.cache  # to look through all that is installed takes some 10 ms
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
 
