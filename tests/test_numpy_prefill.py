@@ -104,6 +104,7 @@ def test_fewer_tokens_are_many_after_a_long_prompt(calls: list[int], monkeypatch
     monkeypatch.setattr(numpy_backend, "MANY", {"plain": 17, "long": 5, "quantized": 5})
     monkeypatch.setattr(numpy_backend, "LONG", 17)
     monkeypatch.setattr(numpy_backend, "ROWS", 16)
+    monkeypatch.setattr(numpy_backend, "SLOTS", 1)
     model = make(threads=2)
     for n_tokens, n_steps in ((16, 0), (16 + 4, 0), (16 + 5, 1)):
         model.generate([5] * n_tokens, max_tokens=2, ignore_eos=True)

@@ -24,6 +24,7 @@ from gpt_xp.backend import (
 )
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace
+from gpt_xp_backends import numpy_replay
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 
@@ -32,6 +33,7 @@ ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave 
 # With a long cache, blocks of attention's scores also spare memory: all of them at once are the largest arrays.
 MANY = {"plain": 256, "long": 96, "quantized": 96}
 LONG = 512  # slots of a cache
+SLOTS = 64  # of a cache: a window is a multiple of it, for with another a step is recorded anew
 FEW = 3  # rows that are multiplied sooner one by one
 
 # What is in NumPy as the standard has it, of that which every step calls.
@@ -74,6 +76,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         asarray=lambda array, dtype=None: np.asarray(array, dtype=dtype),
         to_numpy=np.asarray,
         compile=_compiler(xp, threads, _limited(threads)),
+        window=lambda n: -(-n // SLOTS) * SLOTS,
         piece=lambda batch: max(ROWS // batch, 16),
         samples_on_host=True,
         device_memory=physical_memory(),
@@ -115,6 +118,13 @@ def _matmul(x: Any, w: Any) -> Any:
     if x.ndim == 2 and 1 < len(x) <= FEW:  # BLAS would first copy the matrix into another order
         return np.matmul(x[:, None, :], w)[:, 0, :]  # [rows, 1, n_in] @ [n_in, n_out], vector by vector
     return np.matmul(x, w)
+
+
+def _writing(x: Any, w: Any, out: Any) -> Callable[[], object]:
+    """Return what writes the product into `out`."""
+    if x.ndim == 2 and 1 < len(x) <= FEW:
+        return functools.partial(np.matmul, x[:, None, :], w, out[:, None, :])
+    return functools.partial(np.matmul, x, w, out)
 
 
 def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
@@ -200,11 +210,12 @@ def _limited(threads: int | None) -> Scope:
     return lambda: LIMITS(controller, threads)
 
 
-def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) -> Compile:
+def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writing, widening: Any = None) -> Compile:
     """Return a `Backend.compile` for functions in the namespace `xp`, called inside `scope`.
 
     Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`, which needs
-    `widening` where weights are quantized.
+    `widening` where weights are quantized. Those with one token of each row are recorded and played; see
+    `numpy_replay`, whose products are `writing`.
     """
 
     @functools.cache
@@ -222,6 +233,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) 
         function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
         step = is_step(function)
+        one_token = numpy_replay.ReplayedStep(function, writing)
 
         def has_many(tokens: Any, window: int) -> bool:
             return bool(tokens.size >= MANY["quantized" if widening else "long" if window >= LONG else "plain"])
@@ -233,8 +245,9 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) 
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
+            is_one = step and kwargs.get("xp") is xp and args[1].shape[1:] == (1,)
             with scope():
-                return function(*args, **kwargs)
+                return one_token(*args, **kwargs) if is_one else function(*args, **kwargs)
 
         return call
 
@@ -244,7 +257,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, widening: Any = None) 
 def _quantized(threads: int | None, backend: Backend) -> Backend:
     """Return the backend with products by Numba; raises `BackendError` where that is not installed."""
     numba = import_library("numba", QUANTIZED_FIX)
-    from gpt_xp_backends.numpy_kernels import matmul, product, widening
+    from gpt_xp_backends.numpy_kernels import matmul, product, widening, writing
 
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
 
@@ -260,7 +273,7 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
             numba.set_num_threads(before)
 
     xp = QuantizedNamespace(NumPy(**vars(backend.xp) | {"matmul": matmul}), backend.dtype, product)
-    return replace(backend, xp=xp, compile=_compiler(xp, threads, scope, widening))
+    return replace(backend, xp=xp, compile=_compiler(xp, threads, scope, writing, widening))
 
 
 def _settings(threads: int | None) -> dict[str, str]:

@@ -32,16 +32,35 @@ _lock = threading.Lock()  # one of Numba's threading layers ends the process whe
 def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[Any, Any]":
     """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], by the threads that Numba is set to."""
     rows, n_out = len(x), len(weight.q)
-    few, kind = rows <= FEW, kind_of(weight)
-    kernel = _kernel(kind, few)
-    if few:
-        x = np.ascontiguousarray(_halves(x) if kind == "int4" else x)
-        out = np.empty((rows, n_out), np.float32)
-    else:
-        x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
-    with _lock:
-        kernel(x, weight.q, weight.scale, out, numba.get_num_threads())
+    if rows <= FEW:
+        few = np.empty((rows, n_out), np.float32)
+        _writing_few(x, weight, few)()
+        return few
+    x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
+    _run(_kernel(kind_of(weight), False), x, weight.q, weight.scale, out)
     return out[:rows, :n_out]
+
+
+def writing(x: "np.ndarray[Any, Any]", w: Any, out: "np.ndarray[Any, Any]") -> Callable[[], object]:
+    """Return what writes the product of x with a quantized weight, or with an array, into `out`."""
+    if not isinstance(w, QuantizedWeight):
+        return _writing_heads(x, w, out) or functools.partial(np.matmul, x, w, out)
+    if len(x) <= FEW:
+        return _writing_few(x, w, out)
+    return lambda: np.copyto(out, product(x, w))
+
+
+def _writing_few(x: "np.ndarray[Any, Any]", weight: QuantizedWeight, out: "np.ndarray[Any, Any]") -> Callable[[], None]:
+    kind = kind_of(weight)
+    kernel, order = _kernel(kind, True), _halves if kind == "int4" else np.asarray
+    if kind == "int8" and x.flags.c_contiguous:
+        return functools.partial(_run, kernel, x, weight.q, weight.scale, out)
+    return lambda: _run(kernel, np.ascontiguousarray(order(x)), weight.q, weight.scale, out)
+
+
+def _run(kernel: Callable[..., None], *arguments: Any) -> None:
+    with _lock:
+        kernel(*arguments, numba.get_num_threads())
 
 
 def widening(weight: QuantizedWeight) -> Callable[..., None]:
@@ -54,16 +73,26 @@ def matmul(x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]") -> "np.ndarray[
 
     BLAS, which has one thread then, takes longer to read a long cache.
     """
-    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.shape[:2] == w.shape[:2]
-    if is_query and max(w.shape[2:]) >= LONG:
-        for rows, is_keys in ((w.mT, True), (w, False)):
-            if (cached := _heads(rows)) is not None:
-                flat = np.ascontiguousarray(x.reshape(len(cached), -1))
-                out = np.empty((len(cached), w.shape[3]), np.float32)
-                with _lock:
-                    _attention_kernel(is_keys)(flat, cached, rows.shape[2], out, numba.get_num_threads())
-                return out.reshape(*x.shape[:3], -1)
+    if x.ndim == 4 and x.shape[2] == 1:
+        out = np.empty((*x.shape[:3], w.shape[3]), np.float32)
+        if (write := _writing_heads(np.ascontiguousarray(x), w, out)) is not None:
+            write()
+            return out
     return np.asarray(np.matmul(x, w))
+
+
+def _writing_heads(
+    x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]", out: "np.ndarray[Any, Any]"
+) -> Callable[[], None] | None:
+    """Return what writes the product of one query of each head, or of its weights, with a long cache; or None."""
+    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.flags.c_contiguous
+    if not is_query or x.shape[:2] != w.shape[:2] or max(w.shape[2:]) < LONG:
+        return None
+    for rows, is_keys in ((w.mT, True), (w, False)):
+        if (cached := _heads(rows)) is not None:
+            kernel, n = _attention_kernel(is_keys), rows.shape[2]
+            return functools.partial(_run, kernel, x.reshape(len(cached), -1), cached, n, out.reshape(len(cached), -1))
+    return None
 
 
 def _heads(rows: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any] | None":
