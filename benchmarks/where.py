@@ -4,8 +4,9 @@
 
 A model of 124M shape with random weights, float32 or quantized. Two tables, for prefill of a prompt and for a greedy
 step of decode after it: medians over several runs of the time inside each function, those that it calls included, so
-`attention` holds `softmax`. A long prompt is computed in blocks: functions of model.py only note what is to be computed
-then, and what takes time are `matmul`, the products, and `compute`, all that stands between two of them, of
+`attention` holds `softmax`. A step of decode is played from a recording (`numpy_replay`), in which each call counts for
+the functions that it was recorded in. A long prompt is computed in blocks: functions of model.py only note what is to
+be computed then, and what takes time are `matmul`, the products, and `compute`, all that stands between two of them, of
 `numpy_blocks`. Looking at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 FUNCTIONS = ("linear", "attention", "softmax", "gelu", "layer_norm", "embed", "unembed")
 BLOCKS = ("matmul", "compute")
+INSIDE: list[str] = []  # the functions that are being called
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
         os.environ[name] = str(options.threads)
 
     import numpy as np
-    from gpt_xp_backends import numpy_blocks
+    from gpt_xp_backends import numpy_blocks, numpy_replay
     from shapes import published_params
 
     import gpt_xp
@@ -54,7 +56,9 @@ def main() -> None:
     for name in BLOCKS:
         setattr(numpy_blocks, name, timed(getattr(numpy_blocks, name), spent))
     steps.unembed = model.unembed  # type: ignore[attr-defined]
-    KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
+    for cache in (KVCache, numpy_replay.RecordedCache):
+        cache.write = timed(cache.write, spent)  # type: ignore[method-assign]
+    numpy_replay.Tape.add = watching(numpy_replay.Tape.add, spent)  # type: ignore[method-assign]
     generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
     engine = gpt_xp.Model(params, config, backend="numpy")
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
@@ -96,12 +100,31 @@ def timed(function: Callable[..., Any], spent: dict[str, float]) -> Callable[...
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
+        INSIDE.append(function.__name__)
         try:
             return function(*args, **kwargs)
         finally:
+            INSIDE.pop()
             spent[function.__name__] += time.perf_counter() - begin
 
     return call
+
+
+def watching(add: Callable[..., None], spent: dict[str, float]) -> Callable[..., None]:
+    """Return `Tape.add` with calls that, when they are played, add their seconds to the functions they stand in."""
+
+    def watched(tape: Any, call: Callable[[], object]) -> None:
+        names = {*INSIDE}
+
+        def played() -> None:
+            begin = time.perf_counter()
+            call()
+            for name in names:
+                spent[name] += time.perf_counter() - begin
+
+        add(tape, played)
+
+    return watched
 
 
 if __name__ == "__main__":
