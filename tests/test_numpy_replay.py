@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comparison import assert_values
 from conftest import quantized
 from gpt_xp_backends import numpy_backend, numpy_replay
 from hypothesis import given
@@ -17,6 +18,7 @@ from test_quantization import KINDS, small
 
 from gpt_xp import Model, generation
 from gpt_xp.backend import get_backend
+from gpt_xp.tolerances import TOLERANCE
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5, 8], [9, 7, 9]]
 
@@ -63,6 +65,28 @@ def test_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str | None, dtype:
     expected = unplayed(monkeypatch, lambda: logits_of(model, rows, 11))
     np.testing.assert_array_equal(logits_of(model, rows, 11), expected)
     assert len({each.tobytes() for each in expected}) == 11  # each step has logits of its own
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 29, 32, 33])
+def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, transposed: bool) -> None:
+    monkeypatch.setattr(numpy_backend, "PART", 5)
+    multiplied: list[int] = []
+    original = np.matmul
+
+    def spy(x: Any, w: Any, *out: Any) -> Any:
+        multiplied.append(w.shape[-1])
+        return original(x, w, *out)
+
+    monkeypatch.setattr(np, "matmul", spy)
+    random = np.random.RandomState(rows)
+    x = random.standard_normal((rows, 7)).astype(np.float32)
+    w = random.standard_normal((13, 7)).astype(np.float32).T
+    w = w if transposed else np.ascontiguousarray(w)
+    product = numpy_backend.namespace().matmul(x, w)
+    expected = np.einsum("ij,jk->ik", x.astype(np.float64), w.astype(np.float64))
+    assert_values(product, expected, TOLERANCE["same", "float32"])
+    assert multiplied == ([5, 5, 3] if transposed and 3 < rows < 33 else [13])
 
 
 def test_most_steps_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
