@@ -18,6 +18,7 @@ from test_quantization import KINDS, small
 
 from gpt_xp import Model, generation
 from gpt_xp.backend import get_backend
+from gpt_xp.errors import PromptError
 from gpt_xp.tolerances import TOLERANCE
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5, 8], [9, 7, 9]]
@@ -52,7 +53,7 @@ def logits_of(model: Model, rows: int, n_new: int) -> "np.ndarray[Any, Any]":
 def unplayed(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any:
     """What `function` returns where every step is computed by `model.py`."""
     with monkeypatch.context() as patch:
-        patch.setattr(numpy_replay.Played, "is_for", lambda *_: False)
+        patch.setattr(numpy_replay.Recorder, "is_for", lambda *_: False)
         return function()
 
 
@@ -100,6 +101,32 @@ def test_most_steps_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "last_logits", spy)
     logits_of(make(), rows=1, n_new=11)  # 5 tokens of prompt, and then 6 to 16 are used
     assert windows == [8, 8, 8, 12, 16]  # the prompt, the first step, and three that are recorded
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_several_tokens_of_each_row(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
+    """As they are checked in speculation; where they do not fit, the error is that of the cache."""
+    model = make(kind)
+
+    def passes() -> Any:
+        engine, found = model._engine, []
+        _, cache, used = engine.prefill(PROMPTS[:2], 17)
+        for token in range(0, 15, 3):
+            cache, window = engine._fitting(cache, used + 3)
+            tokens = np.asarray([[token, 5, 6], [7, token, 9]], np.int32)
+            each, cache = engine._each_logits(
+                model.params, tokens, cache, config=model.config, window=window, xp=model.backend.xp
+            )
+            used += 3
+            assert cache.position == used
+            found += each
+        with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
+            engine._each_logits(model.params, tokens, cache, config=model.config, window=window, xp=model.backend.xp)
+        return np.stack(found)
+
+    found = passes()
+    assert found.shape[:2] == (15, 2)
+    np.testing.assert_array_equal(found, unplayed(monkeypatch, passes))
 
 
 def test_the_ring_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:

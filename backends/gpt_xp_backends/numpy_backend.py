@@ -34,6 +34,7 @@ ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave 
 MANY = {"plain": 256, "long": 96, "quantized": 96}
 LONG = 512  # slots of a cache
 SLOTS = 64  # of a cache: a window is a multiple of it, for with another a step is recorded anew
+LATER = 8  # tokens of a row at most in a step that is recorded: the next one, and what speculation proposes
 FEW = 3  # rows that are multiplied sooner one by one
 # More rows than those, up to these, are multiplied by the token table part by part: BLAS copies what it multiplies by,
 # and a copy that stays in the processor's cache is read sooner. With 8 rows that takes 0.77 of the time.
@@ -224,7 +225,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
     """Return a `Backend.compile` for functions in the namespace `xp`, called inside `scope`.
 
     Steps of the model with many tokens are computed in blocks, on several threads; see `numpy_blocks`, which needs
-    `widening` where weights are quantized. Those with one token of each row are recorded and played; see
+    `widening` where weights are quantized. Those with few tokens of each row are recorded and played; see
     `numpy_replay`, whose products are `writing`.
     """
 
@@ -243,7 +244,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
         function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
         step = is_step(function)
-        one_token = numpy_replay.ReplayedStep(function, writing)
+        replayed = numpy_replay.ReplayedStep(function, writing)
 
         def has_many(tokens: Any, window: int) -> bool:
             return bool(tokens.size >= MANY["quantized" if widening else "long" if window >= LONG else "plain"])
@@ -255,9 +256,9 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
-            is_one = step and kwargs.get("xp") is xp and args[1].shape[1:] == (1,)
+            is_later = step and kwargs.get("xp") is xp and args[1].ndim == 2 and args[1].shape[1] <= LATER
             with scope():
-                return one_token(*args, **kwargs) if is_one else function(*args, **kwargs)
+                return replayed(*args, **kwargs) if is_later else function(*args, **kwargs)
 
         return call
 

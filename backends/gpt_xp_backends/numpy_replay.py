@@ -1,6 +1,6 @@
-"""A decode step on NumPy as a list of calls: recorded once, and from then on only played.
+"""A step of few tokens on NumPy, as in decoding, as a list of calls: recorded once, and from then on only played.
 
-One token is a few hundred calls of NumPy on small arrays. The weights that are read between them push the interpreter's
+A step is a few hundred calls of NumPy on small arrays. The weights that are read between them push the interpreter's
 code and data out of the processor's caches, so that Python between two calls - frames of `model.py`, shapes, new
 arrays - takes longer than the calls. What is played has none of it: each call has its arrays already, and writes where
 the next one reads.
@@ -93,9 +93,9 @@ class Tape:
         self._free: dict[Any, list[NumPyArray]] = defaultdict(list)
 
     def place(self, like: NumPyArray) -> Recorded:
-        """Return an array of that shape and dtype, which nobody holds."""
-        free = self._free[like.shape, like.dtype]
-        memory = Memory(free.pop() if free else np.empty_like(like, order="C"), free)
+        """Return an array of that shape, layout and dtype, which nobody holds."""
+        free = self._free[like.shape, like.strides, like.dtype]
+        memory = Memory(free.pop() if free else np.empty_like(like), free)
         return Recorded(memory.array, self, memory)
 
     def add(self, call: Callable[[], object]) -> None:
@@ -124,7 +124,7 @@ def _array(x: Any) -> Any:
 class Recording:
     """The namespace `xp`, of which functions of recorded arrays are noted; `product` is its `matmul`.
 
-    It also holds what is put in its place before each step: the token's positions, what it may look at, and its slot.
+    It also holds what is put in its place before each step: positions, what may be looked at, and the first slot.
     """
 
     def __init__(
@@ -211,11 +211,11 @@ class Recording:
         return x.view(x.array.mT) if isinstance(x, Recorded) else self._xp.matrix_transpose(x)
 
     def write(self, layer: NumPyArray, new: Recorded) -> None:
-        """Write the keys or values [batch, n_head, 1, d_head] of the token into one layer of the cache."""
-        token, slot = new.array[:, :, 0], self._slot
+        """Write the keys or values [batch, n_head, n_seq, d_head] of the tokens into one layer of the cache."""
+        tokens, n_seq, slot = new.array, new.shape[2], self._slot
 
         def put() -> None:
-            layer[:, :, slot[0]] = token
+            layer[:, :, slot[0] : slot[0] + n_seq] = tokens
 
         self._tape.add(put)
 
@@ -224,15 +224,15 @@ class RecordedCache(KVCache):
     """A cache that leaves what differs from step to step to the recording."""
 
     def positions(self, n_seq: int, n_ctx: int, xp: Namespace) -> Array:
-        """The positions of the token."""
+        """The positions of the tokens."""
         return xp.positions
 
     def visible(self, n_seq: int, window: int | None, xp: Namespace) -> Array:
-        """Which slots it may look at."""
+        """Which slots they may look at."""
         return xp.visible
 
     def write(self, layer: int, k: Array, v: Array, xp: Namespace) -> "RecordedCache":
-        """Put the keys and values of the token into one layer."""
+        """Put the keys and values of the tokens into one layer."""
         xp.write(self.k[layer], k)
         xp.write(self.v[layer], v)
         return self
@@ -245,13 +245,13 @@ class Borrowed:
         self.__array_interface__ = array.__array_interface__
 
 
-class Played:
-    """One step for certain arrays: at first only which, then recorded."""
+class Recorder:
+    """A step for certain arrays: at first only which, then recorded, and recorded anew for other settings."""
 
     def __init__(self, params: Params, tokens: NumPyArray, cache: KVCache) -> None:
         self._params, self._start, self._tokens = params, cache.start, tokens.copy()
         self._k, self._v = weakref.ref(cache.k), weakref.ref(cache.v)
-        self._recorded: Any = None, None, [], None
+        self._recorded: Any = None, None
 
     def is_for(self, params: Params, tokens: NumPyArray, cache: KVCache) -> bool:
         """Whether it reads and writes these very arrays."""
@@ -259,30 +259,37 @@ class Played:
         return same and cache.k is self._k() and cache.v is self._v()
 
     def run(
-        self, step: Step, product: Product, tokens: NumPyArray, cache: KVCache, rest: Any, xp: Namespace, options: Any
-    ) -> NumPyArray:
-        """Play the step, recorded now if its settings are new, and return its result."""
-        positions, visible = cache.positions(1, options["config"].n_ctx, xp), cache.visible(1, options["window"], xp)
+        self, step: Step, product: Product, tokens: NumPyArray, cache: KVCache, xp: Namespace, settings: Any
+    ) -> Any:
+        """Play the step for these tokens, or record it; return its result, and by how much the cache advances."""
+        (rest, options), n_seq = settings, tokens.shape[1]
+        positions = cache.positions(n_seq, options["config"].n_ctx, xp)
+        visible = cache.visible(n_seq, options["window"], xp)
         slot = cache.position % cache.n_slots
         self._tokens[...] = tokens
-        settings, places, calls, result = self._recorded
-        if settings == (rest, options):
+        known, recorded = self._recorded
+        if known == settings:
+            places, calls, result = recorded
             places.put(positions, visible, slot)
             for call in calls:
                 call()
         else:
-            tape = Tape()
-            places = Recording(xp, product, tape, positions, visible, slot)
+            places = Recording(xp, product, tape := Tape(), positions, visible, slot)
             k, v = np.asarray(Borrowed(cache.k)), np.asarray(Borrowed(cache.v))
-            own = RecordedCache(k, v, 0, cache.start)
-            last, _ = step(self._params, Recorded(self._tokens, tape), own, *rest, xp=places, **options)
-            result = last.array
-            self._recorded = (rest, options), places, tape.calls, result  # at once: Ctrl-C may come at any time
-        return np.array(result)
+            own, recorded_tokens = RecordedCache(k, v, 0, cache.start), Recorded(self._tokens, tape)
+            result, after = step(self._params, recorded_tokens, own, *rest, xp=places, **options)
+            result = _arrays(result), after.position
+            self._recorded = settings, (places, tape.calls, result)  # at once: Ctrl-C may come at any time
+        arrays, advanced = result
+        return [*map(np.array, arrays)] if isinstance(arrays, list) else np.array(arrays), advanced
+
+
+def _arrays(result: Any) -> Any:
+    return [*map(_array, result)] if isinstance(result, list) else _array(result)
 
 
 class ReplayedStep:
-    """`function(params, tokens, cache, ..., config=, window=, xp=)` -> (array, cache), for one token of each row.
+    """`function(params, tokens, cache, ..., config=, window=, xp=)` -> (array or a list of them, cache).
 
     The first step with a cache is taken as it is, the second is recorded, and all later ones are played.
     """
@@ -295,9 +302,12 @@ class ReplayedStep:
         self, params: Params, tokens: NumPyArray, cache: KVCache, *rest: Any, xp: Namespace, **options: Any
     ) -> tuple[Array, KVCache]:
         """Return what the function does."""
-        played: Played | None = getattr(self._local, "played", None)
-        if played is None or not played.is_for(params, tokens, cache):
-            self._local.played = Played(params, tokens, cache)
+        recorder: Recorder | None = getattr(self._local, "recorder", None)
+        is_known = recorder is not None and recorder.is_for(params, tokens, cache)
+        if not is_known:
+            self._local.recorder = Recorder(params, tokens, cache)
+        fits = cache.position % cache.n_slots + tokens.shape[1] <= cache.n_slots
+        if recorder is None or not is_known or not fits:  # what does not fit, the function says
             return self._function(params, tokens, cache, *rest, xp=xp, **options)
-        result = played.run(self._function, self._product, tokens, cache, rest, xp, options)
-        return result, cache._replace(position=cache.position + 1)
+        result, advanced = recorder.run(self._function, self._product, tokens, cache, xp, (rest, options))
+        return result, cache._replace(position=cache.position + advanced)
