@@ -33,7 +33,7 @@ def save_plot(benchmark: Benchmark, path: Path) -> None:
         panels[-1].set_xlabel(f"batch (context {longest})")
         panels[-1].set_ylabel("decode, tokens per second")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles")
+    figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles", wrap=True)
     save_figure(figure, path)
 
 
