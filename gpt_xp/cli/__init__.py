@@ -18,9 +18,7 @@ from gpt_xp.errors import GptXpError
 def main() -> None:
     """Run the command and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     sys.unraisablehook = resend_interrupt
-    gc.set_threshold(
-        50_000
-    )  # a tokenizer is 100 000 objects, all to be kept: looking for garbage among them takes 20 ms
+    gc.set_threshold(50_000)  # to look for garbage in a tokenizer, 100 000 objects, while it is made takes 20 ms
     code = run()
     settle_stderr()
     gc.freeze()  # or Python would look through all of JAX for garbage at the end, for 0.3 s
