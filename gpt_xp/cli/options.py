@@ -102,7 +102,7 @@ sampling_options = together(
         "--temperature", metavar="X", type=float, default=0.0, show_default=True,
         help="0 takes the likeliest token each time, 1 draws as the model says.",
     ),
-    option("--top-k", metavar="N", type=int, help="Draw from the N likeliest tokens."),
+    option("--top-k", metavar="N", type=int, help="Draw from the N likeliest tokens (0: from all)."),
     option("--top-p", metavar="P", type=float, help="Draw from the fewest tokens that P of the probability is in."),
     option("--min-p", metavar="P", type=float, help="Draw from tokens at least P times as likely as the likeliest."),
     option("--repetition-penalty", metavar="X", type=float, help="Above 1: make tokens that were there less likely."),
