@@ -7,7 +7,8 @@ step of decode after it: medians over several runs of the time inside each funct
 `attention` holds `softmax`. A step of decode is played from a recording (`numpy_replay`), in which each call counts for
 the functions that it was recorded in. A long prompt is computed in blocks: functions of model.py only note what is to
 be computed then, and what takes time are `matmul`, the products, and `compute`, all that stands between two of them, of
-`numpy_blocks`. Looking at the clock some hundred times a step adds a few percent, which the first two lines tell apart.
+`numpy_blocks`. Looking at the clock some hundred times a step adds a few percent, which the first lines tell apart. In
+turn with each run is one in which every step is computed by `model.py`, and none is played: `whole, not played`.
 """
 
 import argparse
@@ -48,7 +49,13 @@ def main() -> None:
     if options.quantize:
         params = gpt_xp.quantize(params, options.quantize)
     prompt = np.random.default_rng(0).integers(0, config.n_vocab, options.context).tolist()
-    plain = list(turns(gpt_xp.Model(params, config, backend="numpy"), prompt, options.runs))
+    model_as_it_is = gpt_xp.Model(params, config, backend="numpy")
+    is_for, plain, unplayed = numpy_replay.Recorder.is_for, [], []
+    for _ in range(options.runs):
+        plain += turns(model_as_it_is, prompt, 1)
+        numpy_replay.Recorder.is_for = lambda *_: False  # type: ignore[method-assign]
+        unplayed += turns(model_as_it_is, prompt, 1)
+        numpy_replay.Recorder.is_for = is_for  # type: ignore[method-assign]
 
     spent: dict[str, float] = defaultdict(float)
     for name in FUNCTIONS:
@@ -68,6 +75,8 @@ def main() -> None:
             + (f", {options.quantize}" if options.quantize else "")
         )
         print(f"  {'whole':20} {1e3 * statistics.median(turn[phase] for turn in plain):8.2f}")
+        if title == "decode":
+            print(f"  {'whole, not played':20} {1e3 * statistics.median(turn[phase] for turn in unplayed):8.2f}")
         print(f"  {'whole, while watched':20} {1e3 * statistics.median(turn[phase] for turn in watched):8.2f}")
         names = watched[0][2][phase]
         for name in [name for name in names if name not in FUNCTIONS or not {*BLOCKS} & {*names}]:

@@ -48,7 +48,6 @@ class Recorded:
         self.array, self._tape, self._memory = array, tape, memory
 
     shape = property(lambda self: self.array.shape)
-    ndim = property(lambda self: self.array.ndim)
     dtype = property(lambda self: self.array.dtype)
 
     def view(self, array: NumPyArray) -> "Recorded":
@@ -71,9 +70,6 @@ class Recorded:
 
     def __sub__(self, other: Any) -> "Recorded":
         return self._tape.call(np.subtract, self, other)
-
-    def __rsub__(self, other: Any) -> "Recorded":
-        return self._tape.call(np.subtract, other, self)
 
     def __mul__(self, other: Any) -> "Recorded":
         return self._tape.call(np.multiply, self, other)
@@ -205,10 +201,6 @@ class Recording:
     def permute_dims(self, x: Recorded, axes: tuple[int, ...]) -> Recorded:
         """Return a view of the array with its axes in another order."""
         return x.view(x.array.transpose(axes))
-
-    def matrix_transpose(self, x: Any) -> Any:
-        """Return a view with the last two axes exchanged; of weights and of the cache, which do not move."""
-        return x.view(x.array.mT) if isinstance(x, Recorded) else self._xp.matrix_transpose(x)
 
     def write(self, layer: NumPyArray, new: Recorded) -> None:
         """Write the keys or values [batch, n_head, n_seq, d_head] of the tokens into one layer of the cache."""
