@@ -35,7 +35,7 @@ def script() -> None:
     with common.checkpoint(options) as folder:
         ours = common.own(folder, options.backends.split(","))
         ours += common.own(folder, ["numpy"], " sampled", sampling=SAMPLED)
-        workloads = [Workload(context, n_new=32) for context in options.contexts]
+        workloads = [Workload(context, n_new=33) for context in options.contexts]
         found = common.run("decode", [*ours, *common.floor(folder)], workloads, options)
     common.report(options, [found], "\n".join([*growth(found, options), *sampling(found, options)]))
 

@@ -6,6 +6,7 @@ import signal
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import posix, process, start
+from conftest import make_backend
+from gpt_xp_backends import jax_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +25,7 @@ from gpt_xp.bench.figures import Figures, Phase, Spread, Turn, figures, spread, 
 from gpt_xp.bench.models import default_context
 from gpt_xp.bench.process import Worker
 from gpt_xp.errors import BackendError, SettingError
-from gpt_xp.generation import PIECE
+from gpt_xp.generation import BLOCK, PIECE
 from gpt_xp.hub import find_model
 
 FAKE = Path(__file__).with_name("fake_contender.py")
@@ -285,23 +288,45 @@ def test_a_step_lasts_until_all_rows_have_their_token(monkeypatch):
         yield "a result"
 
     contender = contenders.GptXp("shakespeare", "numpy", sampling={"temperature": 0.7})
-    contender._model = SimpleNamespace(stream=stream)
+    contender._model = SimpleNamespace(stream=stream, backend=SimpleNamespace(decode_block=None))
     monkeypatch.setattr(contenders, "time", clock)
     assert contender.run([[1], [2], [3]], 4) == [7.75, 1.75, 2.75, 3.75]
 
 
-def test_tokens_that_come_several_at_a_time_share_the_time(monkeypatch):
+@pytest.mark.parametrize(
+    ("speculate", "decode_block", "n_tokens", "of_one"),
+    [
+        (True, None, 4, 48.0 / 3),
+        (True, max, 4, 48.0 / 3),  # it takes the place of blocks
+        (False, max, 4, 48.0 / 16),  # the block is computed to its end
+        (False, max, 17, 48.0 / 16),
+        (False, max, 18, 48.0 / 32),
+    ],
+)
+def test_tokens_that_come_several_at_a_time_share_the_time(monkeypatch, speculate, decode_block, n_tokens, of_one):
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
 
     def stream(prompts: list[list[int]], **settings: Any):
-        for seconds in (7.0, 3.0, 0.0, 0.0):
+        for seconds in (7.0, 48.0, *[0.0] * (n_tokens - 2)):
             clock.now += seconds
             yield "a piece"
 
-    contender = contenders.GptXp("shakespeare", "numpy", sampling={"speculate": True})
-    contender._model = SimpleNamespace(stream=stream)
+    contender = contenders.GptXp("shakespeare", "numpy", sampling={"speculate": speculate})
+    contender._model = SimpleNamespace(stream=stream, backend=SimpleNamespace(decode_block=decode_block))
     monkeypatch.setattr(contenders, "time", clock)
-    assert contender.run([[1]], 4) == [7.0, 1.0, 1.0, 1.0]
+    assert BLOCK == 16
+    assert contender.run([[1]], n_tokens) == [7.0, *[of_one] * (n_tokens - 1)]
+
+
+def test_jax_as_on_a_gpu_is_timed_block_by_block(monkeypatch, shakespeare: Model):
+    backend = make_backend("jax")
+    on_gpu = Model(shakespeare.params, shakespeare.config, backend=replace(backend, **jax_backend.on_accelerators()))
+    contender = contenders.GptXp("shakespeare", "numpy")
+    monkeypatch.setattr(contender, "_model", on_gpu)
+    first, *later = contender.run([[1, 2, 3]], Workload(3).n_new)
+    assert len(later) == BLOCK, "the tokens after the first fill one block"
+    assert first > 0
+    assert len(set(later)) == 1
 
 
 def test_a_quantized_model_says_so(monkeypatch, shakespeare: Model):

@@ -354,7 +354,7 @@ def test_the_benchmark_compares_texts(cupy: FakeCuPy, monkeypatch: pytest.Monkey
     texts = iter([replace(out, token_ids=[*out.token_ids[:-1], 0]), out])
     with monkeypatch.context() as patch:
         patch.setattr(script, "generate", lambda model, setting: next(texts))
-        with pytest.raises(SystemExit, match="63 of 64 tokens are the same, and the next was chosen by a margin of"):
+        with pytest.raises(SystemExit, match="64 of 65 tokens are the same, and the next was chosen by a margin of"):
             script.compare_texts("shakespeare")
     cupy.break_at["begin"] = fail
     with pytest.warns(RuntimeWarning), pytest.raises(SystemExit, match="GPT_XP_CUPY_GRAPH=1: cuda_graph is 'no"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt_xp.api import load
 from gpt_xp.checkpoint import read_config, read_params
-from gpt_xp.generation import PIECE
+from gpt_xp.generation import BLOCK, PIECE
 
 NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Work = Callable[[], None]
@@ -68,9 +68,20 @@ class GptXp:
                 next(pieces)
             times.append(time.perf_counter())
         seconds = np.diff(times)
-        if self._sampling.get("speculate"):  # tokens come several at a time
-            seconds[1:] = (times[-1] - times[1]) / max(n_tokens - 1, 1)
+        if self._come_together:
+            seconds[1:] = (times[-1] - times[1]) / self._steps(n_tokens - 1)
         return seconds.tolist()
+
+    @property
+    def _come_together(self) -> bool:
+        """Whether several tokens appear at once. The time between two of them then means nothing."""
+        return bool(self._sampling.get("speculate") or self._model.backend.decode_block)
+
+    def _steps(self, n_later: int) -> int:
+        """Return how many tokens were computed to see `n_later` after the first: a block is computed to its end."""
+        if self._sampling.get("speculate"):
+            return max(n_later, 1)
+        return max(-(-n_later // BLOCK) * BLOCK, 1)
 
     def peak_memory(self) -> int | None:
         """Return the most bytes in use so far."""

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt_xp.generation import BLOCK
+
+N_NEW = 1 + BLOCK  # the first token is prefill's, and the others fill a block of a backend that decodes in blocks
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -13,7 +17,7 @@ class Workload:
 
     context: int
     batch: int = 1
-    n_new: int = 16
+    n_new: int = N_NEW
 
 
 @dataclass(frozen=True)

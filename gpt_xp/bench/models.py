@@ -9,15 +9,13 @@ from typing import Any
 from gpt_xp._processes import own_command, usable_backends
 from gpt_xp.backend import check_name
 from gpt_xp.bench.driver import Benchmark, Entry, Progress, race
-from gpt_xp.bench.figures import Workload
+from gpt_xp.bench.figures import N_NEW, Workload
 from gpt_xp.checkpoint import read_config
 from gpt_xp.comparison.driver import DTYPES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub import default_model, find_model
 from gpt_xp.quantization import check_kind
-
-N_NEW = 16
 
 
 def own_entry(
@@ -67,7 +65,7 @@ def bench(
     `backends` are names as for `own_entry` ("numpy", "numpy+int8", "torch@cuda"); None: all that can be used here,
     but for array-api-strict. `model` is as for `load`. Every number of prompt tokens in `context` (None: three that
     suit the model) is combined with every number of prompts in `batch`, and each prompt is continued by `n_new` tokens
-    (None: 16, or as many as there is room for). The rest is as for `race`.
+    (None: 17, or as many as there is room for). The rest is as for `race`.
 
     Raises `SettingError`, `BackendError`, and the errors of `find_model`.
     """
