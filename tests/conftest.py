@@ -1,6 +1,7 @@
 """The fixtures: `backend` runs a test on every array library that is installed."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import signal
@@ -28,6 +29,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # as
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "numba"))
 
+# JAX takes three quarters of a GPU when it starts, and each of pytest's processes would.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -35,6 +39,15 @@ BACKENDS = ("numpy", "jax", "torch", "array-api-strict", "array-api-strict:devic
 ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
 # CI names here what must not be skipped: a skip looks too much like a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide what JAX computes on, and what may be skipped: a library that finds no GPU must fail in the GPU tests."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where there is a GPU, JAX would compute on it by default
+    elif "GPT_XP_TEST_REQUIRE" not in os.environ:
+        libraries = (name.partition(":")[0] for name in ON_A_GPU)
+        REQUIRED.extend(name for name in libraries if importlib.util.find_spec(name))
 
 
 def make_backend(name: str, dtype: str = "float32") -> Backend:

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import pytest
+from conftest import skipping_what_is_missing
 
 
 def nvrtc() -> tuple[Any, Path]:
@@ -15,7 +15,10 @@ def nvrtc() -> tuple[Any, Path]:
     libraries = [each for root in roots for each in root.glob("**/libnvrtc.so.*")]
     headers = [each.parent for root in roots for each in root.glob("**/include/cuda_fp16.h")]
     if not (libraries and headers):
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime")
+        with skipping_what_is_missing("nvrtc"):
+            raise ModuleNotFoundError("NVRTC is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime")
+    for second in libraries[0].parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(second))  # NVRTC 13.0 finds it only where it is loaded already
     return ctypes.CDLL(str(libraries[0])), headers[0]
 
 

@@ -13,7 +13,7 @@ import array_api_compat.numpy as numpy_namespace
 import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_values
-from conftest import make_backend
+from conftest import make_backend, skipping_what_is_missing
 from small_models import CONFIGS, small_params, small_tokens
 from test_model import GOLDENS
 
@@ -284,7 +284,8 @@ except gpt_xp.errors.BackendError as error:
 
 
 def test_cupy_without_a_gpu_says_so() -> None:
-    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    with skipping_what_is_missing("cupy"):
+        import cupy
     if cupy.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(BackendError, match="finds no CUDA device"):

@@ -11,7 +11,7 @@ from typing import Any
 import array_api_compat.numpy as PLAIN  # noqa: N812, as CuPy's is
 import numpy as np
 import pytest
-from conftest import make_backend
+from conftest import make_backend, skipping_what_is_missing
 from cuda_by_numpy import ByNumPy
 from cuda_on_cpu import Library, OnCPU, amid_nan, library_of, to_gpu
 from gpt_xp_backends.cupy_fusion import NAME, THREADS, fused
@@ -344,7 +344,8 @@ def test_cudas_compiler_makes_no_doubles(keys: dict[Any, list[Key]], dtype: str)
 
 
 def test_cupys_arrays_leave_operators_to_lazy_ones() -> None:
-    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    with skipping_what_is_missing("cupy"):
+        import cupy
     memory = cupy.cuda.MemoryPointer(
         cupy.cuda.UnownedMemory(4096, 4096, None, 0), 0
     )  # that nobody reads: no GPU needed
