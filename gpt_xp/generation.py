@@ -30,7 +30,7 @@ from gpt_xp.steps import all_logits, decode_steps, each_logits, last_logits
 from gpt_xp.streaming import TextStream
 from gpt_xp.tokenizer import Tokenizer
 
-PIECE = 128  # tokens whose logits are computed together
+PIECE = 128  # tokens whose logits are computed together where several backends are compared
 BLOCK = 16  # steps of a `decode_block`: what comes after the end of a text in its last block is computed for nothing
 
 
@@ -266,13 +266,14 @@ class Engine:
 
     def logits(self, token_ids: Any) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the logits at all positions, [batch, piece, n_vocab] on the host, piece by piece."""
-        tokens, cache, total = self._begin(token_ids, n_new=0)
-        for begin in range(0, total, PIECE):
-            piece, cache, window = self._piece(tokens, begin, cache)
+        length = self.backend.piece(len(token_ids))
+        tokens, cache, total = self._begin(token_ids, n_new=0, length=length)
+        for begin in range(0, total, length):
+            piece, cache, window = self._piece(tokens, begin, cache, length)
             logits, cache = self._all_logits(
                 self.params, piece, cache, config=self.config, window=window, xp=self.backend.xp
             )
-            yield self.backend.to_numpy(logits)[:, : min(PIECE, total - begin)]
+            yield self.backend.to_numpy(logits)[:, : min(length, total - begin)]
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], n_new: int, length: int = PIECE

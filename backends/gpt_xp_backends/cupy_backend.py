@@ -12,10 +12,19 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._typing import Array
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, is_step
+from gpt_xp.backend import (
+    Backend,
+    BackendInfo,
+    DeviceInfo,
+    check_dtype,
+    import_library,
+    is_step,
+    piece_on_gpu,
+)
+from gpt_xp.cache import new_cache
 from gpt_xp.errors import BackendError
 from gpt_xp_backends.cupy_fusion import fused
-from gpt_xp_backends.cupy_graph import GraphedStep, Trust
+from gpt_xp_backends.cupy_graph import GraphedStep, KeptCache, Trust
 from gpt_xp_backends.cupy_kernels import thin_matmul
 from gpt_xp_backends.fusion import Fusing
 from gpt_xp_backends.jax_backend import window
@@ -64,7 +73,10 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         to_numpy=cupy.asnumpy,
         compile=functools.partial(_compile, cupy, index, xp, trust),
         synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
-        window=(lambda n: n) if trust.problem else window,  # a graph is for one window
+        new_cache=new_cache if trust.problem else KeptCache().new_cache,
+        slots=(lambda n, n_ctx: n) if trust.problem else (lambda n, n_ctx: min(window(n), n_ctx)),
+        window=(lambda n: n) if trust.problem else window,  # a graph is for one window and one cache
+        piece=piece_on_gpu,
         device_memory=_device_info(cupy, index).memory,
         peak_memory=peak_memory,  # the pool never shrinks on its own, so what it holds is its peak
         settings=functools.partial(_settings, cupy, trust),
@@ -133,7 +145,7 @@ def _settings(cupy: Any, trust: Trust) -> dict[str, str]:
         "driver": _version(runtime.driverGetVersion()),  # the newest CUDA that the driver can run
         "cuda": _version(runtime.runtimeGetVersion()),
         "tf32": "no",  # `create` refuses it
-        "cuda_graph": f"no ({trust.problem})" if trust.problem else "yes",
+        "cuda_graph": trust.verdict,
         "accelerators": os.environ.get("CUPY_ACCELERATORS", "CuPy's choice"),
     }
 

@@ -25,6 +25,7 @@ from gpt_xp.backend import (
     import_library,
     peak_process_memory,
     physical_memory,
+    piece_on_gpu,
 )
 from gpt_xp.errors import BackendError
 
@@ -81,6 +82,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         to_numpy=lambda tensor: tensor.numpy(force=True),
         compile=functools.partial(_compile, scope, torch.compile if compiled else None),
         synchronize=lambda tensor: None if kind == "cpu" else getattr(torch, kind).synchronize(),
+        piece=Backend.piece if kind == "cpu" else piece_on_gpu,
         samples_on_host=kind == "cpu",  # PyTorch sorts a vocabulary there in 4 to 8 ms, NumPy in 0.3
         is_out_of_memory=functools.partial(_is_out_of_memory, torch),
         device_memory=where.memory,
