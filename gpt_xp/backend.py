@@ -29,6 +29,7 @@ import numpy as np
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
+from gpt_xp.sampling import Choice
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
 DecodeBlock: TypeAlias = Callable[[Step, Any, int], tuple[Any, Any]]
@@ -125,6 +126,9 @@ class Backend:
     decode_block: DecodeBlock | None = None
     # XLA takes 10 ms to sort a vocabulary on a CPU and NumPy 0.3: there, logits are sampled by NumPy.
     samples_on_host: bool = False
+    # Choose the likeliest tokens from logits [batch, n_vocab] and the ids that are allowed [n_vocab] (None: all), where
+    # the backend has something faster than `choose`. The `Choice` holds NumPy arrays.
+    choose_likeliest: "Callable[[Array, Array | None], Choice] | None" = None
 
     is_out_of_memory: Callable[[BaseException], bool] = _no_memory_error
     device_memory: int | None = None  # bytes in all

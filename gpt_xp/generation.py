@@ -168,7 +168,7 @@ class Engine:
             cache=cache,
             seen=None if numbers["repetition_penalty"] is None else asarray(self._seen(run.rows)),
             noise=None if noise is None else asarray(noise),
-            allowed=None if self._allowed is None else asarray(self._allowed),
+            allowed=self._allowed,
             k=BLOCK,
             decode_block=self.backend.decode_block,
             config=self.config,
@@ -322,10 +322,12 @@ class Engine:
     def _sample(self, logits: Array, rows: Sequence[Row], sampling: Sampling, step: int) -> Choice:
         """Choose the next token of each row; the `Choice` holds NumPy arrays."""
         host, numbers = self.backend.samples_on_host, sampling.numbers
+        if self.backend.choose_likeliest and numbers["temperature"] is numbers["repetition_penalty"] is None:
+            return _finite(self.backend.choose_likeliest(logits, self._allowed), self.backend)
         asarray = np.asarray if host else self.backend.asarray
         arguments = numbers | {
             "seen": None if numbers["repetition_penalty"] is None else asarray(self._seen(rows)),
-            "allowed": None if self._allowed is None else asarray(self._allowed),
+            "allowed": self._allowed,
             "xp": self._choosing.xp,
         }
         if host:
@@ -353,13 +355,13 @@ class Engine:
             mark[row.token_ids] = True
         return seen
 
-    def _allowed_ids(self) -> "np.ndarray[Any, Any] | None":
-        """Which ids may be sampled [n_vocab]: those that have a token; None if all have."""
+    def _allowed_ids(self) -> Array | None:
+        """Return which ids have a token [n_vocab], and may be chosen; None if all have. It is where they are chosen."""
         if self.tokenizer is None or len(self.tokenizer) == self.config.n_vocab:
             return None
         allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
         allowed[list(self.tokenizer.ids)] = True
-        return allowed
+        return allowed if self.backend.samples_on_host else self.backend.asarray(allowed)
 
 
 def _finite(choice: Choice, backend: Backend) -> Choice:

@@ -131,8 +131,12 @@ def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Ar
     chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
     best = xp.max(scores, axis=-1)
     second = xp.max(xp.where(chosen, lowest(scores, xp), scores), axis=-1)
-    # Where the filters left one token alone the difference is the largest number, and must not overflow.
-    return token, xp.clip(best - second, 0.0, 1e6) * (1 if temperature is None else temperature)
+    return token, clip_margin(best - second, xp) * (1 if temperature is None else temperature)
+
+
+def clip_margin(difference: Array, xp: Namespace) -> Array:
+    """Return the difference of two scores: where the filters left one token alone, what does not overflow."""
+    return xp.clip(difference, 0.0, 1e6)
 
 
 def lowest(x: Array, xp: Namespace) -> Array:

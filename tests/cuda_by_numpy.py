@@ -24,6 +24,70 @@ def evaluate(program: Program, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [values[number] for number in program.outputs]
 
 
+def run_fused(program: Program, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    n_given, n_outputs = len(program.given), len(program.outputs)
+    results = evaluate(program, arrays[:n_given])
+    for out, result in zip(arrays[n_given : n_given + n_outputs], results, strict=True):
+        out[...] = result
+    if cache := arrays[n_given + n_outputs :]:
+        k, v, position = cache
+        batch, n_head, n_slots, d_head = k.shape
+        parts = results[0].reshape(batch, 3, n_head, d_head)
+        k[:, :, position % n_slots], v[:, :, position % n_slots] = parts[:, 1], parts[:, 2]
+
+
+def run_thin_product(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    x, w, out = arrays
+    out[...] = x / arguments[-1] @ w
+
+
+def run_table_product(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    x, w, out = arrays
+    out[...] = x @ w
+
+
+def run_split_product(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    x, w, parts = arrays
+    length = arguments[5]
+    for place, part in enumerate(parts):
+        some = slice(place * length, (place + 1) * length)
+        part[...] = x[:, some].astype(part.dtype) @ w[some].astype(part.dtype)
+
+
+def run_attend(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    q, k, v, mask, out = (each if place == 4 else each.astype(np.float64) for place, each in enumerate(arrays))
+    scores = q / arguments[6] @ k.swapaxes(-1, -2) + mask
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out[...] = weights / weights.sum(axis=-1, keepdims=True) @ v
+
+
+def run_likeliest_of_parts(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    logits, allowed, parts = arrays
+    scores = np.where(allowed, logits, np.finfo(logits.dtype).min) if arguments[4] else logits
+    second, best = np.sort(scores, axis=-1)[:, -2:].T
+    largest = logits.max(axis=-1)
+    total = np.exp(logits - largest[:, None]).sum(axis=-1)
+    parts[...] = np.stack([best, scores.argmax(axis=-1), second, largest, total], axis=-1)[:, None]
+
+
+def run_likeliest(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...]) -> None:
+    parts, found = arrays
+    best, token, second, largest, total = parts[:, 0].T
+    found[...] = np.stack([token, best - largest - np.log(total), best - second], axis=-1)
+
+
+# (the program of a fused kernel, the arrays among the arguments, all arguments)
+LAUNCHES: dict[str, Callable[..., None]] = {
+    cupy_fusion.NAME: run_fused,
+    "thin_product": run_thin_product,
+    "table_product": run_table_product,
+    "split_product": run_split_product,
+    "attend": run_attend,
+    "likeliest_of_parts": run_likeliest_of_parts,
+    "likeliest": run_likeliest,
+}
+
+
 class ByNumPy:
     """`made` has the source, name and options of each kernel, and `launched` the name of each launch."""
 
@@ -34,8 +98,8 @@ class ByNumPy:
         self._source = cupy_fusion.source
         monkeypatch.setattr(cupy_fusion, "source", self._remembered)
 
-    def _remembered(self, program: Program) -> str:
-        source = self._source(program)
+    def _remembered(self, program: Program, appends: bool = False) -> str:
+        source = self._source(program, appends)
         self._programs[source] = program
         return source
 
@@ -45,14 +109,6 @@ class ByNumPy:
         def launch(grid: tuple[int, int], block: tuple[int, int], arguments: tuple[Any, ...]) -> None:
             self.launched.append(name)
             arrays = [each.view(np.ndarray) for each in arguments if isinstance(each, np.ndarray)]
-            if name == cupy_fusion.NAME:
-                program = self._programs[source]
-                n_given = len(program.given)
-                given, outputs = arrays[:n_given], arrays[n_given:]
-                results = evaluate(program, given)
-            else:
-                outputs, results = arrays[2:], [arrays[0] @ arrays[1]]
-            for out, result in zip(outputs, results, strict=True):
-                out[...] = result
+            LAUNCHES[name](self._programs.get(source), arrays, arguments)
 
         return launch

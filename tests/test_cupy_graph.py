@@ -26,6 +26,7 @@ from small_models import CONFIGS, small_params, small_tokens
 
 from gpt_xp import Backend, Generation, Model, generation
 from gpt_xp.cache import KVCache
+from gpt_xp.errors import BackendError
 from gpt_xp.quantization import quantize, quantized_backend
 from gpt_xp.tolerances import TOLERANCE
 
@@ -99,7 +100,7 @@ class FakeCuPy:
             logits[...] = np.nan
             # A graph holds addresses, and keeps no array alive.
             whole = (each if each.base is None else each.base for each in (cache.k, cache.v, logits))
-            arrays, state = tuple(map(weakref.ref, whole)), cache[2:]
+            arrays, state = tuple(map(weakref.ref, whole)), (*cache[2:], type(cache))
             self.recorded = self.record(function, params, tokens, state, rest, xp, options), arrays
             return logits, after
 
@@ -107,7 +108,8 @@ class FakeCuPy:
 
 
 def replayed(function: Any, params: Any, tokens: Any, state: Any, rest: Any, xp: Any, options: Any, *kv: Any) -> Any:
-    return function(params, tokens, KVCache(*kv, *state), *rest, xp=xp, **options)[0]
+    *position_and_start, cache_type = state
+    return function(params, tokens, cache_type(*kv, *position_and_start), *rest, xp=xp, **options)[0]
 
 
 class FakeStream:
@@ -398,7 +400,7 @@ def test_a_graph_that_holds_on_to_what_it_was_captured_with_is_not_used(
 ) -> None:
     def freeze(self: FakeCuPy, function: Any, params: Any, tokens: Any, state: Any, *more: Any) -> Any:
         tokens = tokens.copy() if frozen == "token" else tokens
-        state = (state[0].copy() if frozen == "position" else state[0], state[1])
+        state = (state[0].copy() if frozen == "position" else state[0], *state[1:])
         return functools.partial(replayed, function, params, tokens, state, *more)
 
     monkeypatch.setattr(FakeCuPy, "record", freeze)
@@ -422,6 +424,102 @@ def test_the_benchmark_compares_texts(cupy: FakeCuPy, monkeypatch: pytest.Monkey
     cupy.break_at["begin"] = fail
     with pytest.warns(RuntimeWarning), pytest.raises(SystemExit, match="GPT_XP_CUPY_GRAPH=1: cuda_graph is 'no"):
         script.compare_texts("shakespeare")
+
+
+# d_head is 16, and the number of columns is no multiple of 32.
+ALIGNED = replace(CONFIGS["124M-ratios"], n_embd=48, n_head=3, n_layer=2)
+
+
+def aligned(backend: Backend) -> Model:
+    random = np.random.RandomState(3)
+
+    def weight(*shape: int) -> Any:
+        return random.standard_normal(shape) * 0.2
+
+    n, norm = ALIGNED.n_embd, {"g": weight(48), "b": weight(48)}
+    sizes = {"attn": {"c_attn": (n, 3 * n), "c_proj": (n, n)}, "mlp": {"c_fc": (n, 4 * n), "c_proj": (4 * n, n)}}
+    blocks = [
+        {"ln_1": norm, "ln_2": norm}
+        | {part: {name: {"w": weight(*size), "b": weight(size[1])} for name, size in each.items()}
+           for part, each in sizes.items()}
+        for _ in range(ALIGNED.n_layer)
+    ]  # fmt: skip
+    params = {"wte": weight(211, n), "wpe": weight(64, n), "blocks": blocks, "ln_f": norm}
+    return Model(params, ALIGNED, backend=backend)
+
+
+PREPARED = {
+    "split": {"split_product", "table_product", "thin_product", "fused"},  # thin ones: keys and values
+    "append": {"thin_product", "fused"},
+    "attention": {"thin_product", "fused", "attend"},
+    "greedy": {"thin_product", "fused", "likeliest_of_parts", "likeliest"},
+    "all": {"split_product", "table_product", "fused", "attend", "likeliest_of_parts", "likeliest"},
+    "split, attention": {"split_product", "table_product", "fused", "attend"},
+}
+
+
+@pytest.mark.parametrize("kernels", PREPARED)
+def test_what_is_prepared_gives_the_same_text(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    expected = aligned(make_backend("numpy")).generate(UNEVEN, max_tokens=None, ignore_eos=True)
+    monkeypatch.setenv("GPT_XP_CUPY_KERNELS", kernels)
+    cupy.log.clear()
+    model = aligned(cupy_backend.create())
+    actual = model.generate(UNEVEN, max_tokens=None, ignore_eos=True)
+    assert set(cupy.log[-30:]) == {"launch"}
+    assert graph_setting(model) == "yes"
+    same(actual, expected)
+    assert set(cupy.RawKernel.launched) == PREPARED[kernels]
+    names = list(cupy_backend.KERNELS) if kernels == "all" else kernels.split(", ")
+    assert model.backend.settings()["kernels"] == ", ".join(names)
+    # Sampled, and with a penalty: nothing of `greedy` takes part.
+    for options in ({"temperature": 0.9, "seed": 3}, {"repetition_penalty": 1.3}):
+        cupy.RawKernel.launched.clear()
+        actual = model.generate(TOKENS[:5], max_tokens=9, **options)
+        assert not {"likeliest", "likeliest_of_parts"} & set(cupy.RawKernel.launched)
+        same(actual, aligned(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9, **options))
+
+
+def test_ids_without_a_token_are_not_chosen_by_the_kernel(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_XP_CUPY_KERNELS", "greedy")
+    found = []
+    for backend in (cupy_backend.create(), make_backend("numpy")):
+        model = aligned(backend)
+        model._engine.tokenizer = SizedTokenizer(range(1, 200, 2))
+        model._engine._allowed = model._engine._allowed_ids()
+        found.append(model.generate(TOKENS[:5], max_tokens=20, ignore_eos=True))
+    same(*found)
+    assert all(token % 2 for token in found[0].token_ids)
+
+
+class SizedTokenizer:
+    """A tokenizer without text, that has some of the ids alone."""
+
+    eos_token_id = None
+
+    def __init__(self, ids: range) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return b""
+
+
+def test_kernels_that_are_not_known(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_XP_CUPY_KERNELS", "split,atention")
+    with pytest.raises(BackendError, match="no kernels called 'atention': take some of split, append, attention"):
+        cupy_backend.create()
+
+
+def test_a_prompt_is_computed_in_pieces_of_1024_tokens(cupy: FakeCuPy) -> None:
+    piece = cupy_backend.create().piece
+    assert [piece(batch) for batch in (1, 4, 8, 16, 32, 100)] == [1024, 1024, 512, 256, 128, 128]
+    model, calls = small(cupy_backend.create(), "long"), []
+    step = model._engine._step
+    model._engine._step = lambda tokens, *rest: calls.append(tokens.shape[1]) or step(tokens, *rest)  # type: ignore[method-assign]
+    model.generate(small_tokens("long")[0, :300].tolist(), max_tokens=2)
+    assert calls == [300, 1]
 
 
 def check_texts_and_replays(monkeypatch: pytest.MonkeyPatch, create: Callable[[], Backend], dtype: str) -> None:

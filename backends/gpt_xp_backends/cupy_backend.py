@@ -1,6 +1,7 @@
 """CuPy, on CUDA GPUs. Written from its documentation and run without a GPU only: see README.
 
-Decoding runs as a CUDA graph (see `cupy_graph`), unless `GPT_XP_CUPY_GRAPH=0`.
+Decoding runs as a CUDA graph (see `cupy_graph`), unless `GPT_XP_CUPY_GRAPH=0`. `GPT_XP_CUPY_KERNELS` turns on what is
+prepared for it, by the names in `KERNELS`, with commas between, or "all".
 """
 
 import functools
@@ -21,14 +22,22 @@ from gpt_xp.backend import (
     is_step,
     piece_on_gpu,
 )
-from gpt_xp.cache import new_cache
+from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
-from gpt_xp_backends.cupy_fusion import fused
+from gpt_xp_backends.cupy_attention import AppendingCache, Attending, attend
+from gpt_xp_backends.cupy_fusion import append, fused
 from gpt_xp_backends.cupy_graph import GraphedStep, KeptCache, Trust
-from gpt_xp_backends.cupy_kernels import thin_matmul
-from gpt_xp_backends.fusion import Fusing
+from gpt_xp_backends.cupy_greedy import greedy
+from gpt_xp_backends.cupy_kernels import split_matmul, thin_matmul
 from gpt_xp_backends.jax_backend import window
 
+# What is not measured on a GPU yet, and therefore not on by default.
+KERNELS = {
+    "split": "products whose sums are split over blocks (`cupy_kernels.split_matmul`)",
+    "append": "bias, and the writes into the cache, in one kernel (`cupy_attention`)",
+    "attention": "attention of one query in one kernel (`cupy_attention`)",
+    "greedy": "the likeliest token in two kernels and one copy (`cupy_greedy`)",
+}
 FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
 
 
@@ -52,7 +61,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         raise BackendError("cupy computes on the GPU and has no threads to set: leave --threads out")
     if os.environ.get("CUPY_TF32", "0") != "0":
         raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
-    xp = _namespace(cupy)
+    xp, kernels = _namespace(cupy), _kernels()
     trust = Trust("GPT_XP_CUPY_GRAPH=0" if os.environ.get("GPT_XP_CUPY_GRAPH", "1") in ("", "0") else None)
 
     def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
@@ -71,7 +80,8 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         xp=xp,
         asarray=asarray,
         to_numpy=cupy.asnumpy,
-        compile=functools.partial(_compile, cupy, index, xp, trust),
+        compile=functools.partial(_compile, cupy, index, xp, trust, kernels),
+        choose_likeliest=_on(cupy, index, greedy(cupy)) if "greedy" in kernels else None,
         synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
         new_cache=new_cache if trust.problem else KeptCache().new_cache,
         slots=(lambda n, n_ctx: n) if trust.problem else (lambda n, n_ctx: min(window(n), n_ctx)),
@@ -79,7 +89,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         piece=piece_on_gpu,
         device_memory=_device_info(cupy, index).memory,
         peak_memory=peak_memory,  # the pool never shrinks on its own, so what it holds is its peak
-        settings=functools.partial(_settings, cupy, trust),
+        settings=functools.partial(_settings, cupy, trust, kernels),
     )
 
 
@@ -95,24 +105,45 @@ def _compile(
     index: int,
     xp: SimpleNamespace,
     trust: Trust,
+    kernels: frozenset[str],
     function: Callable[..., Any],
     static: tuple[str, ...] = (),
     donate: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """Return a function that runs on the device, for CuPy makes new arrays on the thread's current one.
+    """Return a function that runs on the device. A step of the model becomes a CUDA graph where it decodes."""
+    if not is_step(function):
+        return _on(cupy, index, function)
+    thin = Attending(
+        xp,
+        split_matmul(cupy) if "split" in kernels else thin_matmul(cupy),
+        fused(cupy),
+        append(cupy) if "append" in kernels else None,
+        attend(cupy) if "attention" in kernels else None,
+    )
+    cache_type = AppendingCache if "append" in kernels else KVCache
+    step = GraphedStep(cupy, function, xp, thin, trust, cache_type)
+    return functools.wraps(function)(_on(cupy, index, step))
 
-    A step of the model, whose arguments begin with these three, becomes a CUDA graph where it decodes.
-    """
-    step = function
-    if is_step(function):
-        step = GraphedStep(cupy, function, xp, Fusing(xp, thin_matmul(cupy), fused(cupy)), trust)
 
-    @functools.wraps(function)
+def _on(cupy: Any, index: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function on a device, for CuPy makes new arrays on the thread's current one."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         with cupy.cuda.Device(index):
-            return step(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return call
+
+
+def _kernels() -> frozenset[str]:
+    """Return the names in `GPT_XP_CUPY_KERNELS`. Raises `BackendError` for one that is not known."""
+    names = os.environ.get("GPT_XP_CUPY_KERNELS", "").replace(" ", "")
+    found = frozenset(KERNELS if names == "all" else filter(None, names.split(",")))
+    if unknown := sorted(found - KERNELS.keys()):
+        raise BackendError(
+            f"GPT_XP_CUPY_KERNELS has no kernels called {unknown[0]!r}", f"take some of {', '.join(KERNELS)}, or all"
+        )
+    return found
 
 
 def _count(cupy: Any) -> int:
@@ -139,13 +170,14 @@ def _device_info(cupy: Any, index: int) -> DeviceInfo:
     return DeviceInfo(f"cuda:{index}", properties["name"].decode(), int(properties["totalGlobalMem"]))
 
 
-def _settings(cupy: Any, trust: Trust) -> dict[str, str]:
+def _settings(cupy: Any, trust: Trust, kernels: frozenset[str]) -> dict[str, str]:
     runtime = cupy.cuda.runtime
     return {
         "driver": _version(runtime.driverGetVersion()),  # the newest CUDA that the driver can run
         "cuda": _version(runtime.runtimeGetVersion()),
         "tf32": "no",  # `create` refuses it
         "cuda_graph": trust.verdict,
+        "kernels": ", ".join(name for name in KERNELS if name in kernels) or "none of those that are prepared",
         "accelerators": os.environ.get("CUPY_ACCELERATORS", "CuPy's choice"),
     }
 

@@ -6,14 +6,16 @@ Half precision is computed in float, and rounded where it is stored.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from gpt_xp._typing import Array
 from gpt_xp_backends.cupy_kernels import TYPES
 from gpt_xp_backends.fusion import Compute, Program, Step
+
+Append: TypeAlias = Callable[..., list[Array]]  # (k, v, position, and the arguments of `Compute`) -> outputs
 
 NAME = "fused"
 THREADS = 256  # a power of two
@@ -47,8 +49,19 @@ class _Value(NamedTuple):
     reduction: tuple[str, str] | None = None
 
 
-def source(program: Program) -> str:
-    """Return a kernel `NAME(sizes, each array given and its strides in numbers, outputs)`."""
+# Behind the outputs, what writes keys and values into the cache: the last two thirds of the columns, at the position.
+APPEND = (
+    "{0}* k, {0}* v, const int* position, int n_slots, int n_head, int d_head, long long of_batch, long long of_head",
+    "if (i >= n / 3) (i < n / 3 * 2 ? k : v)[row * of_batch + i / d_head % n_head * of_head "
+    "+ *position % n_slots * d_head + i % d_head] = ({0})v{1};",
+)
+
+
+def source(program: Program, appends: bool = False) -> str:
+    """Return a kernel `NAME(sizes, each array given and its strides in numbers, outputs)`.
+
+    One that `appends` has the cache's arrays after them: its one output is the queries, keys and values of a token.
+    """
     values = _values(program)
     parameters = ["int n", "int n_middle", "int n_inner"]
     lines = [
@@ -71,6 +84,11 @@ def source(program: Program) -> str:
         else:
             columns.append(number)
             stores.append(f"out{number}[(long long)row * n + i] = ({number_type})v{number};")
+    if appends:
+        [number] = columns
+        number_type = TYPES[str(_step(program, number).dtype)][0]
+        parameters.append(APPEND[0].format(number_type))
+        stores.append(APPEND[1].format(number_type, number))
     lines += _loop(values, columns, stores) if columns else []
     header = f'extern "C" __global__ void __launch_bounds__({THREADS}) {NAME}'
     text = f"{header}(\n    {', '.join(parameters)})\n{{\n    " + "\n    ".join(lines) + "\n}\n"
@@ -148,24 +166,52 @@ def _definition(values: list[_Value], number: int) -> str:
 
 def fused(cupy: Any) -> Compute:
     """Return what computes programs by one launch each, of arrays of up to four axes."""
+    return functools.partial(_compute, cupy, _kernels(cupy), ())
 
-    @functools.cache
-    def kernel(program: Program) -> Any:
-        return cupy.RawKernel(source(program), NAME, ())
 
-    def compute(program: Program, arrays: list[Array], shape: tuple[int, ...], _: frozenset[int]) -> list[Array]:
-        outer, middle, inner, n = (1,) * (4 - len(shape)) + shape
-        steps = [_step(program, number) for number in program.outputs]
-        outputs = [cupy.empty((*shape[:-1], 1 if step.is_row else n), dtype=step.dtype) for step in steps]
-        reduces = any(step.is_row and step.function in REDUCTIONS for step in program.steps)
-        blocks = 1 if reduces else -(-n // THREADS)  # of a row
-        arguments: list[Any] = [*map(np.int32, (n, middle, inner))]
-        for array in arrays:
-            arguments += [array, *map(np.int64, _strides(array))]
-        kernel(program)((outer * middle * inner, blocks), (THREADS, 1), (*arguments, *outputs))
-        return outputs
+def append(cupy: Any) -> Append:
+    """Return what does the same for the queries, keys and values of a token, and writes into the cache as well.
+
+    It has three arguments before: a layer of the cache's `k` and `v`, [batch, n_head, n_slots, d_head], and the
+    position [] int32.
+    """
+    kernel = _kernels(cupy)
+
+    def compute(k: Array, v: Array, position: Array, *rest: Any) -> list[Array]:
+        _, n_head, n_slots, d_head = k.shape
+        sizes = map(np.int32, (n_slots, n_head, d_head))
+        return _compute(cupy, kernel, (k, v, position, *sizes, *map(np.int64, _strides(k)[:2])), *rest)
 
     return compute
+
+
+def _kernels(cupy: Any) -> Callable[[Program, bool], Any]:
+    @functools.cache
+    def kernel(program: Program, appends: bool) -> Any:
+        return cupy.RawKernel(source(program, appends), NAME, ())
+
+    return kernel
+
+
+def _compute(
+    cupy: Any,
+    kernel: Callable[[Program, bool], Any],
+    cache: tuple[Any, ...],
+    program: Program,
+    arrays: list[Array],
+    shape: tuple[int, ...],
+    _: frozenset[int],
+) -> list[Array]:
+    outer, middle, inner, n = (1,) * (4 - len(shape)) + shape
+    steps = [_step(program, number) for number in program.outputs]
+    outputs = [cupy.empty((*shape[:-1], 1 if step.is_row else n), dtype=step.dtype) for step in steps]
+    reduces = any(step.is_row and step.function in REDUCTIONS for step in program.steps)
+    blocks = 1 if reduces else -(-n // THREADS)  # of a row
+    arguments: list[Any] = [*map(np.int32, (n, middle, inner))]
+    for array in arrays:
+        arguments += [array, *map(np.int64, _strides(array))]
+    kernel(program, bool(cache))((outer * middle * inner, blocks), (THREADS, 1), (*arguments, *outputs, *cache))
+    return outputs
 
 
 def _strides(x: Array) -> list[int]:

@@ -100,11 +100,16 @@ class Graph:
         """Whether there can be another step with its cache."""
         return self._k() is not None and self._v() is not None
 
-    def capture(self, cupy: Any, step: Step, tokens: Array, cache: KVCache) -> Array:
-        """Run `step(cache, tokens)` once, which writes into the cache, and capture it; return the logits of the run."""
+    def capture(
+        self, cupy: Any, step: Step, tokens: Array, cache: KVCache, cache_type: type[KVCache] = KVCache
+    ) -> Array:
+        """Run `step(cache, tokens)` once, which writes into the cache, and capture it; return the logits of the run.
+
+        The cache that it is given has the same arrays, and is a `cache_type`.
+        """
         self._tokens, self._start = tokens.copy(), cache.start.copy()
         self._position = cupy.full((), cache.position, dtype=cupy.int32)
-        own = cache._replace(position=self._position, start=self._start)
+        own = cache_type(cache.k, cache.v, self._position, self._start)
         self._latest_start = cache.start
         cupy.cuda.runtime.deviceSynchronize()  # the stream below does not wait for the one that made the arrays
         self._pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
@@ -138,9 +143,18 @@ class GraphedStep:
     its first two steps are taken without it, and the logits of the second are those to which it is held.
     """
 
-    def __init__(self, cupy: Any, function: Step, xp: Namespace, thin: Namespace, trust: Trust) -> None:
+    def __init__(
+        self,
+        cupy: Any,
+        function: Step,
+        xp: Namespace,
+        thin: Namespace,
+        trust: Trust,
+        cache_type: type[KVCache] = KVCache,
+    ) -> None:
         # `thin` is `xp` with a `matmul` that can be captured, and few launches for all the rest.
         self._cupy, self._function, self._xp, self._thin, self._trust = cupy, function, xp, thin, trust
+        self._cache_type = cache_type
         self._graphs: list[Graph] = []
 
     def __call__(
@@ -170,7 +184,7 @@ class GraphedStep:
         self._graphs = [each for each in self._graphs if each.is_alive()]
         graph.trusted = (self._function, graph.kind) in self._trust.agreed
         with self._trying(cache, put_back=not graph.trusted):
-            logits = graph.capture(self._cupy, thin, tokens, cache)
+            logits = graph.capture(self._cupy, thin, tokens, cache, self._cache_type)
             self._graphs.append(graph)
             if graph.trusted:
                 return logits, cache._replace(position=cache.position + 1)

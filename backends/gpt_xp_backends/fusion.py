@@ -10,9 +10,10 @@ bias, residual and layer norm.
 """
 
 import collections
+import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -104,9 +105,12 @@ class Lazy:
 
 
 class Fusing:
-    """The namespace `xp` with lazy arrays; `matmul` is the product of two arrays, and `compute` computes the rest."""
+    """The namespace `xp` with lazy arrays.
 
-    def __init__(self, xp: Namespace, matmul: Callable[[Array, Array], Array], compute: Compute) -> None:
+    `matmul` is the product of two arrays, or a list of arrays whose sum it is; `compute` computes the rest.
+    """
+
+    def __init__(self, xp: Namespace, matmul: Callable[..., Any], compute: Compute) -> None:
         self._xp, self._matmul, self._compute = xp, matmul, compute
 
     def __getattr__(self, name: str) -> Any:
@@ -122,8 +126,16 @@ class Fusing:
 
     def matmul(self, x: Any, w: Any) -> Lazy:
         """Return the product; its array is nobody else's."""
-        product = self._matmul(self.computed(x), self.computed(w))
-        node = Node(product.shape, product.dtype, array=product)
+        x = self.computed(x)
+        product = self._matmul(x, self.computed(w))
+        if isinstance(product, list):  # arrays that are still to be added
+            total = functools.reduce(functools.partial(self.lazy, "add"), map(self._private, product))
+            return cast(Lazy, self.astype(total, x.dtype))
+        return self._private(product)
+
+    def _private(self, array: Array) -> Lazy:
+        """Return an array that is nobody else's as a lazy one."""
+        node = Node(array.shape, array.dtype, array=array)
         node.is_ours = True
         return Lazy(node, self)
 
@@ -185,8 +197,9 @@ class Fusing:
         node.is_ours = False  # whoever asks may keep it, or a view of it
         return node.array
 
-    def _run(self, root: Node) -> None:
+    def _run(self, root: Node, compute: Compute | None = None) -> None:
         """Compute a node, and on the way those of the same shape that are still wanted."""
+        compute = compute or self._compute
         given, steps = _sorted(root)
         number = {id(node): place for place, node in enumerate([*given, *steps])}
         shape = np.broadcast_shapes(*{node.shape for node in (*given, *steps)})
@@ -206,7 +219,7 @@ class Fusing:
             outputs=tuple(number[id(node)] for node in outputs),
         )  # fmt: skip
         arrays, spare = [node.array for node in given], _spare(given, steps, outputs)
-        for node, array in zip(outputs, self._compute(program, arrays, shape, spare), strict=True):
+        for node, array in zip(outputs, compute(program, arrays, shape, spare), strict=True):
             node.array, node.inputs, node.is_ours = array, (), True
 
 

@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpt_xp_backends import cupy_kernels
 
 HERE = Path(__file__).parent
+
+# NumPy's arrays stand in for CuPy's, and have their address in another place.
+_on_the_device = cupy_kernels.address
+cupy_kernels.address = lambda x: x.ctypes.data if isinstance(x, np.ndarray) else _on_the_device(x)
 
 
 def compiler() -> str | None:
@@ -28,14 +33,15 @@ class Library:
 
     def __init__(self, cxx: str, folder: Path, kernels: Sequence[tuple[str, str, tuple[str, ...]]]) -> None:
         self._kernels = list(dict.fromkeys(kernels))
-        parts = ['#include "cuda_on_cpu.h"']
+        parts = ['#include "cuda_on_cpu.h"', '#include "cuda_fp16.h"']
         for place, (source, name, options) in enumerate(self._kernels):
-            defined = dict(option.removeprefix("-D").split("=") for option in options) | {name: f"kernel_{place}"}
-            parts += [f"#define {key} {value}" for key, value in defined.items()] + [source]
+            defined = dict(option.removeprefix("-D").split("=") for option in options)
+            parts += [f"#define {key} {value}" for key, value in defined.items()]
+            parts.append(f"namespace kernel_{place} {{\n" + source.replace('extern "C"', "static") + "\n}")
             parts += [f"#undef {key}" for key in defined]
             parts.append(
                 f'extern "C" int launch_{place}(const int* grid, const int* block, bool backwards, void** arguments)'
-                f" {{ return cuda_on_cpu::launch(kernel_{place}, grid, block, backwards, arguments); }}"
+                f" {{ return cuda_on_cpu::launch(kernel_{place}::{name}, grid, block, backwards, arguments); }}"
             )
         (folder / "kernels.cpp").write_text("\n".join(parts))
         built = folder / "kernels.so"

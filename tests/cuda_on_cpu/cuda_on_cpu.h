@@ -10,8 +10,13 @@
 #include <ucontext.h>
 
 #define __global__
+#define __device__ static
 #define __shared__ static
 #define __launch_bounds__(threads)
+#define __align__(bytes) alignas(bytes)
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static int min(int a, int b) { return a < b ? a : b; }
 
 namespace cuda_on_cpu {
 struct Index { int x, y; };
@@ -64,6 +69,17 @@ static cuda_on_cpu::Index threadIdx, blockIdx, gridDim;
 
 static void __syncthreads() {
     swapcontext(&cuda_on_cpu::running->context, &cuda_on_cpu::scheduler);
+}
+
+// Threads of one row that all come here together, as those of the kernels here do.
+template <class T>
+static T __shfl_xor_sync(unsigned, T value, int lanes) {
+    static T values[1024];
+    values[threadIdx.x] = value;
+    __syncthreads();
+    const T other = values[threadIdx.x ^ lanes];
+    __syncthreads();
+    return other;
 }
 
 namespace cuda_on_cpu {
