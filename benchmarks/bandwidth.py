@@ -23,7 +23,7 @@ def main() -> None:
     # All weights but the position table, of which a token reads one row.
     n_weights = config.n_params - config.n_ctx * config.n_embd
     print(f"    measured bandwidth: {bandwidth / 1e9:.0f} GB/s")
-    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+    for dtype, size in (("float32", 4), ("float16", 2)):
         print(f"    weights in {dtype}: {1e3 * size * n_weights / bandwidth:.3f} ms a token")
 
 

@@ -1,35 +1,101 @@
 #!/bin/sh
-# All that is measured on a CUDA GPU, in one command:
+# All that is run on a machine with a CUDA GPU, one part a call or several after one another:
 #
 #     pip install -e '.[dev,jax-cuda13,cupy-cuda13x,torch]' -r benchmarks/requirements.txt   # or cuda12, as the driver is
-#     sh benchmarks/gpu.sh
+#     sh benchmarks/gpu.sh smoke      # first: does each library say what NumPy says?
+#     sh benchmarks/gpu.sh tests      # pytest -m gpu
+#     sh benchmarks/gpu.sh compare    # gpt-xp compare
+#     sh benchmarks/gpu.sh 124M       # bandwidth, products, CUDA graph and prepared kernels, beside transformers
+#     sh benchmarks/gpu.sh 1558M
+#     sh benchmarks/gpu.sh            # all of them, in this order
 #
-# It runs the GPU tests, and for 124M and 1558M gpt-xp on JAX, CuPy and PyTorch beside transformers, eager and through
-# torch.compile, and the time that the weights' bytes take at the measured memory bandwidth; and CuPy's CUDA graph
-# beside CuPy without one, after comparing their texts. The result is benchmarks/results/gpu-DEVICE.md. What is not
-# installed is skipped, with its reason.
+# A part is ended after 8 minutes. What it prints is appended, as it comes, to gpu-DEVICE.md in benchmarks/results, or in
+# the folder OUT. A part that fails is reported, and does not stop the next; the exit code is then 1. PYTHON is the
+# interpreter (python3), and LIMIT the seconds of a part.
 #
-# It has not been run yet: there was no GPU where it was written.
-set -eu
-cd "$(dirname "$0")/.."
-device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-result="benchmarks/results/gpu-$(echo "$device" | tr ' /' '--').md"
-temporary=$(mktemp)
-trap 'rm -f "$temporary"' EXIT
+# It has not been run on a GPU yet: there was none where it was written.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+limit=${LIMIT:-480}
+parts="smoke tests compare 124M 1558M"
 
-{
-    printf '# On an %s\n\n    sh benchmarks/gpu.sh\n\n' "$device"
-    printf '    pytest -m gpu: %s\n' "$(python -m pytest -q -m gpu 2>&1 | tail -n 1)"
-    for size in 124M 1558M; do
-        printf '\n## %s\n\n' "$size"
-        python benchmarks/bandwidth.py --size "$size"
-        printf '\n'
-        python benchmarks/peers.py --size "$size" --markdown --without-naive --without-floor \
-            --contexts 16,512 --backends jax@gpu,cupy,torch@cuda --dtypes float32,bfloat16 \
-            --peers 'transformers cuda float32,transformers cuda bfloat16,torch.compile cuda float32,torch.compile cuda bfloat16'
-        printf '\n'
-        python benchmarks/cuda_graph.py --size "$size" --markdown || printf '    benchmarks/cuda_graph.py failed\n'
-    done
-} > "$temporary"
-mv "$temporary" "$result"
+run() { # SECONDS (0: those of the part) COMMAND...: say so where it fails, and go on
+    seconds=$1
+    shift
+    timeout --foreground "$seconds" "$@" # in the group of the part, which may end first
+    code=$?
+    [ "$code" -eq 0 ] && return
+    [ "$code" -eq 124 ] && printf '\nENDED after %s seconds: %s\n' "$seconds" "$*"
+    [ "$code" -eq 124 ] || printf '\nFAILED with exit code %s: %s\n' "$code" "$*"
+    failed=1
+}
+
+text() { # the same, as text in Markdown
+    printf '```text\n'
+    run "$@"
+    printf '```\n\n'
+}
+
+sized() { # SIZE ROUNDS KERNELS DTYPES PEERS
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    trap 'exit 1' TERM INT
+    text 30 "$python" benchmarks/bandwidth.py --size "$1"
+    text 50 "$python" benchmarks/gpu_products.py --size "$1"
+    run 180 "$python" benchmarks/cuda_graph.py --size "$1" --folder "$folder" --rounds "$2" --kernels "$3" --markdown
+    printf '\n'
+    run 210 "$python" benchmarks/peers.py --size "$1" --folder "$folder" --rounds "$2" --markdown --without-naive \
+        --without-floor --contexts 16,512 --backends cupy,jax@gpu,torch@cuda --dtypes "$4" --peers "$5"
+}
+
+part() {
+    failed=0
+    case $1 in
+    smoke) text 0 "$python" benchmarks/gpu_smoke.py ;;
+    tests) text 0 "$python" -m pytest -m gpu -n 4 -q --tb=short --durations=10 ;;
+    compare)
+        run 0 "$python" -m gpt_xp compare -m shakespeare --backends numpy,cupy,jax@gpu,torch@cuda \
+            --dtypes float32,float16,bfloat16 -n 16 --markdown
+        ;;
+    124M)
+        sized 124M 5 split,append,attention,greedy,all float32,float16 \
+            'transformers cuda float32,transformers cuda bfloat16,torch.compile cuda float32'
+        ;;
+    1558M) sized 1558M 3 split,attention,all float32 'transformers cuda float32,transformers cuda bfloat16' ;;
+    esac
+    return "$failed"
+}
+
+if [ "${1-}" = --inside ]; then # a part in a process of its own, which can be ended as a whole
+    part "$2"
+    exit
+fi
+
+for name in "$@"; do
+    case " $parts " in
+    *" $name "*) ;;
+    *) echo "gpu.sh: there is no part $name; there are: $parts" >&2 && exit 2 ;;
+    esac
+done
+
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+out=${OUT:-benchmarks/results}
+result="$out/gpu-$(printf '%s' "${device:-unknown}" | tr ' /' '--').md"
+mkdir -p "$out" || exit 1
+status=$(mktemp)
+trap 'rm -f "$status"' EXIT
+[ -s "$result" ] || printf '# On an %s\n' "${device:-unknown device}" >> "$result"
+for name in ${*:-$parts}; do
+    {
+        printf '\n## %s\n\n    sh benchmarks/gpu.sh %s    # %s\n\n' "$name" "$name" "$(date -u +%Y-%m-%dT%H:%MZ)"
+        timeout "$limit" sh benchmarks/gpu.sh --inside "$name"
+        code=$?
+        [ "$code" -eq 124 ] && printf '\nENDED after %s seconds: %s\n```\n' "$limit" "$name"
+        [ "$code" -eq 0 ] || echo "$name" >> "$status"
+    } 2>&1 | tee -a "$result"
+done
 echo "$result"
+[ -s "$status" ] || exit 0
+echo "FAILED: $(tr '\n' ' ' < "$status")"
+exit 1

@@ -2,10 +2,17 @@
 
 import argparse
 import importlib
+import itertools
+import os
+import re
+import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import Result, posix, process
 from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
 
@@ -148,3 +155,162 @@ def test_training_floor_is_all_products_of_a_step(script):
 def test_an_unknown_peer_is_refused_by_name(script, tmp_path):
     with pytest.raises(GptXpError, match=r"no 'lama.cpp' .* transformers, .*llama.cpp Q8_0,"):
         script("common").peers(tmp_path, ["llama.cpp F32", "lama.cpp"], OPTIONS)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """`gpu.sh` with a shell script in the place of Python: `ran` has the arguments of each call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.python = folder / "interpreter"
+        self.python.write_text(
+            f"""#!/bin/sh
+echo "$*" >> {self.log}
+case "$*" in
+*gpu_smoke*) echo "a check that FAILED" && exit 3 ;;
+*pytest*) echo "a test that hangs" && exec sleep 60 ;;
+esac
+echo "figures of $1"
+"""
+        )
+        self.python.chmod(0o755)
+
+    def __call__(self, *parts: str, limit: str = "60") -> Result:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": self.python, "OUT": self.folder / "out", "LIMIT": limit}
+        return process(*parts, command=["sh", str(SCRIPTS / "gpu.sh")], env=environment)
+
+    @property
+    def ran(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    @property
+    def result(self) -> str:
+        [found] = (self.folder / "out").iterdir()
+        return found.read_text()
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Gpu:
+    return Gpu(tmp_path)
+
+
+@posix
+def test_a_part_that_fails_or_hangs_is_reported_and_the_next_is_run(gpu: Gpu):
+    done = gpu("smoke", "tests", "compare", limit="2")
+    assert done.code == 1
+    assert done.out.splitlines()[-1] == "FAILED: smoke tests "
+    assert done.out.startswith(gpu.result[gpu.result.index("\n## smoke") :]), "what is shown is what is kept"
+    assert re.findall("^## (.*)", gpu.result, re.MULTILINE) == ["smoke", "tests", "compare"]
+    smoke, tests, compare = re.split("^## ", gpu.result, flags=re.MULTILINE)[1:]
+    assert "a check that FAILED" in smoke
+    assert "FAILED with exit code 3: " in smoke
+    assert "a test that hangs" in tests
+    assert "ENDED after 2 seconds: tests" in tests
+    assert "figures of -m" in compare
+    assert gpu.result.count("```") % 2 == 0
+
+
+@posix
+def test_results_are_appended(gpu: Gpu):
+    assert gpu("compare").code == 0
+    before = gpu.result
+    assert gpu("124M").code == 0
+    assert gpu.result.startswith(before)
+    assert gpu.result.count("# On an ") == 1
+    assert "FAILED" not in gpu.result
+
+
+@posix
+def test_all_parts_are_run_in_order_and_each_checkpoint_is_written_once(gpu: Gpu):
+    assert gpu(limit="2").code == 1
+    scripts = [re.sub(r"^benchmarks/|^-m (\w+).*", r"\1", line).split()[0] for line in gpu.ran]
+    sized = ["bandwidth.py", "gpu_products.py", "cuda_graph.py", "peers.py"]
+    assert scripts == ["gpu_smoke.py", "pytest", "gpt_xp", *sized, *sized]
+    for size in ("124M", "1558M"):
+        lines = [line for line in gpu.ran if f"--size {size}" in line]
+        folders = [line.split("--folder ")[1].split()[0] for line in lines if "--folder" in line]
+        assert len(folders) == 2
+        assert len(set(folders)) == 1
+        assert not Path(folders[0]).exists()
+    # What README offers for CuPy, and in float16 too.
+    peers = [line for line in gpu.ran if "peers.py" in line]
+    assert ["bfloat16" in re.findall(r"--dtypes (\S+)", line)[0] for line in peers] == [False, False]
+    assert "--dtypes float32,float16" in peers[0]
+
+
+@posix
+def test_a_part_that_does_not_exist(gpu: Gpu):
+    done = gpu("smoke", "355M")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "gpu.sh: there is no part 355M; there are: smoke tests compare 124M 1558M\n"
+    assert not (gpu.folder / "out").exists()
+
+
+def test_the_limits_of_what_is_run_add_up_to_less_than_that_of_a_part():
+    text = (SCRIPTS / "gpu.sh").read_text()
+    limits = [int(each) for each in re.findall(r"^    (?:text|run) (\d+) ", text, re.MULTILINE)]
+    assert len(limits) == 4
+    assert sum(limits) < int(re.findall(r"LIMIT:-(\d+)", text)[0]) == 8 * 60
+
+
+@pytest.fixture
+def smoke(script, monkeypatch):
+    found = script("gpu_smoke")
+    monkeypatch.setattr(found, "GENERATIONS", 40)
+    return found
+
+
+def test_smoke_passes_what_is_right(smoke, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--backends", "numpy", "--dtypes", "float32,float64"])
+    with pytest.raises(SystemExit) as ended:
+        smoke.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0, out
+    assert "11 checks passed, 0 failed" in out
+    for what in (
+        "float32, logits",
+        "float64, text",
+        "a batch",
+        "a ring",
+        "sampled",
+        "another size",
+        "gpt-xp --backend",
+    ):
+        assert re.search(rf"ok     .*{what}.*: ", out), what
+
+
+def test_smoke_finds_what_is_wrong(smoke, monkeypatch, capsys):
+    report, reference = smoke.Report(), smoke.Reference()
+    right = smoke.load
+
+    def wrong(backend: str, dtype: str):
+        model = right(backend, dtype)
+        model.params["wpe"] = model.params["wpe"][::-1]
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smoke, "load", wrong)
+        smoke.texts(report, reference, "numpy", "float32")
+        smoke.shapes(report, reference, "numpy", "float32")
+    assert report.passed == 1, "the settings"
+    assert len(report.failed) == 6
+    with report.check("a graph") as found:
+        backend = SimpleNamespace(settings=lambda: {"cuda_graph": "no (its logits differ)"})
+        smoke.check_graph(SimpleNamespace(backend=backend), found)
+    with report.check("a warning"):
+        warning = RuntimeWarning("decoding goes on without a graph")
+        try:
+            raise ValueError("deep inside")
+        except ValueError as error:
+            warning.__cause__ = error
+        warnings.warn(warning, stacklevel=1)
+    bytes_used = itertools.count(0, 5_000_000)
+    smoke.memory(report, "numpy", lambda: next(bytes_used))
+    assert report.failed[-3:] == ["a graph", "a warning", "numpy, memory of the device over 40 generations"]
+    out = capsys.readouterr().out
+    assert "graph: no (its logits differ)" in out
+    assert 'raise ValueError("deep inside")' in out, "the whole traceback of what lost the graph"
+    assert "RuntimeWarning: decoding goes on without a graph" in out
