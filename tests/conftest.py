@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import small_published
 from commands import Result
+from gpt_xp_backends import cupy_kernels
 from openai_files import FakeReader, make_tensors, variables
 from servers import HubServer
 
@@ -31,6 +33,10 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".py
 
 # JAX takes three quarters of a GPU when it starts, and each of pytest's processes would.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# In the tests of CuPy's kernels NumPy's arrays stand in for CuPy's, and have their address in another place.
+_on_the_device = cupy_kernels.address
+cupy_kernels.address = lambda x: x.ctypes.data if isinstance(x, np.ndarray) else _on_the_device(x)
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -49,6 +49,7 @@ class FakeCuPy:
         self.capturing, self.recorded = False, None
         self.pools: list[Any] = []
         self.freed = 0  # pools that have given their memory back
+        self.warm_up: Callable[[], Any] = lambda: None  # the logits of the latest run of a step by kernels
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1, getDeviceProperties=lambda index: {"name": b"none", "totalGlobalMem": 2**40},
             driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000,
@@ -91,7 +92,10 @@ class FakeCuPy:
             if tokens.shape[1] == 1 and not self.capturing:
                 self.happens("run" if by_kernel else "step")
             if not self.capturing:
-                return function(params, tokens, cache, *rest, xp=xp, **options)
+                result = function(params, tokens, cache, *rest, xp=xp, **options)
+                if by_kernel:
+                    self.warm_up = weakref.ref(result[0])
+                return result
             if "capture" in self.break_at:
                 self.break_at["capture"]()
             before = cache.k.copy(), cache.v.copy()
@@ -128,6 +132,7 @@ class FakeStream:
 
     def begin_capture(self) -> None:
         self.cupy.happens("begin")
+        assert self.cupy.warm_up() is None, "the capture needs the memory of the run before it"
         assert self.cupy.pools[-1] is not None, "arrays of the graph would be in the memory of all"
         self.cupy.capturing = True
 

@@ -162,7 +162,7 @@ def test_cudas_compiler_takes_it(dtype: str, architecture: str) -> None:
 
 
 @pytest.mark.parametrize(("source", "name"), [SPLIT, TABLE])
-def test_16_bytes_are_read_at_once(source: str, name: str) -> None:
+def test_cudas_compiler_reads_16_bytes_at_once(source: str, name: str) -> None:
     assert "ld.global.v4.u32" in assembly(source, split_options("float16", 1))
 
 

@@ -114,8 +114,11 @@ class Graph:
         cupy.cuda.runtime.deviceSynchronize()  # the stream below does not wait for the one that made the arrays
         self._pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
-            logits, _ = step(own, self._tokens)  # compiles and loads all kernels, and fills the pool
+            made, _ = step(own, self._tokens)  # compiles and loads all kernels, and fills the pool
             stream.synchronize()
+        logits = made.copy()  # out of the pool, which has then all that the capture takes
+        del made
+        with cupy.cuda.using_allocator(self._pool.malloc), stream:
             stream.begin_capture()
             try:
                 self._logits, _ = step(own, self._tokens)
@@ -124,7 +127,7 @@ class Graph:
                     stream.end_capture()
                 raise
             self._captured = stream.end_capture()
-        return logits.copy()  # out of the graph's pool
+        return logits
 
     def replay(self, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Run the step for tokens [batch, 1]; return its logits [batch, n_vocab], and the cache with one token more."""
