@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from gpt_xp_backends.cupy_backend import KERNELS
 
 import gpt_xp
 from gpt_xp.tolerances import TOLERANCE
@@ -35,7 +36,6 @@ BACKENDS = {
     "jax@gpu": ("float32", "float64", "bfloat16", "float16"),
     "torch@cuda": ("float32", "float64", "bfloat16", "float16"),
 }
-KERNELS = ("split", "append", "attention", "greedy", "all")  # see `gpt_xp_backends.cupy_backend`
 GENERATIONS = 100
 GROWTH = 4e6  # bytes of the device that may be lost by then; memory is given to a process in steps of 2 MB
 
@@ -160,7 +160,7 @@ def shapes(report: Report, reference: Reference, backend: str, dtype: str) -> No
 
 def kernels(report: Report, reference: Reference, dtype: str) -> None:
     """Check what is prepared for CuPy, each by itself and all together."""
-    for names in KERNELS:
+    for names in (*KERNELS, "all"):
         with report.check(f"cupy {dtype}, prepared kernels: {names}") as found:
             os.environ["GPT_XP_CUPY_KERNELS"] = names
             try:

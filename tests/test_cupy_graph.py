@@ -523,8 +523,10 @@ def test_a_prompt_is_computed_in_pieces_of_1024_tokens(cupy: FakeCuPy) -> None:
     model, calls = small(cupy_backend.create(), "long"), []
     step = model._engine._step
     model._engine._step = lambda tokens, *rest: calls.append(tokens.shape[1]) or step(tokens, *rest)  # type: ignore[method-assign]
-    model.generate(small_tokens("long")[0, :300].tolist(), max_tokens=2)
+    tokens = small_tokens("long")[0, :300].tolist()
+    model.generate(tokens, max_tokens=2)
     assert calls == [300, 1]
+    assert [piece.shape[1] for piece in model._engine.logits([tokens])] == [300]
 
 
 def check_texts_and_replays(monkeypatch: pytest.MonkeyPatch, create: Callable[[], Backend], dtype: str) -> None:

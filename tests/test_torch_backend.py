@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_values
 from conftest import make_backend
+from gpt_xp_backends import torch_backend
 from small_models import CONFIGS, small_params, small_tokens
 from test_backend import in_a_new_process
 from test_model import GOLDENS
 
 import gpt_xp
 from gpt_xp import Model
-from gpt_xp.backend import get_backend
+from gpt_xp.backend import DeviceInfo, get_backend
 from gpt_xp.errors import BackendError
 
 
@@ -219,3 +220,9 @@ print(json.dumps([*outs, model.backend.settings()["compiled"]]))
     assert setting == "yes"
     assert compiled[0] == numpy[0]
     np.testing.assert_allclose(compiled[1], numpy[1], atol=1e-4)
+
+
+def test_a_prompt_is_computed_in_longer_pieces_on_a_gpu(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [get_backend("torch").piece(batch) for batch in (1, 8)] == [128, 128]
+    monkeypatch.setattr(torch_backend, "_devices", lambda torch: (DeviceInfo("cuda:0", "a GPU", 2**36),))
+    assert [get_backend("torch", device="cuda").piece(batch) for batch in (1, 8, 100)] == [1024, 512, 128]
