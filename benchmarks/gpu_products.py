@@ -1,4 +1,4 @@
-"""How fast the products of a decode step read their weights on a GPU, by each kernel that could be used for them.
+"""Measure how fast the products of a decode step read their weights on a GPU, by each kernel that can compute them.
 
     python benchmarks/gpu_products.py --size 124M
 

@@ -293,7 +293,7 @@ def test_an_expression_that_is_no_attention_is_computed_as_it_stands(monkeypatch
 
 
 def test_a_write_of_something_else_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys in another order, of two tokens, or not of one expression: what the kernel would not write right."""
+    """Keys in another order, of two tokens, not of one expression, or of one that is computed already."""
     by_numpy = ByNumPy(monkeypatch)
     cupy = type("CuPy", (), {"RawKernel": by_numpy, "empty": staticmethod(np.empty)})
     xp, cache_type = namespace(cupy, frozenset({"append"}))
@@ -303,12 +303,17 @@ def test_a_write_of_something_else_is_plain(monkeypatch: pytest.MonkeyPatch) -> 
         qkv = xp.matmul(x, w) + w[0]
         return xp.permute_dims(xp.reshape(qkv, (-1, n_seq, 3, 3, 16)), (2, 0, 3, 1, 4))
 
+    def computed_before(qkv: Any, other: Any) -> tuple[Any, Any]:
+        xp.computed(qkv[0])
+        return qkv[1], qkv[2]
+
     cases: list[tuple[int, Callable[[Any, Any], tuple[Any, Any]]]] = [
         (1, lambda qkv, other: (qkv[1], other[2])),
         (1, lambda qkv, other: (qkv[2], qkv[1])),
         (1, lambda qkv, other: (qkv[1], qkv[1])),
         (1, lambda qkv, other: (qkv[1, ::-1], qkv[2, ::-1])),
         (2, lambda qkv, other: (qkv[1], qkv[2])),
+        (1, computed_before),
     ]
     for n_seq, choose in cases:
         caches = []

@@ -18,12 +18,12 @@ import numpy as np
 
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.cache import KVCache
-from gpt_xp_backends.cupy_fusion import Append
-from gpt_xp_backends.cupy_kernels import TYPES, WIDTH, address, vector
+from gpt_xp_backends.cupy_fusion import Append, strides
+from gpt_xp_backends.cupy_kernels import TYPES, WIDTH, is_aligned
 from gpt_xp_backends.fusion import Compute, Fusing, Lazy, Node
 
 NAME = "attend"
-THREADS = 256  # of a block
+THREADS = 256
 
 # A block computes one head of one row. For the scores, each thread reads whole keys, of every 256th slot; for the
 # values, LANES threads read one slot together. Numbers are read 16 bytes at once, and summed in float32 at least.
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256) attend(
     }
 }
 """
-SHARED_BYTES = 40_000  # that weights may take of the 48 kB of a block
+SHARED_BYTES = 36_000  # The weights may take so much of a block's 48 kB.
 
 Attend = Callable[[Array, Array, Array, Array, float], "Array | None"]
 
@@ -132,23 +132,26 @@ def attend(cupy: Any) -> Attend:
         return cupy.RawKernel(SOURCE, NAME, options(dtype, d_head, n_slots))
 
     def compute(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array | None:
-        batch, n_head, _, d_head = q.shape
-        n_slots, total = k.shape[-2], "float64" if str(q.dtype) == "float64" else "float32"
-        strides = [[stride // x.itemsize for stride in x.strides] for x in (q, k, v)]
-        fits = all(each[-1] == 1 for each in strides) and str(mask.dtype) == "float32"
-        fits = fits and q.shape[-2] == 1 and d_head <= THREADS and d_head % vector(q) == 0 and mask.shape[1:3] == (1, 1)
-        fits = fits and all(address(x) % WIDTH == 0 and stride % vector(x) == 0 for x, each in
-                            zip((k, v), strides[1:], strict=True) for stride in each[:-1])  # fmt: skip
-        if not fits or n_slots * np.dtype(total).itemsize > SHARED_BYTES or k.shape[-2] != mask.shape[-1]:
+        if not _fits(q, k, v, mask):
             return None
+        (batch, n_head, _, d_head), n_slots = q.shape, k.shape[-2]
         out = cupy.empty(q.shape, dtype=q.dtype)
-        mask_strides = [0 if size == 1 else stride // 4 for size, stride in zip(mask.shape, mask.strides, strict=True)]
-        numbers = strides[0][:2] + strides[1][:3] + strides[2][:3] + [mask_strides[0], mask_strides[3]]
-        arguments = (q, k, v, mask, out, np.int32(n_head), np.dtype(total).type(scale), *map(np.int64, numbers))
+        of_q, of_k, of_v, of_mask = map(strides, (q, k, v, mask))
+        total = np.float64 if str(q.dtype) == "float64" else np.float32
+        numbers = (*of_q[:2], *of_k[:3], *of_v[:3], of_mask[0], of_mask[3])
+        arguments = (q, k, v, mask, out, np.int32(n_head), total(scale), *map(np.int64, numbers))
         kernel(str(q.dtype), d_head, n_slots)((batch * n_head, 1), (THREADS, 1), arguments)
         return out
 
     return compute
+
+
+def _fits(q: Array, k: Array, v: Array, mask: Array) -> bool:
+    """Whether the kernel can read the arrays, and a block has memory for the weights."""
+    (*_, n_queries, d_head), n_slots = q.shape, k.shape[-2]
+    is_mask = str(mask.dtype) == "float32" and mask.shape[1:] == (1, 1, n_slots)
+    fits_block = d_head <= THREADS and n_slots * max(q.itemsize, 4) <= SHARED_BYTES
+    return n_queries == 1 and q.strides[-1] == q.itemsize and is_mask and fits_block and is_aligned(k) and is_aligned(v)
 
 
 @dataclass(frozen=True)
@@ -218,13 +221,10 @@ class Attending(Fusing):
         if not (self._append and isinstance(k, View) and isinstance(v, View) and k.whole is v.whole):
             return False
         batch, n_head, n_seq, d_head = k.shape
-        whole = np.arange(math.prod(k.whole.shape)).reshape(k.whole.shape)
-        parts = (
-            whole.reshape(batch, 3, n_head, 1, d_head)
-            if n_seq == 1 and whole.shape[-1] == 3 * n_head * d_head
-            else None
-        )
-        if parts is None or not (np.array_equal(k.places, parts[:, 1]) and np.array_equal(v.places, parts[:, 2])):
+        if k.whole._node.array is not None or (n_seq, k.whole.shape) != (1, (batch, 3 * n_head * d_head)):
+            return False
+        places = np.arange(math.prod(k.whole.shape)).reshape(batch, 3, n_head, 1, d_head)
+        if not (np.array_equal(k.places, places[:, 1]) and np.array_equal(v.places, places[:, 2])):
             return False
         store = functools.partial(self._append, cache.k[layer], cache.v[layer], cache.position)
         self._run(k.whole._node, store)

@@ -180,7 +180,7 @@ def append(cupy: Any) -> Append:
     def compute(k: Array, v: Array, position: Array, *rest: Any) -> list[Array]:
         _, n_head, n_slots, d_head = k.shape
         sizes = map(np.int32, (n_slots, n_head, d_head))
-        return _compute(cupy, kernel, (k, v, position, *sizes, *map(np.int64, _strides(k)[:2])), *rest)
+        return _compute(cupy, kernel, (k, v, position, *sizes, *map(np.int64, strides(k)[:2])), *rest)
 
     return compute
 
@@ -206,15 +206,15 @@ def _compute(
     steps = [_step(program, number) for number in program.outputs]
     outputs = [cupy.empty((*shape[:-1], 1 if step.is_row else n), dtype=step.dtype) for step in steps]
     reduces = any(step.is_row and step.function in REDUCTIONS for step in program.steps)
-    blocks = 1 if reduces else -(-n // THREADS)  # of a row
+    blocks = 1 if reduces else -(-n // THREADS)  # These share a row.
     arguments: list[Any] = [*map(np.int32, (n, middle, inner))]
     for array in arrays:
-        arguments += [array, *map(np.int64, _strides(array))]
+        arguments += [array, *map(np.int64, strides(array))]
     kernel(program, bool(cache))((outer * middle * inner, blocks), (THREADS, 1), (*arguments, *outputs, *cache))
     return outputs
 
 
-def _strides(x: Array) -> list[int]:
-    """The strides of an array in numbers, along `AXES`: none where it has one number for all."""
-    strides = [0 if size == 1 else stride // x.itemsize for size, stride in zip(x.shape, x.strides, strict=True)]
-    return [0] * (4 - x.ndim) + strides
+def strides(x: Array) -> list[int]:
+    """Return the strides of an array in numbers, along `AXES`: 0 where it has one number for all."""
+    found = [0 if size == 1 else stride // x.itemsize for size, stride in zip(x.shape, x.strides, strict=True)]
+    return [0] * (4 - x.ndim) + found

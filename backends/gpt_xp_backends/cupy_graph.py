@@ -60,12 +60,12 @@ class KeptCache:
         kind = config, like.dtype, n_slots, start.shape
         if self._kept is not None and kind == self._kind and not any(user() is not None for user in self._users):
             for array in self._kept:
-                array.fill(0)  # what is never looked at is multiplied by 0, and must not be NaN
+                array.fill(0)  # Slots that are masked are multiplied by 0, so NaN in them would show.
         else:
-            self._kept = None  # first, for memory may not do for both
+            self._kept = None  # Before the new ones are made: memory may not be enough for both.
             made = new_cache(config, like, n_slots, start, xp)
             self._kind, self._kept = kind, (made.k, made.v)
-        k, v = (array[...] for array in self._kept)  # views, which are gone when the generation is
+        k, v = (array[...] for array in self._kept)  # These views end with the generation.
         self._users = weakref.ref(k), weakref.ref(v)
         return KVCache(k, v, 0, start)
 
@@ -133,7 +133,7 @@ class Graph:
         """Run the step for tokens [batch, 1]; return its logits [batch, n_vocab], and the cache with one token more."""
         self._tokens[...] = tokens
         self._position.fill(cache.position)
-        if cache.start is not self._latest_start:  # of another generation
+        if cache.start is not self._latest_start:  # It is another generation.
             self._start[...] = self._latest_start = cache.start
         self._captured.launch()
         return self._logits.copy(), cache._replace(position=cache.position + 1)

@@ -14,7 +14,7 @@ from gpt_xp.sampling import Choice, clip_margin
 from gpt_xp_backends.cupy_kernels import TYPES
 
 THREADS = 256
-BLOCKS = 64  # of a row in the first kernel, at most; each finds the best of its part of the vocabulary
+BLOCKS = 64  # So many at most share a row in the first kernel. Each finds the best of its part of the vocabulary.
 
 # `part` has for a row and block: the best score, its id, the second score, the largest logit, and the sum of the
 # exponentials of all logits over that. Ids that are not allowed have the smallest score, and count in the sum.

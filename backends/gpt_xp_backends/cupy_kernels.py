@@ -189,7 +189,7 @@ def thin_matmul(cupy: Any) -> Callable[..., Any]:
 def split_matmul(cupy: Any) -> Callable[..., Any]:
     """Return a `matmul` like `thin_matmul`'s, which may return a list of arrays: the product is their sum.
 
-    These are in float32 at least. What is no plain matrix, aligned to 16 bytes, is left to `thin_matmul`.
+    These are in float32 at least. What is no plain matrix that can be read 16 bytes at once is left to `thin_matmul`.
     """
     thin = thin_matmul(cupy)
 
@@ -203,7 +203,7 @@ def split_matmul(cupy: Any) -> Callable[..., Any]:
         if not fits or rows > ROWS or scale != 1:
             return thin(x, w, scale)
         (n_in, n_out), (x_row, x_in), (w_in, w_out) = w.shape, _strides(x)[2:], _strides(w)[2:]
-        if w_out == 1 and n_out % vector(w) == 0 and _is_aligned(w, w_in):
+        if is_aligned(w):
             n_columns = -(-n_out // 32)
             length = -(-n_in // _n_parts(n_in, n_columns))
             n_parts = -(-n_in // length)
@@ -211,7 +211,7 @@ def split_matmul(cupy: Any) -> Callable[..., Any]:
             arguments = (x, w, parts, *map(np.int32, (n_in, n_out, length)), *map(np.int64, (x_row, x_in, w_in)))
             kernel(SPLIT_SOURCE, "split_product", dtype, rows)((n_columns, n_parts), (256, 1), arguments)
             return list(parts)
-        if w_in == x_in == 1 and n_in % vector(w) == 0 and _is_aligned(w, w_out) and _is_aligned(x, x_row):
+        if is_aligned(w.T) and is_aligned(x):
             out = cupy.empty((rows, n_out), dtype=x.dtype)
             arguments = (x, w, out, *map(np.int32, (n_in, n_out)), *map(np.int64, (x_row, w_out)))
             kernel(TABLE_SOURCE, "table_product", dtype, rows)((-(-n_out // 8), 1), (256, 1), arguments)
@@ -226,14 +226,11 @@ def _n_parts(n_in: int, n_columns: int) -> int:
     return max(min(-(-BLOCKS // n_columns), n_in // 32), 1)
 
 
-def vector(x: Any) -> int:
-    """Return how many numbers of an array a thread reads at once."""
-    return int(WIDTH // x.itemsize)
-
-
-def _is_aligned(x: Any, stride: int) -> bool:
-    """Whether a matrix whose rows lie `stride` numbers apart can be read 16 bytes at once."""
-    return address(x) % WIDTH == 0 and stride % vector(x) == 0
+def is_aligned(x: Any) -> bool:
+    """Whether all rows of an array, its last axis, can be read 16 bytes at once."""
+    *others, last = x.strides
+    is_whole = last == x.itemsize and x.shape[-1] * x.itemsize % WIDTH == 0
+    return is_whole and address(x) % WIDTH == 0 and all(stride % WIDTH == 0 for stride in others)
 
 
 def address(x: Any) -> int:

@@ -134,7 +134,7 @@ class Fusing:
         return self._private(product)
 
     def _private(self, array: Array) -> Lazy:
-        """Return an array that is nobody else's as a lazy one."""
+        """Return an array, which no other code holds, as a lazy one."""
         node = Node(array.shape, array.dtype, array=array)
         node.is_ours = True
         return Lazy(node, self)
