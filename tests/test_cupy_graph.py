@@ -9,8 +9,10 @@ import functools
 import gc
 import importlib
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from gpt_xp_backends.fusion import Fusing
 from small_models import CONFIGS, small_params, small_tokens
 
 from gpt_xp import Backend, Generation, Model, generation
-from gpt_xp.cache import KVCache
+from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import quantize, quantized_backend
 from gpt_xp.tolerances import TOLERANCE
@@ -49,16 +51,18 @@ class FakeCuPy:
         self.capturing, self.recorded = False, None
         self.pools: list[Any] = []
         self.freed = 0  # pools that have given their memory back
+        self.device = 0  # the current one
+        self.waited: list[int] = []  # devices whose stream was waited for
         self.warm_up: Callable[[], Any] = lambda: None  # the logits of the latest run of a step by kernels
         runtime = SimpleNamespace(
-            getDeviceCount=lambda: 1, getDeviceProperties=lambda index: {"name": b"none", "totalGlobalMem": 2**40},
+            getDeviceCount=lambda: 2, getDeviceProperties=lambda index: {"name": b"none", "totalGlobalMem": 2**40},
             driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000,
             deviceSynchronize=lambda: self.happens("sync"),
         )  # fmt: skip
         self.cuda = SimpleNamespace(
-            runtime=runtime, Device=contextlib.nullcontext, Stream=functools.partial(FakeStream, self),
-            MemoryPool=lambda: SimpleNamespace(malloc=object(), free_all_blocks=self.free),
-            using_allocator=self.using_allocator,
+            runtime=runtime, Device=functools.partial(FakeDevice, self), Stream=functools.partial(FakeStream, self),
+            MemoryPool=functools.partial(FakePool, self), using_allocator=self.using_allocator,
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: self.waited.append(self.device)),
         )  # fmt: skip
         self.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 0)
 
@@ -66,9 +70,6 @@ class FakeCuPy:
         self.log.append(what)
         if what in self.break_at:
             self.break_at[what]()
-
-    def free(self) -> None:
-        self.freed += 1
 
     @contextlib.contextmanager
     def using_allocator(self, malloc: Any) -> Iterator[None]:
@@ -114,6 +115,30 @@ class FakeCuPy:
 def replayed(function: Any, params: Any, tokens: Any, state: Any, rest: Any, xp: Any, options: Any, *kv: Any) -> Any:
     *position_and_start, cache_type = state
     return function(params, tokens, cache_type(*kv, *position_and_start), *rest, xp=xp, **options)[0]
+
+
+class FakeDevice:
+    """A device, the current one by default, and the current one while it is entered."""
+
+    def __init__(self, cupy: FakeCuPy, index: int | None = None) -> None:
+        self.cupy, self.index, self.before = cupy, cupy.device if index is None else index, []
+
+    def __enter__(self) -> None:
+        self.before.append(self.cupy.device)
+        self.cupy.device = self.index
+
+    def __exit__(self, *error: object) -> None:
+        self.cupy.device = self.before.pop()
+
+
+class FakePool:
+    """A pool gives back the memory of the current device alone."""
+
+    def __init__(self, cupy: FakeCuPy) -> None:
+        self.cupy, self.device, self.malloc = cupy, cupy.device, object()
+
+    def free_all_blocks(self) -> None:
+        self.cupy.freed += self.cupy.device == self.device
 
 
 class FakeStream:
@@ -281,6 +306,60 @@ def test_a_graph_gives_its_memory_back(cupy: FakeCuPy) -> None:
     assert cupy.freed == cupy.log.count("begin") == 2
 
 
+def test_another_device_is_waited_for_and_gets_its_memory_back(cupy: FakeCuPy) -> None:
+    model = small(cupy_backend.create(device="cuda:1"))
+    model.generate(TOKENS[:5], max_tokens=9)
+    model.backend.synchronize(np.zeros(1))
+    cupy.recorded = None
+    del model
+    gc.collect()
+    assert (cupy.freed, cupy.waited, cupy.device) == (1, [1], 0)
+
+
+class Full(np.ndarray):
+    """The array of a cache that fits the device once."""
+
+    def copy(self, order: Any = "C") -> Any:
+        raise MemoryError("out of memory")
+
+
+def test_where_a_copy_of_the_cache_does_not_fit_the_text_is_the_plain_one(cupy: FakeCuPy) -> None:
+    backend = cupy_backend.create()
+    original = backend.new_cache
+
+    def new_cache(*args: Any, **kwargs: Any) -> Any:
+        cache = original(*args, **kwargs)
+        return cache._replace(k=cache.k.view(Full))
+
+    model = small(replace(backend, new_cache=functools.wraps(original)(new_cache)))
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph, and slower: MemoryError: out of memory"):
+        out = model.generate(TOKENS[:5], max_tokens=9)
+    assert cupy.log == 8 * STEP
+    same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
+
+
+def test_generations_that_begin_at_once_have_a_cache_each(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = cupy_backend.create()
+    config, like, start = CONFIGS["prime"], np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.int32)
+    meeting = threading.Barrier(2)
+
+    class Slow(np.ndarray):
+        def fill(self, value: Any) -> None:  # until the other thread has looked too
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.2)
+            super().fill(value)
+
+    def slow_cache(*args: Any) -> KVCache:
+        cache = new_cache(*args)
+        return cache._replace(k=cache.k.view(Slow), v=cache.v.view(Slow))
+
+    monkeypatch.setattr(cupy_graph, "new_cache", slow_cache)
+    backend.new_cache(config, like, 37, start, backend.xp)  # kept, and free
+    with ThreadPoolExecutor(2) as threads:
+        caches = list(threads.map(lambda _: backend.new_cache(config, like, 37, start, backend.xp), range(2)))
+    assert not np.may_share_memory(caches[0].k, caches[1].k)
+
+
 def test_speculation_goes_back_and_forth(cupy: FakeCuPy) -> None:
     options: dict[str, Any] = {"max_tokens": 25, "ignore_eos": True}
     actual = small(cupy_backend.create()).generate([5, 6] * 4, speculate=True, **options)
@@ -362,7 +441,7 @@ def test_where_it_fails_the_text_is_the_plain_one_and_one_warning_says_so(cupy: 
     assert isinstance(warnings[0].message, RuntimeWarning)
     assert isinstance(warnings[0].message.__cause__, RuntimeError), "it says where, for who asks"
     # What has begun to capture is made to end it.
-    assert cupy.log.count("end") == (place in ("capture", "end", "launch"))
+    assert cupy.log.count("end") == (place in ("begin", "capture", "end", "launch"))
     assert graph_setting(model) == "no (RuntimeError: no such thing)"
 
 

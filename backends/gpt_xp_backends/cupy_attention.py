@@ -224,9 +224,12 @@ class Attending(Fusing):
         if k.whole._node.array is not None or (n_seq, k.whole.shape) != (1, (batch, 3 * n_head * d_head)):
             return False
         places = np.arange(math.prod(k.whole.shape)).reshape(batch, 3, n_head, 1, d_head)
+        of_layer = cache.k[layer], cache.v[layer]
+        if not all(each.flags.c_contiguous and each.dtype == k.whole.dtype for each in of_layer):
+            return False
         if not (np.array_equal(k.places, places[:, 1]) and np.array_equal(v.places, places[:, 2])):
             return False
-        store = functools.partial(self._append, cache.k[layer], cache.v[layer], cache.position)
+        store = functools.partial(self._append, *of_layer, cache.position)
         self._run(k.whole._node, store)
         return True
 

@@ -82,7 +82,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         to_numpy=cupy.asnumpy,
         compile=functools.partial(_compile, cupy, index, xp, trust, kernels),
         choose_likeliest=_on(cupy, index, greedy(cupy)) if "greedy" in kernels else None,
-        synchronize=lambda array: cupy.cuda.get_current_stream().synchronize(),
+        synchronize=_on(cupy, index, lambda array: cupy.cuda.get_current_stream().synchronize()),
         new_cache=new_cache if trust.problem else KeptCache().new_cache,
         slots=(lambda n, n_ctx: n) if trust.problem else (lambda n, n_ctx: min(window(n), n_ctx)),
         window=(lambda n: n) if trust.problem else window,  # a graph is for one window and one cache

@@ -11,6 +11,7 @@ cache are kept for the next generation, which then finds its graphs.
 """
 
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.tolerances import TOLERANCE
-from gpt_xp_backends.cupy_kernels import ROWS
+from gpt_xp_backends.cupy_kernels import ROWS, address
 
 Step = Callable[..., tuple[Array, KVCache]]
 
@@ -51,12 +52,17 @@ class KeptCache:
     """The arrays of the last cache. The next one of the same size is made of them if they are free by then."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # Two generations that begin at once must not have the same arrays.
         self._kind: Any = None
         self._kept: tuple[Array, Array] | None = None
         self._users: tuple[Callable[[], Array | None], ...] = ()
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace) -> KVCache:
         """Return an empty cache, by the arguments of `gpt_xp.new_cache`."""
+        with self._lock:
+            return self._new_cache(config, like, n_slots, start, xp)
+
+    def _new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace) -> KVCache:
         kind = config, like.dtype, n_slots, start.shape
         if self._kept is not None and kind == self._kind and not any(user() is not None for user in self._users):
             for array in self._kept:
@@ -79,6 +85,7 @@ class Graph:
         self._params = params
         # Not kept alive: a cache is the largest array there is.
         self._k, self._v = weakref.ref(_whole(cache.k)), weakref.ref(_whole(cache.v))
+        self._addresses = address(cache.k), address(cache.v)
         self._latest_start: Array = None
         self._captured: Any = None
         self._logits: Array = None
@@ -88,12 +95,13 @@ class Graph:
         # given back here is lost until the process ends.
         if pool := self.__dict__.pop("_pool", None):
             self._captured = self._logits = None
-            with contextlib.suppress(Exception):  # at the end of the process CUDA may be gone
-                pool.free_all_blocks()
+            with contextlib.suppress(Exception), self._device:  # At the end of the process CUDA may be gone.
+                pool.free_all_blocks()  # It frees those of the current device.
 
     def is_for(self, params: Params, tokens: Array, cache: KVCache, static: Any) -> bool:
         """Whether it reads and writes these very arrays, and was made with these settings."""
         same = params is self._params and _whole(cache.k) is self._k() and _whole(cache.v) is self._v()
+        same = same and self._addresses == (address(cache.k), address(cache.v))
         return same and (tokens.shape, cache.k.shape, static) == (*self.kind[:2], self.kind[3])
 
     def is_alive(self) -> bool:
@@ -112,16 +120,17 @@ class Graph:
         own = cache_type(cache.k, cache.v, self._position, self._start)
         self._latest_start = cache.start
         cupy.cuda.runtime.deviceSynchronize()  # the stream below does not wait for the one that made the arrays
+        self._device = cupy.cuda.Device()
         self._pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
-            made, _ = step(own, self._tokens)  # compiles and loads all kernels, and fills the pool
+            made = step(own, self._tokens)[0]  # compiles and loads all kernels, and fills the pool
             stream.synchronize()
         logits = made.copy()  # out of the pool, which has then all that the capture takes
         del made
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
-            stream.begin_capture()
             try:
-                self._logits, _ = step(own, self._tokens)
+                stream.begin_capture()
+                self._logits = step(own, self._tokens)[0]
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error is the one that says why
                     stream.end_capture()
@@ -186,7 +195,9 @@ class GraphedStep:
         """Take a step, and capture it: where a graph of its kind was right before, by the run before the capture."""
         self._graphs = [each for each in self._graphs if each.is_alive()]
         graph.trusted = (self._function, graph.kind) in self._trust.agreed
-        with self._trying(cache, put_back=not graph.trusted):
+        with self._trying(cache) as keep_copy:
+            if not graph.trusted:
+                keep_copy()
             logits = graph.capture(self._cupy, thin, tokens, cache, self._cache_type)
             self._graphs.append(graph)
             if graph.trusted:
@@ -196,7 +207,8 @@ class GraphedStep:
     def _compare(self, graph: Graph, plain: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Take a step without the graph, and trust the graph if it gives the same logits."""
         replayed = None
-        with self._trying(cache, put_back=True):
+        with self._trying(cache) as keep_copy:
+            keep_copy()
             replayed, _ = graph.replay(tokens, cache)
         logits, after = plain(cache, tokens)  # last, so that the cache is what this makes of it
         if replayed is not None:
@@ -205,17 +217,20 @@ class GraphedStep:
             if graph.trusted:
                 self._trust.agreed.add((self._function, graph.kind))
             else:
+                self._graphs = []
                 self._trust.lose(f"its logits differ by {error:.1e}, and the largest is {largest:.1e}")
         return logits, after
 
     @contextlib.contextmanager
-    def _trying(self, cache: KVCache, put_back: bool) -> Any:
-        """Lose trust instead of failing, and put the cache back as it was if it is asked for."""
-        before = None
+    def _trying(self, cache: KVCache) -> Any:
+        """Lose trust instead of failing. Of what it yields a call copies the cache, which is put back at the end."""
+        before: list[Array] = []
+
+        def keep_copy() -> None:
+            before[:] = cache.k.copy(), cache.v.copy()
+
         try:
-            if put_back:
-                before = cache.k.copy(), cache.v.copy()
-            yield
+            yield keep_copy
         except Exception as error:  # whatever it is: a step without a graph can still be taken
             self._graphs = []
             self._trust.lose(f"{type(error).__name__}: {error}", error)
