@@ -269,7 +269,7 @@ def test_smoke_passes_what_is_right(smoke, monkeypatch, capsys):
         smoke.main()
     out = capsys.readouterr().out
     assert ended.value.code == 0, out
-    assert "11 checks passed, 0 failed" in out
+    assert "13 checks passed, 0 failed" in out
     for what in (
         "float32, logits",
         "float64, text",
@@ -282,19 +282,24 @@ def test_smoke_passes_what_is_right(smoke, monkeypatch, capsys):
         assert re.search(rf"ok     .*{what}.*: ", out), what
 
 
-def test_smoke_finds_what_is_wrong(smoke, monkeypatch, capsys):
+def test_smoke_says_in_a_line_which_device_there_is_not(smoke, monkeypatch, capsys):
+    pytest.importorskip("jax", reason="jax is not installed")
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--backends", "jax@tpu,numpy", "--dtypes", "float32"])
+    with pytest.raises(SystemExit) as ended:
+        smoke.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert re.search("FAILED jax@tpu float32, loading: jax has no device 'tpu' here", out)
+    assert "Traceback" not in out
+    assert "9 checks passed, 1 failed" in out, "and goes on"
+
+
+def test_smoke_finds_what_is_wrong(smoke, capsys):
     report, reference = smoke.Report(), smoke.Reference()
-    right = smoke.load
-
-    def wrong(backend: str, dtype: str):
-        model = right(backend, dtype)
-        model.params["wpe"] = model.params["wpe"][::-1]
-        return model
-
-    with monkeypatch.context() as patch:
-        patch.setattr(smoke, "load", wrong)
-        smoke.texts(report, reference, "numpy", "float32")
-        smoke.shapes(report, reference, "numpy", "float32")
+    wrong, right = smoke.load("numpy", "float32"), smoke.load("numpy", "float32")
+    wrong.params["wpe"] = wrong.params["wpe"][::-1]
+    smoke.texts(report, reference, wrong, "wrong")
+    smoke.shapes(report, reference, wrong, "wrong")
     assert report.passed == 1, "the settings"
     assert len(report.failed) == 6
     with report.check("a graph") as found:
@@ -308,7 +313,7 @@ def test_smoke_finds_what_is_wrong(smoke, monkeypatch, capsys):
             warning.__cause__ = error
         warnings.warn(warning, stacklevel=1)
     bytes_used = itertools.count(0, 5_000_000)
-    smoke.memory(report, "numpy", lambda: next(bytes_used))
+    smoke.memory(report, right, "numpy", lambda: next(bytes_used))
     assert report.failed[-3:] == ["a graph", "a warning", "numpy, memory of the device over 40 generations"]
     out = capsys.readouterr().out
     assert "graph: no (its logits differ)" in out
