@@ -6,6 +6,7 @@ Measured with torch, as the fastest of several sums over 1 GB, which only reads.
 """
 
 import argparse
+import sys
 import time
 
 import gpt_xp
@@ -29,7 +30,10 @@ def main() -> None:
 
 def measure() -> float:
     """Return bytes per second."""
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        sys.exit(f"torch measures the bandwidth: {error}")
 
     x = torch.ones(N_BYTES // 4, device="cuda")
     best = float("inf")

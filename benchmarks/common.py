@@ -125,6 +125,9 @@ def run(title: str, entries: Sequence[Entry], workloads: Sequence[Workload], opt
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
     print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
     yield
     print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 #!/bin/sh
-# All that is run on a machine with a CUDA GPU, one part a call or several after one another:
+# All that is run on a machine with an NVIDIA GPU, one part a call or several after one another:
 #
-#     pip install -e '.[dev,jax-cuda13,cupy-cuda13x,torch]' -r benchmarks/requirements.txt   # or cuda12, as the driver is
 #     sh benchmarks/gpu.sh smoke      # first: does each library say what NumPy says?
 #     sh benchmarks/gpu.sh tests      # pytest -m gpu
 #     sh benchmarks/gpu.sh compare    # gpt-xp compare
@@ -9,14 +8,15 @@
 #     sh benchmarks/gpu.sh 1558M
 #     sh benchmarks/gpu.sh            # all of them, in this order
 #
-# A part is ended after 8 minutes. What it prints is appended, as it comes, to gpu-DEVICE.md in benchmarks/results, or in
-# the folder OUT. A part that fails is reported, and does not stop the next; the exit code is then 1. PYTHON is the
-# interpreter (python3), and LIMIT the seconds of a part.
+# The first call makes a virtual environment, .venv-gpu, with CuPy, JAX and PyTorch for the driver's CUDA (several GB);
+# PYTHON names an interpreter that has what is to be measured, in place of that. A part is ended after 8 minutes (LIMIT, in
+# seconds). What it prints is appended, as it comes, to gpu-DEVICE.md in benchmarks/results, or in the folder OUT. A part
+# that fails is reported, and does not stop the next; the exit code is then 1.
 #
 # It has not been run on a GPU yet: there was none where it was written.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python3}
+python=${PYTHON:-.venv-gpu/bin/python}
 limit=${LIMIT:-480}
 parts="smoke tests compare 124M 1558M"
 
@@ -80,12 +80,20 @@ for name in "$@"; do
 done
 
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+[ -n "$device" ] || { echo "gpu.sh: nvidia-smi finds no GPU here; without one there is nothing to run" >&2 && exit 1; }
+if [ -z "${PYTHON-}" ] && ! [ -x .venv-gpu/bin/gpt-xp ]; then # which pip writes last
+    cuda=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+    [ "${cuda:-13}" -ge 13 ] && cuda=13 || cuda=12
+    echo "installing CuPy, JAX and PyTorch for CUDA $cuda into .venv-gpu"
+    python3 -m venv .venv-gpu || exit 1
+    .venv-gpu/bin/pip install --quiet -e ".[dev,jax-cuda$cuda,cupy-cuda${cuda}x,torch]" 'transformers>=5' || exit 1
+fi
 out=${OUT:-benchmarks/results}
-result="$out/gpu-$(printf '%s' "${device:-unknown}" | tr ' /' '--').md"
+result="$out/gpu-$(printf '%s' "$device" | tr ' /' '--').md"
 mkdir -p "$out" || exit 1
 status=$(mktemp)
 trap 'rm -f "$status"' EXIT
-[ -s "$result" ] || printf '# On an %s\n' "${device:-unknown device}" >> "$result"
+[ -s "$result" ] || printf '# On an %s\n' "$device" >> "$result"
 for name in ${*:-$parts}; do
     {
         printf '\n## %s\n\n    sh benchmarks/gpu.sh %s    # %s\n\n' "$name" "$name" "$(date -u +%Y-%m-%dT%H:%MZ)"

@@ -248,7 +248,7 @@ def main() -> None:
     report = Report()
     for info in gpt_xp.backends():
         devices = ", ".join(f"{device.name}: {device.kind}" for device in info.devices)
-        report.say(info.name, info.version or "", devices, info.problem or "")
+        report.say(info.name, *filter(None, (info.version, devices, info.problem)))
     reference = Reference()
     report.say("NumPy in float64:", repr(reference.texts(PROMPT)[0].text[:70]))
     for backend in options.backends.split(",") if options.backends else installed(report):
@@ -267,6 +267,8 @@ def main() -> None:
     for name in report.failed:
         report.say("FAILED", name)
     report.say(f"{report.passed} checks passed, {len(report.failed)} failed")
+    if not (report.passed or report.failed):
+        report.say("there was nothing to check: no library for GPUs is installed")
     sys.exit(1 if report.failed or not report.passed else 0)
 
 

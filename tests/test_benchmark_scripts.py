@@ -5,10 +5,13 @@ import importlib
 import itertools
 import os
 import re
+import shutil
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,27 +163,52 @@ def test_an_unknown_peer_is_refused_by_name(script, tmp_path):
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-class Gpu:
-    """`gpu.sh` with a shell script in the place of Python: `ran` has the arguments of each call."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        self.python = folder / "interpreter"
-        self.python.write_text(
-            f"""#!/bin/sh
-echo "$*" >> {self.log}
+STAND_IN = """#!/bin/sh
+echo "$*" >> {log}
 case "$*" in
 *gpu_smoke*) echo "a check that FAILED" && exit 3 ;;
 *pytest*) echo "a test that hangs" && exec sleep 60 ;;
 esac
 echo "figures of $1"
 """
-        )
-        self.python.chmod(0o755)
+PYTHON3 = """#!/bin/sh
+echo "python3 $*" >> {log}
+mkdir -p .venv-gpu/bin
+cp {python} .venv-gpu/bin/python
+printf '#!/bin/sh\\necho "pip $*" >> {log}\\ncp {python} .venv-gpu/bin/gpt-xp\\n' > .venv-gpu/bin/pip
+chmod +x .venv-gpu/bin/pip
+"""
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+*name*) echo "NVIDIA H100 80GB HBM3" ;;
+*) echo "| NVIDIA-SMI 580.82   Driver Version: 580.82   CUDA Version: {cuda}     |" ;;
+esac
+"""
 
-    def __call__(self, *parts: str, limit: str = "60") -> Result:
-        environment = {"PATH": os.environ["PATH"], "PYTHON": self.python, "OUT": self.folder / "out", "LIMIT": limit}
-        return process(*parts, command=["sh", str(SCRIPTS / "gpu.sh")], env=environment)
+
+class Gpu:
+    """A copy of `gpu.sh` on a machine whose GPU and Python are scripts; `ran` has the arguments of each call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.bin = folder, folder / "log", folder / "bin"
+        (folder / "benchmarks").mkdir()
+        shutil.copy(SCRIPTS / "gpu.sh", folder / "benchmarks")
+        self.python = self.script("interpreter", STAND_IN)
+        self.script("python3", PYTHON3, python=self.python)
+        self.script("nvidia-smi", NVIDIA_SMI, cuda="13.0")
+
+    def script(self, name: str, text: str, **values: Any) -> Path:
+        self.bin.mkdir(exist_ok=True)
+        path = self.bin / name
+        path.write_text(re.sub(r"\{(\w+)\}", lambda found: str((values | {"log": self.log})[found[1]]), text))
+        path.chmod(0o755)
+        return path
+
+    def __call__(self, *parts: str, **changes: Any) -> Result:
+        variables = {"PYTHON": self.python, "OUT": self.folder / "out", "LIMIT": "60"} | changes
+        environment = {name: str(value) for name, value in variables.items() if value is not None}
+        command = ["sh", str(self.folder / "benchmarks" / "gpu.sh")]
+        return process(*parts, command=command, env=environment | {"PATH": f"{self.bin}:{os.environ['PATH']}"})
 
     @property
     def ran(self) -> list[str]:
@@ -188,8 +216,7 @@ echo "figures of $1"
 
     @property
     def result(self) -> str:
-        [found] = (self.folder / "out").iterdir()
-        return found.read_text()
+        return (self.folder / "out" / "gpu-NVIDIA-H100-80GB-HBM3.md").read_text()
 
 
 @pytest.fixture
@@ -199,7 +226,7 @@ def gpu(tmp_path: Path) -> Gpu:
 
 @posix
 def test_a_part_that_fails_or_hangs_is_reported_and_the_next_is_run(gpu: Gpu):
-    done = gpu("smoke", "tests", "compare", limit="2")
+    done = gpu("smoke", "tests", "compare", LIMIT=2)
     assert done.code == 1
     assert done.out.splitlines()[-1] == "FAILED: smoke tests "
     assert done.out.startswith(gpu.result[gpu.result.index("\n## smoke") :]), "what is shown is what is kept"
@@ -225,7 +252,7 @@ def test_results_are_appended(gpu: Gpu):
 
 @posix
 def test_all_parts_are_run_in_order_and_each_checkpoint_is_written_once(gpu: Gpu):
-    assert gpu(limit="2").code == 1
+    assert gpu(LIMIT=2).code == 1
     scripts = [re.sub(r"^benchmarks/|^-m (\w+).*", r"\1", line).split()[0] for line in gpu.ran]
     sized = ["bandwidth.py", "gpu_products.py", "cuda_graph.py", "peers.py"]
     assert scripts == ["gpu_smoke.py", "pytest", "gpt_xp", *sized, *sized]
@@ -239,6 +266,33 @@ def test_all_parts_are_run_in_order_and_each_checkpoint_is_written_once(gpu: Gpu
     peers = [line for line in gpu.ran if "peers.py" in line]
     assert ["bfloat16" in re.findall(r"--dtypes (\S+)", line)[0] for line in peers] == [False, False]
     assert "--dtypes float32,float16" in peers[0]
+
+
+@posix
+@pytest.mark.parametrize(("driver", "cuda"), [("12.4", 12), ("13.0", 13), ("14.1", 13)])
+def test_the_first_call_installs_what_the_driver_can_run(gpu: Gpu, driver: str, cuda: int):
+    gpu.script("nvidia-smi", NVIDIA_SMI, cuda=driver)
+    done = gpu("compare", PYTHON=None)
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"installing CuPy, JAX and PyTorch for CUDA {cuda} into .venv-gpu\n")
+    venv, pip, *ran = gpu.ran
+    assert venv == "python3 -m venv .venv-gpu"
+    assert pip.startswith(f"pip install --quiet -e .[dev,jax-cuda{cuda},cupy-cuda{cuda}x,torch] ")
+    extras = re.findall(r"\[(.*)\]", pip)[0].split(",")
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
+    assert set(extras) <= project["optional-dependencies"].keys()
+    assert [line.split()[:3] for line in ran] == [["-m", "gpt_xp", "compare"]]
+    assert gpu("compare", PYTHON=None).code == 0
+    assert len(gpu.ran) == 4, "the second call installs nothing"
+
+
+@posix
+def test_a_machine_without_a_gpu(gpu: Gpu):
+    gpu.script("nvidia-smi", "#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
+    done = gpu("smoke", PYTHON=None)
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "gpu.sh: nvidia-smi finds no GPU here; without one there is nothing to run\n"
+    assert not gpu.log.exists()
 
 
 @posix

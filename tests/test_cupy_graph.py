@@ -590,7 +590,7 @@ class SizedTokenizer:
         return b""
 
 
-def test_kernels_that_are_not_known(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_XP_CUPY_KERNELS", "split,atention")
     with pytest.raises(BackendError, match="no kernels called 'atention': take some of split, append, attention"):
         cupy_backend.create()

@@ -53,6 +53,7 @@ def info() -> BackendInfo:
 
 def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
     """Return the CuPy backend on `device` ("cuda:1"; default "cuda:0")."""
+    kernels = _kernels()
     cupy = import_library("cupy", FIX)
     index = _find_device(cupy, device)
     name = f"cuda:{index}"
@@ -61,7 +62,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
         raise BackendError("cupy computes on the GPU and has no threads to set: leave --threads out")
     if os.environ.get("CUPY_TF32", "0") != "0":
         raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
-    xp, kernels = _namespace(cupy), _kernels()
+    xp = _namespace(cupy)
     trust = Trust("GPT_XP_CUPY_GRAPH=0" if os.environ.get("GPT_XP_CUPY_GRAPH", "1") in ("", "0") else None)
 
     def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:

@@ -31,7 +31,7 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     help="Tokens of a prompt, such as 16,128,512.  [default: three that suit the model]",
 )
 @option("--batch", metavar="NUMBERS", callback=counts, default="1", show_default=True, help="Prompts together: 1,8.")
-@option("-n", "--max-tokens", metavar="N", type=COUNT, help="Generated from each prompt.  [default: 17]")
+@option("-n", "--max-tokens", metavar="N", type=COUNT, help="Generated from each prompt.  [default: 17, or what fits]")
 @option("--rounds", metavar="N", type=COUNT, default=7, show_default=True, help="Turns that each contender has.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.  [default: as many as there are cores]")
 @json_option
