@@ -14,6 +14,7 @@ import pytest
 from conftest import make_backend
 from cuda_by_numpy import ByNumPy
 from cuda_on_cpu import Library, OnCPU, amid_nan, library_of, to_gpu
+from gpt_xp_backends import cupy_fusion
 from gpt_xp_backends.cupy_attention import NAME, SOURCE, AppendingCache, Attending, attend, options
 from gpt_xp_backends.cupy_fusion import append, fused
 from gpt_xp_backends.cupy_kernels import TYPES, split_matmul, thin_matmul
@@ -236,6 +237,47 @@ def test_a_step_is_that_of_model_py(steps: Library, switches: frozenset[str], dt
             tolerance = TOLERANCE["logits", dtype] * np.abs(theirs).max()
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
         assert int(after.position) == 26
+
+
+APPEND_BUGS = {
+    "keys and values exchanged": ("? k : v", "? v : k"),
+    "no keys": ("i >= n / 3", "i >= n / 3 * 2"),
+    "no values": ("i >= n / 3", "i >= n / 3 && i < n / 3 * 2"),
+    "the first row's cache": ("row * of_batch", "0 * of_batch"),
+    "another head": ("i / d_head % n_head", "(i / d_head + 1) % n_head"),
+    "no ring": ("*position % n_slots", "(*position - 3)"),
+    "the slot before": ("*position % n_slots", "(*position - 1) % n_slots"),
+    "numbers in another order": ("i % d_head]", "d_head - 1 - i % d_head]"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_steps(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The kernels of a step with each of the bugs."""
+    made = []
+    for bug in APPEND_BUGS:
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch, bug)
+            by_numpy = ByNumPy(patch)
+            cupy = type("CuPy", (), {"RawKernel": by_numpy, "empty": staticmethod(np.empty)})
+            step("float32", *namespace(cupy, frozenset({"append"})))
+            made += by_numpy.made
+    return library_of(tmp_path_factory.mktemp("kernels"), made)
+
+
+def plant(patch: pytest.MonkeyPatch, bug: str) -> None:
+    parameters, store = cupy_fusion.APPEND
+    old, new = APPEND_BUGS[bug]
+    assert old in store
+    patch.setattr(cupy_fusion, "APPEND", (parameters, store.replace(old, new)))
+
+
+@pytest.mark.parametrize("bug", APPEND_BUGS)
+def test_a_bug_planted_in_the_writes_is_found(wrong_steps: Library, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    plant(monkeypatch, bug)
+    _, after = step("float32", *namespace(OnCPU(wrong_steps, backwards=False), frozenset({"append"})))
+    errors = [np.abs(ours - theirs).max() for ours, theirs in zip(after[:2], oracle()[1][:2], strict=True)]
+    assert max(errors) > 0.01
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
