@@ -22,7 +22,7 @@ from gpt_xp.bench import Benchmark, Workload
 GRAPH, EAGER, TRANSFORMERS = "gpt-xp cupy", "gpt-xp cupy without a graph", "transformers cuda float32"
 TARGETS = {EAGER: None, TRANSFORMERS: 3.0}  # how many times as fast a graph shall be
 VARIABLE, KERNELS = "GPT_XP_CUPY_GRAPH", "GPT_XP_CUPY_KERNELS"
-WORTH = 1.3  # how many times as fast what is prepared must make the graph
+WORTH = 1.3  # Prepared kernels must make the graph so many times as fast to be kept.
 TIE = 1e-3  # a choice with a smaller margin may be another one after rounding
 N_NEW = 65
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from gpt_xp_backends.cupy_backend import KERNELS
@@ -43,7 +44,7 @@ GROWTH = 4e6  # bytes of the device that may be lost by then; memory is given to
 
 @dataclass
 class Report:
-    """What was checked so far."""
+    """Counts the checks, and prints a line for each."""
 
     began: float = field(default_factory=time.perf_counter)
     passed: int = 0
@@ -172,11 +173,8 @@ def kernels(report: Report, reference: Reference, dtype: str) -> None:
     """Check what is prepared for CuPy, each by itself and all together."""
     for names in (*KERNELS, "all"):
         with report.check(f"cupy {dtype}, prepared kernels: {names}") as found:
-            os.environ["GPT_XP_CUPY_KERNELS"] = names
-            try:
+            with patch.dict(os.environ, GPT_XP_CUPY_KERNELS=names):
                 model = load("cupy", dtype)
-            finally:
-                del os.environ["GPT_XP_CUPY_KERNELS"]
             found += [reference.compare(model, PROMPT), reference.compare(model, UNEVEN, max_tokens=None)]
             check_graph(model, found)
 

@@ -191,7 +191,7 @@ def step(
     cache = new_cache(CONFIG, weights["wpe"], 23, np.asarray([0, 4], dtype=np.int32), PLAIN)
     for begin, end in ((0, 20), (20, 23), (23, 25)):
         _, cache = last_logits(weights, tokens[:, begin:end], cache, end - begin, CONFIG, 23, PLAIN)
-    position = np.full((), 25, dtype=np.int32).view(kind)  # of a graph: on the device
+    position = np.full((), 25, dtype=np.int32).view(kind)  # A graph has it on the device.
     own = cache_type(cache.k.view(kind), cache.v.view(kind), position, cache.start)
     weights = tree_map(lambda leaf: leaf.view(kind), weights)
     return last_logits(weights, tokens[:, 25:], own, 1, CONFIG, 23, namespace)

@@ -32,7 +32,7 @@ def planted(old: str, new: str) -> Callable[[str], str]:
 
 BUGS = {
     "ties go to the highest id": planted("b.id < a.id", "b.id > a.id"),
-    "ties go to whoever comes first": planted(" || (b.best == a.best && b.id < a.id)", ""),
+    "ties go to the first operand": planted(" || (b.best == a.best && b.id < a.id)", ""),
     "the second is that of the winner": planted("found.second = other.best > found.second", "found.second = false"),
     "the second is the loser": planted("found.second = other.best > found.second", "found.second = true"),
     "what is not allowed": planted("is_limited && !allowed[id]", "false"),
@@ -91,7 +91,7 @@ def check(cupy: Any, logits: np.ndarray, allowed: np.ndarray | None, put: Callab
     right = choose(logits.astype(np.float64), allowed=allowed, xp=PLAIN)
     dtype = str(logits.dtype)
     assert (found.token == right.token).all(), f"off by tokens: {found.token}, not {right.token}"
-    largest = np.abs(np.where(np.isfinite(logits), logits, 1)).max(axis=-1).clip(1)  # of each row
+    largest = np.abs(np.where(np.isfinite(logits), logits, 1)).max(axis=-1).clip(1)
     for ours, theirs in zip(found[1:], right[1:], strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, dtype)
         error = np.abs(ours - theirs) / largest

@@ -108,7 +108,7 @@ def test_a_planted_bug_is_found(library: Library, bug: str) -> None:
 
 
 class Launches:
-    """What kernels need of CuPy, without computing; `blocks` has the number of blocks of each launch, by name."""
+    """Stands in for CuPy without computing. `blocks` has the number of blocks of each launch, by the kernel's name."""
 
     def __init__(self) -> None:
         self.blocks: dict[str, list[int]] = {}

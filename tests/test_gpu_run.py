@@ -1,4 +1,4 @@
-"""How `pytest -m gpu` and the rest of the suite behave on a machine with a GPU, as far as this shows without one."""
+"""Check the settings with which the suite runs on a machine with a GPU, as far as this can be done without one."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 
 
 def pytest_run(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run pytest in a process of its own, on a machine whose GPUs are hidden."""
+    """Run pytest in another process, which sees no GPU."""
     kept = {name: value for name, value in os.environ.items() if name not in ("GPT_XP_TEST_REQUIRE", "JAX_PLATFORMS")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
     environment = kept | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"} | variables

@@ -23,7 +23,7 @@ TYPES = {
 
 def lt_matmul(cupy: Any) -> Any:
     """Return `matmul(x, w)` for matrices of equal dtype on the current device; their strides are not copied away."""
-    handle = cublasLt.create()  # of the current device
+    handle = cublasLt.create()  # It belongs to the current device.
     workspace = cupy.empty(WORKSPACE, dtype=cupy.uint8)  # one product after the other: of one stream, or of one graph
     scalars = {dtype: np.array([1, 0], "f8" if dtype == "float64" else "f4") for dtype in TYPES}  # alpha, beta: host
     plans: dict[Any, Any] = {}
@@ -62,7 +62,7 @@ def lt_matmul(cupy: Any) -> Any:
         if key not in plans:
             plans[key] = plan(dtype, x, w)
         desc, a, b, d, best = plans[key]
-        out = cupy.empty((x.shape[0], w.shape[1]), dtype=x.dtype)  # of CuPy's pool, so aligned to 512 bytes
+        out = cupy.empty((x.shape[0], w.shape[1]), dtype=x.dtype)  # CuPy's pool aligns it to 512 bytes.
         alpha, to = scalars[dtype].ctypes.data, out.data.ptr
         cublasLt.matmul(
             handle, desc, alpha, w.data.ptr, a, x.data.ptr, b, alpha + scalars[dtype].itemsize, to, d, to, d,
