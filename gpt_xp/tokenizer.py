@@ -1,36 +1,40 @@
 """GPT-2's byte-level BPE: text -> token ids -> text.
 
 Text is cut into words by a pattern. The UTF-8 bytes of a word are its first tokens; then neighbours are merged,
-the earliest learned merge first, until no two neighbours are a merge. Every byte is a token, so all text has
+the earliest learned merge first, until no two neighbours are a merge. In GPT-2 every byte is a token, so all text has
 tokens. In the files a byte is written as a printable character: the space as 'Ġ', so ' all' as 'Ġall'.
+
+Tokens that were added to a vocabulary later are found in the text first, and the text between them is encoded so.
 
 Sources: Radford et al. 2019, section 2.2; Sennrich et al. 2016 for BPE; the pattern and the characters that
 stand for bytes are those of `encoder.py` in openai/gpt-2.
 """
 
+import dataclasses
 import heapq
 import itertools
 import json
 import operator
 import os
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import regex
 
+from gpt_xp.added_tokens import AddedToken, AddedTokens
 from gpt_xp.errors import CheckpointError, TokenizerError
 from gpt_xp.tokenizer_files import (
     ADDED_TOKENS,
     IN_MEMORY,
     MERGES,
-    PAIRS,
+    STATEMENTS,
+    TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     VOCAB,
+    Parts,
     Places,
-    read_pair,
-    read_tokenizer_json,
-    what_is_missing,
+    read_parts,
     write_all,
 )
 
@@ -59,8 +63,9 @@ class Tokenizer:
     """Byte-level BPE with a given vocabulary.
 
     `encoder` maps token strings to ids, `decoder` back. Ids may have gaps: `ids` are those that have a token, and
-    `n_vocab` is one more than the largest. `special_tokens` come out of text only where they are allowed;
-    `<|endoftext|>` is always one of them, and `eos_token_id` is its id, or None without it.
+    `n_vocab` is one more than the largest. `added_tokens` come out of text whole; those of them that are
+    `special_tokens` only where special tokens are allowed. `<|endoftext|>` is always one of them. `eos_token_id` and
+    `bos_token_id` are the ids of the tokens that end and begin a text, by default both `<|endoftext|>`, or None.
     """
 
     def __init__(
@@ -68,20 +73,41 @@ class Tokenizer:
         encoder: Mapping[str, int],
         merges: Iterable[tuple[str, str]],
         special_tokens: Iterable[str] = (),
+        *,
+        added_tokens: Iterable[AddedToken] = (),
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_bos_token: bool = False,
+        add_prefix_space: bool = False,
         _places: Places = IN_MEMORY,
+        _files: Iterable[tuple[str, bytes]] = (),
     ) -> None:
-        """Raises `TokenizerError` if vocabulary, merges and special tokens do not fit each other."""
+        """Make a tokenizer: `special_tokens` are added tokens that are special and take no white space along.
+
+        With `add_bos_token` a text begins with `bos_token`; with `add_prefix_space` a space goes before it, and before
+        the text after each added token, where there is none. Raises `TokenizerError` if the parts do not fit each
+        other.
+        """
         self.encoder = dict(encoder)
         same = dict(zip(self.encoder, self.encoder, strict=True))  # merges are of tokens: each string is held once
         self.merges = [(same.get(left, left), same.get(right, right)) for left, right in merges]
-        self.special_tokens = frozenset(special_tokens) | ({EOS} & self.encoder.keys())
-        _check_parts(self.encoder, self.merges, self.special_tokens, _places)
+        added = {token: AddedToken(token) for token in [*special_tokens, *({EOS} & self.encoder.keys())]}
+        added |= {token.content: token for token in added_tokens}
+        if EOS in added:
+            added[EOS] = dataclasses.replace(added[EOS], special=True)
+        self.added_tokens = tuple(added.values())
+        self.special_tokens = frozenset(token.content for token in self.added_tokens if token.special)
+        _check_parts(self.encoder, self.merges, added, (bos_token, eos_token), _places)
         self.decoder = {id: token for token, id in self.encoder.items()}
         self.n_vocab = max(self.decoder) + 1
-        self.eos_token_id = self.encoder.get(EOS)
+        self.bos_token, self.eos_token = (token or (EOS if EOS in added else None) for token in (bos_token, eos_token))
+        self.add_bos_token, self.add_prefix_space = add_bos_token, add_prefix_space
+        self._files = dict(_files)
         self._rank: dict[tuple[str | None, str | None], int] = {merge: rank for rank, merge in enumerate(self.merges)}
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._special = regex.compile(f"({'|'.join(map(regex.escape, longest_first))})")
+        self._added_words = AddedTokens(token for token in self.added_tokens if not token.special)
+        self._all_added = AddedTokens(self.added_tokens)
+        self._special = AddedTokens(token for token in self.added_tokens if token.special)
+        self._literal = added.keys() - BYTE_OF_CHARACTER.keys() - {left + right for left, right in self.merges}
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
@@ -89,44 +115,74 @@ class Tokenizer:
         """The tokenizer in `directory`, from the first of these that is complete.
 
         `tokenizer.json` (it alone can say that a tokenizer is not GPT-2's, so it is never passed over); then
-        `vocab.json` + `merges.txt`, with `added_tokens.json` if there is one; then `encoder.json` + `vocab.bpe`.
-        Raises `TokenizerError`, with file and line or field, for what is missing, malformed or not GPT-2's.
+        `vocab.json` + `merges.txt`, with `added_tokens.json` if there is one; then `encoder.json` + `vocab.bpe`. The
+        roles and flags of tokens, and what goes before a text, are those that `tokenizer_config.json` and
+        `special_tokens_map.json` state. Raises `TokenizerError`, with file and line or field, for what is missing,
+        malformed or not GPT-2's.
         """
-        folder = Path(directory)
-        if (folder / TOKENIZER_JSON).exists():
-            return cls(*read_tokenizer_json(folder / TOKENIZER_JSON))
-        for vocab, merges in PAIRS:
-            if (folder / vocab).exists() and (folder / merges).exists():
-                return cls(*read_pair(folder / vocab, folder / merges))
-        raise TokenizerError(what_is_missing(folder))
+        return cls._from_parts(read_parts(Path(directory)))
+
+    @classmethod
+    def _from_parts(cls, parts: Parts) -> Self:
+        return cls(
+            parts.encoder,
+            parts.merges,
+            added_tokens=parts.added_tokens,
+            bos_token=parts.bos_token,
+            eos_token=parts.eos_token,
+            add_bos_token=parts.add_bos_token,
+            add_prefix_space=parts.add_prefix_space,
+            _places=parts.places,
+            _files=parts.files,
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
 
-        Special tokens other than `<|endoftext|>` are also named in `added_tokens.json`. Raises `CheckpointError`, and
-        leaves no temporary file, if the files cannot be written, or as `check_place` does.
+        The other files that it was read from (`tokenizer_config.json` and the like) are written as they were; a
+        tokenizer that was made in memory writes down its added tokens and what goes before a text. Raises
+        `CheckpointError`, and leaves no temporary file, if the files cannot be written, or as `check_place` does.
         """
         folder = Path(directory)
         self.check_place(folder)
         vocabulary = {token: id for id, token in sorted(self.decoder.items())}
-        added = {token: id for token, id in vocabulary.items() if token in self.special_tokens - {EOS}}
         files = {
-            VOCAB: json.dumps(vocabulary, ensure_ascii=False),
-            MERGES: "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in self.merges)]),
+            VOCAB: json.dumps(vocabulary, ensure_ascii=False).encode(),
+            MERGES: "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in self.merges)]).encode(),
+            # Those of an older tokenizer must not speak for this one.
+            **{name: b"{}" for name in STATEMENTS if name != TOKENIZER_JSON and (folder / name).exists()},
+            **(self._files or self._statements()),
         }
-        if added or (folder / ADDED_TOKENS).exists():  # an older one must not add its tokens to this vocabulary
-            files[ADDED_TOKENS] = json.dumps(added, ensure_ascii=False)
         try:
             write_all(folder, files)
         except OSError as error:
             raise CheckpointError(f"the tokenizer cannot be written to {folder}: {error}") from error
 
+    def _statements(self) -> dict[str, bytes]:
+        """Return the files that say what `vocab.json` and `merges.txt` cannot; none for GPT-2's own tokenizer."""
+        added = [token for token in self.added_tokens if token != AddedToken(EOS)]
+        stated: dict[str, Any] = {}
+        if added:
+            stated["added_tokens_decoder"] = {
+                str(self.encoder[token.content]): dataclasses.asdict(token) for token in self.added_tokens
+            }
+        for name in ("bos_token", "eos_token"):
+            if getattr(self, name) not in (None, EOS):
+                stated[name] = getattr(self, name)
+        for name in ("add_bos_token", "add_prefix_space"):
+            if getattr(self, name):
+                stated[name] = True
+        files = {TOKENIZER_CONFIG: stated} if stated else {}
+        if added:  # for readers that do not open the other file
+            files[ADDED_TOKENS] = {token.content: self.encoder[token.content] for token in added}
+        return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}
+
     def check_place(self, directory: str | os.PathLike[str]) -> None:
         """Raises `CheckpointError` if a `tokenizer.json` of another tokenizer would be read in place of this one."""
         path = Path(directory) / TOKENIZER_JSON
-        if path.exists():
+        if path.exists() and TOKENIZER_JSON not in self._files:
             try:
-                there = type(self)(*read_tokenizer_json(path))
+                there = type(self).from_directory(directory)
             except TokenizerError:
                 there = None
             if there is None or (there.encoder, there.merges) != (self.encoder, self.merges):
@@ -134,6 +190,16 @@ class Tokenizer:
                     f"{path} would be read in place of the tokenizer to be saved there, and is another: "
                     "remove it, or choose another directory"
                 )
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the token that begins a text, or None."""
+        return None if self.bos_token is None else self.encoder[self.bos_token]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the token that ends a text, or None."""
+        return None if self.eos_token is None else self.encoder[self.eos_token]
 
     @property
     def ids(self) -> KeysView[int]:
@@ -144,18 +210,37 @@ class Tokenizer:
         """How many tokens there are; `n_vocab` is larger where the ids have gaps."""
         return len(self.encoder)
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; `<|endoftext|>` and the like are plain text unless `allow_special`.
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """The ids of `text`; `<|endoftext|>` and other special tokens are plain text unless they are allowed.
 
-        Raises `TokenizerError` for text that has no UTF-8 form (lone surrogates).
+        Raises `TokenizerError` for text that has no UTF-8 form (lone surrogates), or a byte without a token.
         """
-        check_text(text)
-        if not (allow_special and self.special_tokens):
-            return self._encode_ordinary(text)
+        return list(itertools.chain.from_iterable(self.encode_pieces([text], special_tokens=special_tokens)))
+
+    def encode_pieces(self, pieces: Iterable[str], *, special_tokens: bool = False) -> Iterator[list[int]]:
+        """Yield the ids of one text that comes in pieces, each cut as `text_stream.text_pieces` cuts.
+
+        All together they are the ids of the whole text. Raises as `encode` does.
+        """
+        added = self._all_added if special_tokens else self._added_words
+        if self.add_bos_token and self.bos_token is not None:
+            yield [self.encoder[self.bos_token]]
+        for index, piece in enumerate(added.uncut(map(check_text, pieces))):
+            yield self._encode_piece(piece, added, is_first=index == 0)
+
+    def _encode_piece(self, text: str, added: AddedTokens, is_first: bool) -> list[int]:
         ids: list[int] = []
-        for part in self._special.split(text):
-            ids += [self.encoder[part]] if part in self.special_tokens else self._encode_ordinary(part)
+        for place, (part, is_added) in enumerate(added.split(text)):
+            if is_added:
+                ids.append(self.encoder[part])
+                continue
+            add_space = self.add_prefix_space and (is_first or place > 0) and not part.startswith(" ")
+            ids += self._encode_ordinary(f" {part}" if add_space else part)
         return ids
+
+    def first_special(self, text: str) -> str | None:
+        """The first special token that `text` spells, or None."""
+        return next((part for part, is_added in self._special.split(text) if is_added), None)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text of `ids`; `errors`, as in `bytes.decode`, says what becomes of incomplete characters.
@@ -182,17 +267,10 @@ class Tokenizer:
         except KeyError:
             gaps = "" if len(self) == self.n_vocab else ", with gaps"
             raise TokenizerError(f"token id {id} has no token: ids are 0 to {self.n_vocab - 1}{gaps}") from None
-        if not BYTE_OF_CHARACTER.keys() >= set(token) or self._is_literal(token):
+        # An added token stands for its own characters, unless ordinary text can become it too.
+        if token in self._literal or not BYTE_OF_CHARACTER.keys() >= set(token):
             return token.encode()
         return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
-
-    def _is_literal(self, token: str) -> bool:
-        """Whether `token` stands for its own characters: a special one, unless ordinary text can become it too."""
-        return (
-            token in self.special_tokens
-            and token not in BYTE_OF_CHARACTER
-            and not any(left + right == token for left, right in self.merges)
-        )
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -203,6 +281,12 @@ class Tokenizer:
 
     def _encode_word(self, word: str) -> list[int]:
         characters = [CHARACTER_OF_BYTE[byte] for byte in word.encode()]
+        if missing := next((character for character in characters if character not in self.encoder), None):
+            byte = BYTE_OF_CHARACTER[missing]
+            raise TokenizerError(
+                f"the text has the byte {byte:#04x} in {word!r:.60}, and this vocabulary has no token for it "
+                f"({missing!r} in its file): leave it out, or take a model whose vocabulary has all 256 bytes"
+            )
         ids = [self.encoder[token] for token in self._merged(characters)]
         if len(word) <= LONGEST_CACHED_WORD:
             if len(self._cache) >= CACHED_WORDS:
@@ -253,8 +337,8 @@ def _integer(id: Any) -> int:
     raise TokenizerError(f"{id!r} is no token id: expected an integer, not {type(id).__name__}")
 
 
-def check_text(text: str) -> None:
-    """Raises `TokenizerError` for what is not text, or has no UTF-8 form (lone surrogates)."""
+def check_text(text: str) -> str:
+    """Return the text. Raises `TokenizerError` for what is not text, or has no UTF-8 form (lone surrogates)."""
     if not isinstance(text, str):
         raise TokenizerError(f"expected text (str), not {type(text).__name__}")
     try:
@@ -264,12 +348,19 @@ def check_text(text: str) -> None:
             f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which has "
             "no UTF-8 form: remove it, or put '?' there with text.encode('utf-8', 'replace').decode()"
         ) from None
+    return text
 
 
 def _check_parts(
-    encoder: dict[str, int], merges: list[tuple[str, str]], special_tokens: frozenset[str], places: Places
+    encoder: dict[str, int],
+    merges: list[tuple[str, str]],
+    added: Iterable[str],
+    roles: Iterable[str | None],
+    places: Places,
 ) -> None:
-    """Raises `TokenizerError` where vocabulary, merges and special tokens do not fit each other."""
+    """Raises `TokenizerError` where vocabulary, merges, added tokens and those with a role do not fit each other."""
+    if not encoder:
+        raise TokenizerError(f"{places.vocabulary} has no tokens")
     for token, id in encoder.items():
         if type(id) is not int or id < 0:
             raise TokenizerError(f"{places.vocabulary}: the id of {token!r} is {id!r}, expected an integer >= 0")
@@ -281,9 +372,8 @@ def _check_parts(
     except UnicodeEncodeError as error:
         token = next(token for token in encoder if error.object[error.start] in token)
         raise TokenizerError(f"{places.vocabulary}: {token!r} has a lone surrogate, so it is not text") from None
-    for byte, character in enumerate(CHARACTER_OF_BYTE):
-        if character not in encoder:
-            raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: no {character!r} for byte {byte:#04x}")
+    if encoder.keys().isdisjoint(CHARACTER_OF_BYTE):  # some may be missing: small vocabularies lack rare bytes
+        raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: it has no token for a byte")
     # All at once, and one by one only to say which is wrong.
     known = encoder.__contains__
     fit = all(map(known, itertools.chain.from_iterable(merges))) and all(map(known, map("".join, merges)))
@@ -293,9 +383,9 @@ def _check_parts(
                 raise TokenizerError(f"{places.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
         if left + right == EOS:
             raise TokenizerError(f"{places.merge(rank)}: makes {EOS}, which text must not become by itself")
-    for token in special_tokens:
+    for token in (*added, *(role for role in roles if role is not None)):
         if not token or token not in encoder:
-            raise TokenizerError(f"{places.vocabulary}: special token {token!r} is empty or has no id")
+            raise TokenizerError(f"{places.vocabulary}: the added token {token!r} is empty or has no id")
 
 
 def _same_id(encoder: dict[str, int]) -> tuple[str, str]:

@@ -302,7 +302,7 @@ def test_streamed_text_is_the_text(words: Tokenizer, text: str, stops: list[str]
     if text:
         begin = data.draw(st.integers(0, len(text) - 1))
         stops = [*stops, text[begin : begin + data.draw(st.integers(1, 4))]]
-    ids = words.encode(text, allow_special=False)
+    ids = words.encode(text, special_tokens=False)
     model = parrot([*ids, 0], words)
     pieces = list(model.stream("x", stop=stops, max_tokens=None))
     result = pieces[-1].result

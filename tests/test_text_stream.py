@@ -50,8 +50,8 @@ def test_the_ids_of_the_pieces_are_those_of_the_text(shakespeare, text, n_bytes)
     assert all(cut)
     assert [word for piece in cut for word in WORD.findall(piece)] == WORD.findall(text)
     for special in (False, True):
-        ids = [id for piece in cut for id in shakespeare.encode(piece, allow_special=special)]
-        assert ids == shakespeare.encode(text, allow_special=special)
+        ids = [id for piece in cut for id in shakespeare.encode(piece, special_tokens=special)]
+        assert ids == shakespeare.encode(text, special_tokens=special)
 
 
 def test_pieces_are_small():

@@ -89,7 +89,7 @@ def test_no_merge_makes_a_special_token():
     tokenizer = train_tokenizer(texts, 261, special)
     assert len(set(tokenizer.encoder)) == 261
     assert not {left + right for left, right in tokenizer.merges} & set(special)
-    assert tokenizer.encode("ab", allow_special=True) == [1]
+    assert tokenizer.encode("ab", special_tokens=True) == [1]
     assert tokenizer.decode(tokenizer.encode("ab abab Ġa")) == "ab abab Ġa"
     assert not {1, 2} & set(tokenizer.encode("ab abab Ġa"))
 

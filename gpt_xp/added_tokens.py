@@ -1,0 +1,99 @@
+"""Tokens that were added to a vocabulary: what they are, and where a text has them.
+
+Sources: `AddedToken` in transformers, and `AddedVocabulary` in Hugging Face's tokenizers.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+# What counts as part of a word and as white space to tokenizers, which is Rust: Unicode's own definitions.
+_WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
+_WORD_BEFORE, _WORD_AFTER = regex.compile(rf"(?r){_WORD_CHARACTER}\Z"), regex.compile(_WORD_CHARACTER)
+_SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"\p{White_Space}*\Z"), regex.compile(r"\p{White_Space}*")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that was added to a vocabulary: text that holds `content` has it whole, never cut by the merges.
+
+    A `special` one is found only where special tokens are allowed. `lstrip` and `rstrip` take the white space before
+    and after it along, and `single_word` finds it only between characters that are no part of a word. Those that are
+    not `normalized` are looked for first. So transformers and tokenizers define them.
+    """
+
+    content: str
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+class AddedTokens:
+    """Finds added tokens in text, as `AddedVocabulary` of Hugging Face's tokenizers does."""
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self._tokens = {token.content: token for token in tokens}
+        # Those that are not normalized are found first, wherever they are; then the others, in what is left.
+        parts = ([each for each in self._tokens.values() if each.normalized is group] for group in (False, True))
+        self._patterns = [_any_of(token.content for token in part) for part in parts if part]
+        # Only these can reach over a place where `text_stream` cuts: white space begins there.
+        over = [token.content for token in self._tokens.values() if token.rstrip or regex.search(r"\s", token.content)]
+        self._over = _any_of(over) if over else None
+        self._reach = max(map(len, over), default=0)
+
+    def split(self, text: str) -> Iterable[tuple[str, bool]]:
+        """The parts of `text` in order: the content of an added token and True, or other text and False."""
+        parts = [(text, False)]
+        for pattern in self._patterns:
+            parts = [
+                each
+                for part, is_added in parts
+                for each in ([(part, True)] if is_added else self._split_by(pattern, part))
+            ]
+        return parts
+
+    def _split_by(self, pattern: Any, text: str) -> Iterator[tuple[str, bool]]:
+        done = 0
+        for match in pattern.finditer(text):
+            token, (begin, end) = self._tokens[match.group()], match.span()
+            if token.single_word and (_WORD_BEFORE.search(text, 0, begin) or _WORD_AFTER.match(text, end)):
+                continue
+            if token.lstrip:
+                begin = max(begin - len(_SPACE_BEFORE.search(text, 0, begin).group()), done)
+            if token.rstrip:
+                end = _SPACE_AFTER.match(text, end).end()
+            if begin > done:
+                yield text[done:begin], False
+            if begin < end:  # else the token before has taken all of it as white space
+                yield token.content, True
+            done = end
+        if done < len(text):
+            yield text[done:], False
+
+    def uncut(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same text in pieces none of which ends within an added token, or within the white space it takes."""
+        held: str | None = None
+        for piece in pieces:
+            if held is None or self._is_cut(held, piece):
+                held = piece if held is None else held + piece
+            else:
+                yield held
+                held = piece
+        if held is not None:
+            yield held
+
+    def _is_cut(self, before: str, after: str) -> bool:
+        if self._over is None:
+            return False
+        tail = before[-self._reach :]
+        around = tail + after[: self._reach]
+        return any(match.start() < len(tail) <= match.end() for match in self._over.finditer(around, overlapped=True))
+
+
+def _any_of(contents: Iterable[str]) -> Any:
+    """A pattern that finds the longest of the strings at the leftmost place."""
+    return regex.compile("|".join(map(regex.escape, sorted(contents, key=len, reverse=True))))
