@@ -7,6 +7,7 @@ tell where in the file a tensor lies, and a map needs that; and a file is writte
 wants all tensors in memory at once.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -40,6 +41,8 @@ _ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of 
 _ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
+_NO_MAPPING = (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git stores a text that begins so in place of a large file
 _PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
 
 
@@ -118,9 +121,9 @@ class SafetensorsFile:
 def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
     """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, `OSError` as `open` does."""
     with open_regular(path) as file:
-        _check(path)
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping = _map(path, file)
         try:
+            _check(path)
             yield SafetensorsFile(path, file, mapping)
         finally:
             with suppress(BufferError):  # arrays that are mapped: then it closes with the last of them
@@ -159,11 +162,36 @@ def write_safetensors(
     return digest.hexdigest()
 
 
-def open_regular(path: str) -> BufferedReader:
-    """Open a file for reading bytes; a directory, or a pipe that would be waited on, is a `CheckpointError`."""
+@contextmanager
+def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise `CheckpointError`, which names the file, where its file system cannot map files into memory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_MAPPING:
+            raise
+        raise CheckpointError(
+            f"{path} is on a file system that cannot map files into memory ({error.strerror}); copy its directory to a "
+            f"local disk, and use the copy"
+        ) from error
+
+
+@contextmanager
+def open_regular(path: str) -> Iterator[BufferedReader]:
+    """Open a file for reading bytes; a directory, a pipe, and a pointer of Git LFS are a `CheckpointError`."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
-    return open(path, "rb")
+    with open(path, "rb") as file:
+        if problem := lfs_problem(file.peek(len(_LFS_POINTER)), path):
+            raise CheckpointError(problem)
+        yield file
+
+
+def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
+    """Return the message for a file that begins with `content`, where it is a pointer of Git LFS; else None."""
+    if not content.startswith(_LFS_POINTER):
+        return None
+    return f"{path} is only a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
 
 
 def parse_json(text: bytes, path: str) -> dict[str, Any]:
@@ -190,9 +218,20 @@ def _check(path: str) -> None:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated, damaged or no safetensors file ({error!s:.200}); fetch or save it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _map(path: str, file: BufferedReader) -> mmap.mmap:
+    try:
+        with mapping_errors(path):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:  # so it calls an empty file
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> CheckpointError:
+    problem = f"{path} is truncated, damaged or no safetensors file ({error!s:.200})"
+    return CheckpointError(f"{problem}; fetch or save it again")
 
 
 def _parse_header(path: str, mapping: mmap.mmap) -> tuple[dict[str, StoredTensor], dict[str, str]]:

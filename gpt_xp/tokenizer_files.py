@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_xp.errors import TokenizerError
+from gpt_xp.safetensors_file import lfs_problem
 
 TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
 PAIRS = ((VOCAB, MERGES), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's names
@@ -124,6 +125,8 @@ def _pairs(merges: Iterable[Any], places: Places) -> Iterator[tuple[str, str]]:
 def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
+        if problem := lfs_problem(content, path):
+            raise TokenizerError(problem)
         return content.decode("utf-8")
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
