@@ -156,7 +156,7 @@ def write_safetensors(
 
         write(_header(stored, metadata))
         for name, (dtype, shape) in stored.items():
-            _write_tensor(name, read(name), _n_bytes(dtype, shape), write)
+            _write_tensor(name, read(name), n_bytes(dtype, shape), write)
         file.flush()
         os.fsync(file.fileno())  # or a power cut after the renaming could leave a name without its bytes
     return digest.hexdigest()
@@ -250,14 +250,15 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappin
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + _n_bytes(dtype, shape)
+        start, end = end, end + n_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of that shape; `dtype` is the format's name of it, such as "F32"."""
     return math.prod(shape) * _ON_DISK[dtype].itemsize
 
 
