@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryDirectory
@@ -23,7 +24,14 @@ from safetensors.numpy import save_file
 from gpt_xp._text import size
 from gpt_xp._typing import Params
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
+from gpt_xp.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DeviceMemoryError,
+    GptXpWarning,
+    ModelNotFoundError,
+)
 from gpt_xp.hf_config import config_entries, config_from, quantization_from
 from gpt_xp.quantization import Quantized, QuantizedTable, QuantizedWeight, quantization_of, stored_shapes
 from gpt_xp.safetensors_file import (
@@ -44,10 +52,17 @@ _CODES = {"int8": ("I8", "int8"), "int4": ("U8", "uint8")}  # how safetensors an
 
 # Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+_PREFIX = "transformer."  # of the names in a model with a head; the published files lack it
+_TABLE, _HEAD = "wte.weight", "lm_head.weight"  # GPT-2 has one matrix for both, and a file has one of the names or two
+_PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")  # other names outside the transformer are those of additional heads
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # a plain name: no index may lead out of its directory
 _MAX_JSON_BYTES = 10_000_000  # of a config or an index; real ones have some thousand
 _MAX_FAULTS = 6  # shown in one message
+_PIECE = 2**16  # bytes that are compared at a time
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+_Tensors = dict[str, tuple[SafetensorsFile, str]]  # name: (file, name in the file)
 
 
 class SavesItself(Protocol):
@@ -115,7 +130,7 @@ def read_params(
     With a `quantization` (see `read_quantization`), `wte` is a `QuantizedTable` and every `w` a `QuantizedWeight`, and
     all are as stored. An array is mapped from the file where that holds `dtype` at an aligned place, and read into
     aligned memory where not. A file that is mapped must not be written to; `save_checkpoint` replaces it, and the
-    arrays stay as they were.
+    arrays stay as they were. Heads for other tasks (`score`, `v_head`) are left out, with a `GptXpWarning`.
     Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the files are damaged,
     unreadable or do not fit `config`, `BackendError` for another dtype, `DeviceMemoryError` where memory runs out.
     """
@@ -124,15 +139,22 @@ def read_params(
     with reading(directory), ExitStack() as stack:
         files = _open_weights(directory, stack)
         tensors = _by_name(files)
-        _drop_tied_head(tensors)
+        _check_prefix(directory, tensors)
+        _unite_tied(directory, tensors)
+        expected = tensor_shapes(config, len(tensors), quantization)
+        others = _other_heads(tensors) if tensors.keys() > expected.keys() else []
+        for name in others:
+            del tensors[name]
         stored = {name: file.tensors[full_name] for name, (file, full_name) in tensors.items()}
         check_tensors(
             f"the weights in {directory}",
             {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()},
-            tensor_shapes(config, len(stored), quantization),
+            expected,
             FLOATS,
             _CODES.get(quantization or "", ()),
         )
+        if others:
+            _warn_of_heads(directory, others)
 
         def read(name: str, shape: tuple[int, ...]) -> NumpyArray:
             file, full_name = tensors[name]
@@ -312,54 +334,120 @@ def _open_shards(directory: str | os.PathLike[str], index: str, stack: ExitStack
             if not exists(path):
                 raise CheckpointError(f"{directory} lacks {shard}, which its index names; fetch that file")
             files[shard] = stack.enter_context(open_safetensors(path))
-        if name not in files[shard].tensors:
+        if name not in files[shard].tensors and not _may_lack(name):
             raise CheckpointError(
                 f"{index} places {name!r:.80} in {shard}, where it is not; fetch or save the checkpoint again"
             )
     return list(files.values())
 
 
-def _by_name(files: list[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, str]]:
-    """Names as OpenAI's model has them -> the file and the name in the file. Published files lack the prefix."""
-    tensors: dict[str, tuple[SafetensorsFile, str]] = {}
+def _may_lack(full_name: str) -> bool:
+    """Whether an index may place this tensor where it is not: a constant, or one of two names of one matrix."""
+    return _is_buffer(full_name) or full_name.removeprefix(_PREFIX) in (_TABLE, _HEAD)
+
+
+def _by_name(files: list[SafetensorsFile]) -> _Tensors:
+    """Return the tensors by the names of OpenAI's model, with their files and their names there."""
+    tensors: _Tensors = {}
     for file in files:
         for full_name in file.tensors:
             if _is_buffer(full_name):
                 continue
-            name = full_name.removeprefix("transformer.")
+            name = full_name.removeprefix(_PREFIX)
             if name in tensors:
                 raise CheckpointError(
-                    f"{name!r:.80} is in {tensors[name][0].path} and again in {file.path}; only one was expected"
+                    f"{name!r:.80} is in {tensors[name][0].path} and again in {file.path}; only one was expected: "
+                    f"save the checkpoint again"
                 )
             tensors[name] = (file, full_name)
     return tensors
 
 
 def _is_buffer(full_name: str) -> bool:
-    return _BUFFER.fullmatch(full_name.removeprefix("transformer.")) is not None
+    return _BUFFER.fullmatch(full_name.removeprefix(_PREFIX)) is not None
 
 
-def _drop_tied_head(tensors: dict[str, tuple[SafetensorsFile, str]]) -> None:
-    """Forget an `lm_head.weight` that repeats `wte.weight`, by which GPT-2 multiplies in its stead."""
-    if "lm_head.weight" not in tensors or "wte.weight" not in tensors:
-        return
-    (file, head), (wte_file, wte) = tensors["lm_head.weight"], tensors["wte.weight"]
-    a, b = file.tensors[head], wte_file.tensors[wte]
-    if (a.dtype, a.shape) != (b.dtype, b.shape) or file.raw(head) != wte_file.raw(wte):
+def _check_prefix(directory: str | os.PathLike[str], tensors: _Tensors) -> None:
+    """Raise `CheckpointError` where a wrapper of the model has put something before all names."""
+    names = [full_name for _, full_name in tensors.values()]
+    end = "wpe.weight"  # each GPT-2 has it, under this name alone
+    prefix = next((name.removesuffix(end).removesuffix(_PREFIX) for name in names if name.endswith(f".{end}")), "")
+    if prefix and all(name.startswith(prefix) for name in names):
         raise CheckpointError(
-            f"lm_head.weight in {file.path} differs from wte.weight, and GPT-2 has one matrix for both; "
-            f"take a checkpoint with tied embeddings"
+            f"the names of all tensors in {directory} begin with {prefix!r:.80}, as a wrapper of the model leaves them "
+            f"(torch.compile: '_orig_mod.', DistributedDataParallel: 'module.'). Save the model inside the wrapper, "
+            f"model.{prefix[:-1]:.80}.save_pretrained(...), or take {prefix!r:.80} off the names"
         )
-    del tensors["lm_head.weight"]
+
+
+def _unite_tied(directory: str | os.PathLike[str], tensors: _Tensors) -> None:
+    """Leave the name `wte.weight` alone to the matrix that GPT-2 has for its embedding and its head.
+
+    Raises `CheckpointError` where there are two matrices that differ, or where `config.json` speaks of two.
+    """
+    there = [name for name in (_TABLE, _HEAD) if name in tensors]
+    if len(there) == 2:
+        if not _are_equal(tensors[_TABLE], tensors[_HEAD]):
+            raise CheckpointError(
+                f"{_HEAD} in {tensors[_HEAD][0].path} differs from {_TABLE}, and GPT-2 has one matrix for both; "
+                f"take a checkpoint with tied embeddings"
+            )
+        del tensors[_HEAD]
+    elif there and not _is_tied(directory):
+        [missing] = {_TABLE, _HEAD} - {*there}
+        raise CheckpointError(
+            f"{directory} has {there[0]} but not {missing}, and by its config.json these are two matrices "
+            f"(tie_word_embeddings is false). Where they are one, set it to true; else take a checkpoint with tied "
+            f"embeddings"
+        )
+    elif there == [_HEAD]:  # safetensors.torch.save_model keeps the first name of those that share memory
+        tensors[_TABLE] = tensors.pop(_HEAD)
+
+
+def _is_tied(directory: str | os.PathLike[str]) -> bool:
+    path = os.path.join(directory, "config.json")
+    return not exists(path) or read_json(path).get("tie_word_embeddings") is not False
+
+
+def _are_equal(a: tuple[SafetensorsFile, str], b: tuple[SafetensorsFile, str]) -> bool:
+    """Whether two tensors have the same bits."""
+    (file_a, name_a), (file_b, name_b) = a, b
+    stored_a, stored_b = file_a.tensors[name_a], file_b.tensors[name_b]
+    if (stored_a.dtype, stored_a.shape) != (stored_b.dtype, stored_b.shape):
+        return False
+    raw_a, raw_b = file_a.raw(name_a), file_b.raw(name_b)
+    # Copies of pieces that stay in the processor's cache: to compare memoryviews takes ten times as long.
+    pieces = (slice(start, start + _PIECE) for start in range(0, len(raw_a), _PIECE))
+    return all(bytes(raw_a[piece]) == bytes(raw_b[piece]) for piece in pieces)
+
+
+def _other_heads(tensors: _Tensors) -> list[str]:
+    """Return the names of the tensors outside the transformer, such as `score` and `v_head`."""
+    return [
+        name
+        for name, (_, full_name) in tensors.items()
+        if not full_name.startswith(_PREFIX) and name.partition(".")[0] not in _PARTS
+    ]
+
+
+def _warn_of_heads(directory: str | os.PathLike[str], names: list[str]) -> None:
+    shown = ", ".join(f"{name:.80}" for name in names[:_MAX_FAULTS])
+    more = f" and {len(names) - _MAX_FAULTS} more" if len(names) > _MAX_FAULTS else ""
+    warnings.warn(
+        f"{directory} is loaded without {shown}{more}: GPT-2 has no such tensors; heads for other tasks are not used",
+        GptXpWarning,
+        stacklevel=3,
+    )
 
 
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises `CheckpointError` for anything else, `OSError` as `open` does."""
     with open_regular(path) as file:
-        text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no such file is; fetch it again")
-    return parse_json(text, path)
+        if os.fstat(file.fileno()).st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no such file is; fetch it again"
+            )
+        return parse_json(file.read(), path)
 
 
 def exists(path: str) -> bool:

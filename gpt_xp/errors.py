@@ -9,6 +9,10 @@ class GptXpError(Exception):
     """The parent of all errors that gpt-xp raises on purpose."""
 
 
+class GptXpWarning(UserWarning):
+    """A warning about a model that can be used all the same. The command line prints it as one line on stderr."""
+
+
 class ConfigError(GptXpError):
     """A config that does not describe GPT-2's mathematics, or contradicts itself."""
 

@@ -14,7 +14,7 @@ _MATHEMATICS: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),  # where false, `checkpoint.read_params` compares the two matrices
 }
 _END_OF_TEXT = 50256  # transformers' default for eos_token_id
 _MAX_SIZE = 2**31 - 1  # token ids and positions are int32
@@ -22,8 +22,7 @@ _MAX_SIZE = 2**31 - 1  # token ids and positions are int32
 
 def config_from(entries: dict[str, Any]) -> GPT2Config:
     """Return the config that the entries describe. Raises `ConfigError` where that is not GPT-2's mathematics."""
-    if (model_type := entries.get("model_type")) != "gpt2":
-        raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded")
+    _check_model_type(entries)
     for key, allowed in _MATHEMATICS.items():
         _require(key, entries.get(key, allowed[0]), allowed)
     n_vocab = size_in(entries, "vocab_size")
@@ -37,6 +36,17 @@ def config_from(entries: dict[str, Any]) -> GPT2Config:
         n_layer=size_in(entries, "n_layer"),
         eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
     )
+
+
+def _check_model_type(entries: dict[str, Any]) -> None:
+    if (model_type := entries.get("model_type")) == "gpt2":
+        return
+    if model_type is None and entries.keys() >= {"n_embd", "n_head", "n_layer"}:
+        raise ConfigError(
+            'model_type is missing, and the sizes have GPT-2\'s names; if this is a GPT-2, add the line "model_type": '
+            '"gpt2",'
+        )
+    raise ConfigError(f"model_type is {model_type!r:.80}; only 'gpt2' can be loaded: take the directory of a GPT-2")
 
 
 def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:

@@ -7,10 +7,11 @@ from gpt_xp import store
 from gpt_xp.backend import closest_first
 from gpt_xp.errors import CheckpointError, ModelNotFoundError
 from gpt_xp.openai_checkpoint import convert, has_index, is_openai_layout
-from gpt_xp.published import MODELS, OPENAI_FILES, Published, find_published
+from gpt_xp.published import MODELS, Published, find_published
 
 BUNDLED = Path(__file__).parent / "models"
 BUNDLED_DEFAULT = "shakespeare"
+OPENAI_PARTS = ("hparams.json", "checkpoint", "*.index", "*.data-?????-of-?????")  # of a model, not of a tokenizer
 PUBLISHED_DEFAULT = "124M"
 
 
@@ -44,13 +45,19 @@ def _ready(folder: Path) -> Path:
     if is_openai_layout(folder):
         convert(folder)
     elif not (folder / "config.json").exists():
-        here = [file for file in OPENAI_FILES if (folder / file).exists()]
-        lacks = [file for file in ("hparams.json", "model.ckpt.index") if file not in here]
-        if here and lacks:
-            raise CheckpointError(
-                f"{folder} has {here[0]}, as OpenAI's checkpoints do, but not {' and '.join(lacks)}; copy all the files"
-            )
+        _check_complete(folder)
     return folder
+
+
+def _check_complete(folder: Path) -> None:
+    """Raise `CheckpointError` for a part of OpenAI's layout; encoder.json and vocab.bpe alone are a tokenizer."""
+    here = [path.name for file in OPENAI_PARTS for path in sorted(folder.glob(file))]
+    lacks = [] if "hparams.json" in here else ["hparams.json"]
+    lacks += [] if has_index(folder) else ["the .index of a TensorFlow checkpoint, such as model.ckpt.index"]
+    if here and lacks:
+        raise CheckpointError(
+            f"{folder} has {here[0]}, as OpenAI's checkpoints do, but not {' and '.join(lacks)}; copy all the files"
+        )
 
 
 def default_model() -> str:

@@ -5,6 +5,7 @@ A directory holds `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorFlow c
 `download_model.py`), and so gpt-2-simple leaves a fine-tuned one, where the name is `model-1000`.
 """
 
+import glob
 import hashlib
 import importlib.util
 import os
@@ -32,12 +33,13 @@ from gpt_xp.checkpoint import (
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.hf_config import config_entries, size_in
-from gpt_xp.safetensors_file import NumpyArray, open_regular, open_safetensors, write_safetensors
+from gpt_xp.safetensors_file import NumpyArray, n_bytes, open_regular, open_safetensors, write_safetensors
 from gpt_xp.tokenizer import EOS
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-_CODES = {"float16": "F16", "float32": "F32", "float64": "F64"}
+_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+OPENAI_NAME, _INDEX = "model.ckpt", ".index"
 _NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # not all_model_checkpoint_paths
 _MAX_TEXT = 1_000_000  # bytes of the file `checkpoint`; it has a hundred, or a line for each step that was kept
 _FIX = "copy its directory to a place where you may write, and load that"
@@ -58,7 +60,7 @@ def has_index(directory: str | os.PathLike[str]) -> bool:
         names = os.listdir(directory)
     except (OSError, ValueError):  # no directory, or none that can be read; ValueError: a NUL in its name
         return False
-    return any(name.endswith(".index") for name in names)
+    return any(name.endswith(_INDEX) for name in names)
 
 
 def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:
@@ -116,7 +118,7 @@ def convert(directory: str | os.PathLike[str]) -> None:
         if exists(config_json):
             _check_config(directory, config)
         prefix = _prefix(directory)
-        index = _sha256(f"{prefix}.index")
+        index = _sha256(f"{prefix}{_INDEX}")
         if made_from != index:
             check_tensorflow()
             _convert_weights(prefix, weights, config, {"format": "pt", _MADE_FROM: index})
@@ -133,20 +135,40 @@ def _made_from(weights: str) -> str | None:
 
 
 def _prefix(directory: str | os.PathLike[str]) -> str:
-    """What the paths of the checkpoint's files begin with: the name that `checkpoint` gives, in this directory."""
-    name = "model.ckpt"
-    text = os.path.join(directory, "checkpoint")
-    if exists(text):
-        with open_regular(text) as file:
-            found = _NAME.search(file.read(_MAX_TEXT).decode("utf-8", "replace"))
-        # The last part of a path, in either notation: it is where the checkpoint was once saved, and must lead nowhere.
-        name = (re.split(r"[/\\]", found[1])[-1] if found else "") or name
+    """Return the path of the checkpoint's files, in this directory, without their endings."""
+    there = sorted(name for file in os.listdir(directory) if (name := file.removesuffix(_INDEX)) not in ("", file))
+    name = _chosen(directory) or _only(directory, there)
     prefix = os.path.abspath(os.path.join(directory, name))  # TensorFlow takes gs://... for a path, too
-    if not exists(f"{prefix}.index"):
+    if not exists(f"{prefix}{_INDEX}"):
+        others = f", or name one that is there in its file `checkpoint`: {', '.join(there)}" if there else ""
         raise CheckpointError(
-            f"{directory} has no {name}.index, of the TensorFlow checkpoint {name}; fetch or copy all of its files"
+            f"{directory} has no {name}{_INDEX}, of the TensorFlow checkpoint {name}; fetch or copy all of its files"
+            f"{others}"
         )
     return prefix
+
+
+def _chosen(directory: str | os.PathLike[str]) -> str | None:
+    """Return the name of the checkpoint that the file `checkpoint` gives; None where there is no file or no name."""
+    text = os.path.join(directory, "checkpoint")
+    if not exists(text):
+        return None
+    with open_regular(text) as file:
+        found = _NAME.search(file.read(_MAX_TEXT).decode("utf-8", "replace"))
+    # The last part of a path, in either notation: it is where the checkpoint was once saved, and must lead nowhere.
+    return (re.split(r"[/\\]", found[1])[-1] or None) if found else None
+
+
+def _only(directory: str | os.PathLike[str], there: list[str]) -> str:
+    """Return the name that OpenAI gave, or the only one there is. Raises `CheckpointError` for a choice of several."""
+    if OPENAI_NAME in there or not there:
+        return OPENAI_NAME
+    if len(there) > 1:
+        raise CheckpointError(
+            f"{directory} has several TensorFlow checkpoints and no file `checkpoint` that names one of them; write "
+            f'this line into it: model_checkpoint_path: "NAME", where NAME is one of: {", ".join(there)}'
+        )
+    return there[0]
 
 
 def _sha256(path: str) -> str:
@@ -185,6 +207,9 @@ def _end_of_text(directory: str | os.PathLike[str]) -> int | None:
 def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: dict[str, str]) -> None:
     if pattern := re.search(r"[\[*?]", prefix):
         raise CheckpointError(f"TensorFlow takes {prefix} for a pattern, for its {pattern[0]}; rename the directory")
+    for data in sorted(glob.glob(f"{prefix}.data-*")):
+        with open_regular(data):
+            pass  # it is a file, and no pointer of Git LFS
     reader = _open_reader(prefix)
     shapes = reader.get_variable_to_shape_map()
     dtypes = {name: dtype.name for name, dtype in reader.get_variable_to_dtype_map().items()}
@@ -207,11 +232,12 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
     def read(full_name: str) -> NumpyArray:
         variable = variables[full_name.removeprefix("transformer.")]
         with _tensorflow_errors(prefix):
-            return np.ascontiguousarray(reader.get_tensor(variable))
+            array = np.ascontiguousarray(reader.get_tensor(variable))
+        # NumPy gives no buffer of a bfloat16, which is not its own.
+        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
     tensors = {f"transformer.{name}": (_CODES[dtypes[variables[name]]], shape) for name, shape in names.items()}
-    n_bytes = sum(int(np.prod(shape)) * np.dtype(_DTYPES[code]).itemsize for code, shape in tensors.values())
-    with written_aside(weights, n_bytes, fix=_FIX) as temporary:
+    with written_aside(weights, sum(n_bytes(*stored) for stored in tensors.values()), fix=_FIX) as temporary:
         write_safetensors(temporary, tensors, read, metadata)
 
 

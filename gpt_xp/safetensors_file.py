@@ -7,6 +7,7 @@ tell where in the file a tensor lies, and a map needs that; and a file is writte
 wants all tensors in memory at once.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -40,6 +41,8 @@ _ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of 
 _ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
+_NO_MAPPING = (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git stores a text that begins so in place of a large file
 _PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
 
 
@@ -118,9 +121,9 @@ class SafetensorsFile:
 def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
     """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, `OSError` as `open` does."""
     with open_regular(path) as file:
-        _check(path)
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping = _map(path, file)
         try:
+            _check(path)
             yield SafetensorsFile(path, file, mapping)
         finally:
             with suppress(BufferError):  # arrays that are mapped: then it closes with the last of them
@@ -153,17 +156,42 @@ def write_safetensors(
 
         write(_header(stored, metadata))
         for name, (dtype, shape) in stored.items():
-            _write_tensor(name, read(name), _n_bytes(dtype, shape), write)
+            _write_tensor(name, read(name), n_bytes(dtype, shape), write)
         file.flush()
         os.fsync(file.fileno())  # or a power cut after the renaming could leave a name without its bytes
     return digest.hexdigest()
 
 
-def open_regular(path: str) -> BufferedReader:
-    """Open a file for reading bytes; a directory, or a pipe that would be waited on, is a `CheckpointError`."""
+@contextmanager
+def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise `CheckpointError`, which names the file, where its file system cannot map files into memory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_MAPPING:
+            raise
+        raise CheckpointError(
+            f"{path} is on a file system that cannot map files into memory ({error.strerror}); copy its directory to a "
+            f"local disk, and use the copy"
+        ) from error
+
+
+@contextmanager
+def open_regular(path: str) -> Iterator[BufferedReader]:
+    """Open a file for reading bytes; a directory, a pipe, and a pointer of Git LFS are a `CheckpointError`."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
-    return open(path, "rb")
+    with open(path, "rb") as file:
+        if problem := lfs_problem(file.peek(len(_LFS_POINTER)), path):
+            raise CheckpointError(problem)
+        yield file
+
+
+def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
+    """Return the message for a file that begins with `content`, where it is a pointer of Git LFS; else None."""
+    if not content.startswith(_LFS_POINTER):
+        return None
+    return f"{path} is only a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
 
 
 def parse_json(text: bytes, path: str) -> dict[str, Any]:
@@ -190,9 +218,20 @@ def _check(path: str) -> None:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated, damaged or no safetensors file ({error!s:.200}); fetch or save it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _map(path: str, file: BufferedReader) -> mmap.mmap:
+    try:
+        with mapping_errors(path):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:  # so it calls an empty file
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> CheckpointError:
+    problem = f"{path} is truncated, damaged or no safetensors file ({error!s:.200})"
+    return CheckpointError(f"{problem}; fetch or save it again")
 
 
 def _parse_header(path: str, mapping: mmap.mmap) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -211,14 +250,15 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappin
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + _n_bytes(dtype, shape)
+        start, end = end, end + n_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of that shape; `dtype` is the format's name of it, such as "F32"."""
     return math.prod(shape) * _ON_DISK[dtype].itemsize
 
 

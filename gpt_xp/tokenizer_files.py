@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gpt_xp.added_tokens import AddedToken
 from gpt_xp.errors import TokenizerError
+from gpt_xp.safetensors_file import lfs_problem
 
 TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -250,6 +251,8 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
+        if problem := lfs_problem(content, path):
+            raise TokenizerError(problem)
         return content.decode("utf-8")
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import sys
 import tracemalloc
@@ -33,7 +34,14 @@ from safetensors import deserialize, safe_open
 from gpt_xp import safetensors_file
 from gpt_xp.checkpoint import align_weights, read_config, read_params, save_checkpoint
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import BackendError, CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
+from gpt_xp.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DeviceMemoryError,
+    GptXpWarning,
+    ModelNotFoundError,
+)
 from gpt_xp.safetensors_file import open_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
@@ -115,16 +123,124 @@ def test_constants_and_an_equal_head_are_ignored(tmp_path):
     assert_same(read_params(tmp_path, CONFIG), tensors)
 
 
-def test_a_head_of_its_own_is_refused(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_head_of_its_own_is_refused(tmp_path, tied, place):
     tensors = make_tensors(CONFIG)
     head = tensors["wte.weight"].copy()
-    head[-1, -1] += 1
+    head[place, place] += 1
     write_checkpoint(tmp_path, prefixed(tensors) | {"lm_head.weight": head})
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight .* differs from wte\.weight"):
+    config_of(tmp_path, tie_word_embeddings=tied)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight .* differs from wte\.weight.*take a checkpoint with"):
         read_params(tmp_path, CONFIG)
     write_checkpoint(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"].reshape(39, 101)})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight .* differs from wte\.weight"):
         read_params(tmp_path, CONFIG)
+
+
+def only_the_head(tensors):
+    """What safetensors.torch.save_model leaves: of two names of one matrix the first."""
+    return {{"wte.weight": "lm_head.weight"}.get(name, f"transformer.{name}"): tensors[name] for name in tensors}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("header_length", [None, PUBLISHED_HEADER])
+def test_the_head_alone_is_the_embedding_too(tmp_path, dtype, header_length):
+    tensors = make_tensors(CONFIG, dtype)
+    write_checkpoint(tmp_path, only_the_head(tensors), header_length=header_length)
+    assert_same(read_params(tmp_path, CONFIG, None), tensors)
+    config_of(tmp_path, tie_word_embeddings=True)
+    assert_same(read_params(tmp_path, CONFIG), tensors, np.float32)
+
+
+def test_untied_matrices_that_are_equal_are_one(tmp_path):
+    tensors = make_tensors(CONFIG)
+    write_checkpoint(tmp_path, prefixed(tensors) | {"lm_head.weight": tensors["wte.weight"]})
+    config = config_of(tmp_path, tie_word_embeddings=False)
+    assert_same(read_params(tmp_path, config), tensors)
+
+
+@pytest.mark.parametrize(("names", "missing"), [(prefixed, "lm_head.weight"), (only_the_head, "wte.weight")])
+def test_an_untied_matrix_that_is_missing_is_refused(tmp_path, names, missing):
+    """transformers fills it with random numbers."""
+    write_checkpoint(tmp_path, names(make_tensors(CONFIG)))
+    config = config_of(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=rf"not {missing}, .*tie_word_embeddings is false.*set it to true"):
+        read_params(tmp_path, config)
+
+
+def test_equal_matrices_are_compared_in_little_memory(tmp_path):
+    config = GPT2Config(n_vocab=3001, n_ctx=7, n_embd=96, n_head=3, n_layer=1)
+    tensors = make_tensors(config)
+    write_checkpoint(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"]}, config)
+    tracemalloc.start()
+    params = read_params(tmp_path, config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert_same(params, tensors)
+    assert peak < tensors["wte.weight"].nbytes / 2
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"v_head.summary.weight": (1, 39), "v_head.summary.bias": (1,)},  # trl
+        {"score.weight": (2, 39)},
+        {"classifier.weight": (2, 39), "lm_head.weight": None},
+        {f"heads.{i}.weight": (3, 39) for i in range(9)},
+    ],
+    ids=["v_head", "score", "and a tied head", "many"],
+)
+@pytest.mark.parametrize("names", [dict, prefixed])
+def test_heads_for_other_tasks_are_left_out_with_a_warning(tmp_path, heads, names):
+    tensors = make_tensors(CONFIG)
+    extra = {
+        name: tensors["wte.weight"] if shape is None else np.ones(shape, np.float32) for name, shape in heads.items()
+    }
+    write_checkpoint(tmp_path, extra | names(tensors))
+    with pytest.warns(GptXpWarning) as caught:
+        params = read_params(tmp_path, CONFIG)
+    assert_same(params, tensors)
+    [warning] = caught
+    message = str(warning.message)
+    assert message.startswith(f"{tmp_path} is loaded without {next(iter(heads))}")
+    assert "lm_head" not in message
+    assert "\n" not in message
+    assert ("and 3 more" in message) == (len(heads) == 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.h.0.attn.rotary", (39,)),
+        ("h.1.crossattention.c_attn.weight", (39, 78)),
+        ("transformer.embed_norm.weight", (39,)),  # inside the transformer
+        ("wte.weight_lora", (39,)),
+        ("lm_head.bias", (101,)),  # added to the logits
+    ],
+)
+@pytest.mark.parametrize("with_a_head", [False, True])
+def test_parts_that_change_what_is_computed_are_refused(tmp_path, name, shape, with_a_head):
+    extra = {name: np.ones(shape, np.float32)}
+    if with_a_head:
+        extra["score.weight"] = np.ones((2, 39), np.float32)
+    write_checkpoint(tmp_path, prefixed(make_tensors(CONFIG)) | extra)
+    with pytest.raises(CheckpointError, match=rf"'{name.removeprefix('transformer.')}' is no tensor of this GPT-2"):
+        read_params(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("names", [dict, prefixed, only_the_head])
+def test_a_prefix_that_all_names_share_is_told(tmp_path, prefix, names):
+    mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 37, 37), bool)}
+    tensors = names(make_tensors(CONFIG)) | mask
+    write_checkpoint(tmp_path, {prefix + name: array for name, array in tensors.items()})
+    with pytest.raises(CheckpointError) as caught:
+        read_params(tmp_path, CONFIG)
+    message = str(caught.value)
+    assert f"begin with '{prefix}', " in message
+    assert f"model.{prefix}save_pretrained" in message
+    assert "\n" not in message
 
 
 def test_values_too_large_for_the_dtype_are_refused(tmp_path):
@@ -185,6 +301,26 @@ def test_a_tensor_absent_from_its_shard_is_named(tmp_path, parts):
     names, weight_map = write_shards(tmp_path, parts)
     write_shards(tmp_path, parts, weight_map | {"transformer.ln_f.bias": names[0]})
     with pytest.raises(CheckpointError, match=rf"places 'transformer\.ln_f\.bias' in {names[0]}, where it is not"):
+        read_params(tmp_path, CONFIG)
+
+
+def test_an_index_may_list_what_old_versions_saved_and_this_one_did_not(tmp_path, parts):
+    """The head that is tied, and the masks."""
+    names, weight_map = write_shards(tmp_path, parts)
+    others = {"lm_head.weight": names[2], "transformer.h.0.attn.bias": names[0], "h.1.attn.masked_bias": names[1]}
+    write_shards(tmp_path, parts, weight_map | others)
+    assert_same(read_params(tmp_path, CONFIG), make_tensors(CONFIG))
+
+
+def test_the_head_alone_may_be_in_a_shard(tmp_path, parts):
+    parts[2]["lm_head.weight"] = parts[0].pop("transformer.wte.weight")
+    names, weight_map = write_shards(tmp_path, parts)
+    assert_same(read_params(tmp_path, CONFIG), make_tensors(CONFIG))
+    write_shards(tmp_path, parts, weight_map | {"transformer.wte.weight": names[0]})
+    assert_same(read_params(tmp_path, CONFIG), make_tensors(CONFIG))
+    del parts[2]["lm_head.weight"]
+    write_shards(tmp_path, parts, weight_map)
+    with pytest.raises(CheckpointError, match=r"wte\.weight is missing"):
         read_params(tmp_path, CONFIG)
 
 
@@ -377,6 +513,47 @@ def test_random_bytes_give_a_checkpoint_error(scratch, file):
         read_params(scratch, TINY)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"5" * 64 + b"\nsize 548105171\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, f"{WEIGHTS}.index.json"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
+    write_checkpoint(tmp_path, make_tensors(TINY), TINY)
+    if name.endswith("index.json"):
+        (tmp_path / WEIGHTS).unlink()
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"/{re.escape(name)} is only a pointer of Git LFS.*git lfs pull"):
+        read_params(tmp_path, read_config(tmp_path))
+
+
+def test_a_shard_that_is_a_pointer_is_told(tmp_path, parts):
+    names, _ = write_shards(tmp_path, parts)
+    (tmp_path / names[1]).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{names[1]} is only a pointer of Git LFS"):
+        read_params(tmp_path, CONFIG)
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/uevent_seqnum"), reason="needs the sysfs of Linux")
+def test_a_file_system_that_maps_no_files_is_told(tmp_path):
+    """Files of sysfs cannot be mapped, whoever asks; nor can those of some network file systems."""
+    write_checkpoint(tmp_path, make_tensors(TINY), TINY)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / WEIGHTS).symlink_to("/sys/kernel/uevent_seqnum")
+    with pytest.raises(CheckpointError, match=rf"/{WEIGHTS} is on a file system that cannot map .*copy its directory"):
+        read_params(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL])
+def test_a_map_that_is_refused_is_told(tmp_path, monkeypatch, number):
+    def refuse(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    write_checkpoint(tmp_path, make_tensors(TINY), TINY)
+    monkeypatch.setattr(safetensors_file.mmap, "mmap", refuse)
+    with pytest.raises(CheckpointError, match=rf"/{WEIGHTS} is on a file system that cannot map .*local disk"):
+        read_params(tmp_path, TINY)
+
+
 # --- reading: config.json -------------------------------------------------------------------------------------------
 
 
@@ -428,6 +605,7 @@ def test_an_absent_eos_token_id_has_the_default_of_transformers(tmp_path, n_voca
         {"reorder_and_upcast_attn": True},
         {"architectures": ["GPT2Model"]},
         {"tie_word_embeddings": True},
+        {"tie_word_embeddings": False},  # the weights then say whether it is GPT-2
     ],
 )
 def test_the_same_mathematics_in_other_words_is_accepted(tmp_path, same):
@@ -449,7 +627,7 @@ def test_the_same_mathematics_in_other_words_is_accepted(tmp_path, same):
         {"scale_attn_weights": False},
         {"scale_attn_weights": 1},
         {"add_cross_attention": True},
-        {"tie_word_embeddings": False},
+        {"tie_word_embeddings": None},
         {"n_inner": 155},
         {"n_inner": 156.0},
         {"vocab_size": "101"},
@@ -482,6 +660,17 @@ def test_missing_entries_are_named(tmp_path, key):
     del entries[key]
     (tmp_path / "config.json").write_text(json.dumps(entries))
     with pytest.raises(ConfigError, match=key):
+        read_config(tmp_path)
+
+
+def test_a_missing_model_type_is_a_line_to_add(tmp_path):
+    entries = config_entries(CONFIG)
+    del entries["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match=r'config\.json: model_type is missing.*add the line "model_type": "gpt2"'):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 768}')
+    with pytest.raises(ConfigError, match="model_type is None; only 'gpt2' can be loaded: take"):
         read_config(tmp_path)
 
 
@@ -811,12 +1000,48 @@ def test_the_bare_model_is_read_too(tmp_path):
 
 
 @pytest.mark.oracle
-def test_a_classifier_is_refused_by_its_extra_tensor(tmp_path):
+def test_a_classifier_is_read_without_its_head(tmp_path):
     from transformers import GPT2ForSequenceClassification
 
-    GPT2ForSequenceClassification(transformers_model().config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'score\.weight' is no tensor of this GPT-2"):
-        read_params(tmp_path, read_config(tmp_path))
+    model = GPT2ForSequenceClassification(transformers_model().config)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(GptXpWarning, match=r"is loaded without score\.weight"):
+        assert_same(read_params(tmp_path, read_config(tmp_path)), tensors_of(model))
+
+
+@pytest.mark.oracle
+def test_what_save_model_of_safetensors_keeps_is_read(tmp_path):
+    """It keeps one name of each matrix, and which one is written into the header."""
+    from safetensors.torch import save_model
+
+    model = transformers_model()
+    model.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / WEIGHTS))
+    with safe_open(tmp_path / WEIGHTS, framework="np") as file:
+        names = {*file.keys()}
+    assert "lm_head.weight" in names
+    assert "transformer.wte.weight" not in names
+    assert_same(read_params(tmp_path, read_config(tmp_path)), tensors_of(model))
+
+
+@pytest.mark.oracle
+def test_untied_matrices_that_are_equal_give_the_logits_of_transformers(tmp_path):
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    import gpt_xp
+
+    model = transformers_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="np") as file:
+        assert {"lm_head.weight", "transformer.wte.weight"} <= {*file.keys()}
+    tokens = [3, 100, 0, 5, 77]
+    with torch.inference_mode():
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(torch.tensor([tokens])).logits[0].numpy()
+    ours = gpt_xp.Model(read_params(tmp_path, CONFIG), read_config(tmp_path), None, "numpy").logits(tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3 * np.abs(theirs).max())
 
 
 @pytest.mark.oracle

@@ -4,16 +4,20 @@ import io
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from commands import COMMAND, Result, Terminal, posix, process, start
+from safetensors.numpy import load_file, save_file
 
 import gpt_xp
 from gpt_xp.cli import main
@@ -57,6 +61,19 @@ def test_the_continuation_and_nothing_else_goes_to_stdout(call, shakespeare):
     assert result.err.count("\n") == 1
     for part in ("; generated 12 tokens at ", " tok/s; first token after ", "; peak memory "):
         assert part in result.err
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_a_head_that_is_not_used_is_one_line_on_stderr(call, shakespeare, tmp_path, action):
+    shutil.copytree(gpt_xp.hub.BUNDLED / "shakespeare", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"score.weight": np.ones((2, 192), np.float32)}, tmp_path / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)  # as python -W does
+        result = call("ROMEO:", "-n", "5", "-m", str(tmp_path))
+    assert (result.code, result.out) == (0, continuation(shakespeare, "ROMEO:", max_tokens=5) + "\n")
+    assert result.err.startswith(f"gpt-xp: {tmp_path} is loaded without score.weight: ")
+    assert result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

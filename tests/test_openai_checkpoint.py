@@ -164,6 +164,45 @@ def test_without_a_name_it_is_model_ckpt(folder, tensorflow, text):
     assert tensorflow.opened == [str(folder / "model.ckpt")]
 
 
+@pytest.mark.parametrize("text", [None, "", 'model_checkpoint_path: ""'])
+def test_without_a_name_the_only_checkpoint_is_it(folder, tensorflow, text):
+    (folder / "model.ckpt.index").rename(folder / "model-1000.index")
+    (folder / ".index").touch()
+    (folder / "checkpoint").unlink()
+    if text is not None:
+        (folder / "checkpoint").write_text(text)
+    assert_same(converted(folder), make_tensors())
+    assert tensorflow.opened == [str(folder / "model-1000")]
+
+
+def test_of_several_checkpoints_one_must_be_named(folder, tensorflow):
+    (folder / "model.ckpt.index").rename(folder / "model-1000.index")
+    (folder / "model-900.index").write_bytes(b"index 900")
+    (folder / "checkpoint").unlink()
+    with pytest.raises(CheckpointError, match=r"several .*no file `checkpoint`.*: model-1000, model-900") as caught:
+        convert(folder)
+    assert "\n" not in str(caught.value)
+    assert tensorflow.opened == []
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model-900"')
+    convert(folder)
+    assert tensorflow.opened == [str(folder / "model-900")]
+
+
+def test_a_checkpoint_that_is_named_and_missing_is_told_with_those_that_are_there(folder, tensorflow):
+    (folder / "model.ckpt.index").rename(folder / "model-1000.index")
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model-900"')
+    with pytest.raises(CheckpointError, match=r"has no model-900\.index.*name one that is there .*: model-1000$"):
+        convert(folder)
+
+
+@pytest.mark.parametrize("name", ["hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001", "checkpoint"])
+def test_a_pointer_of_git_lfs_is_told(folder, tensorflow, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 497759232\n")
+    with pytest.raises(CheckpointError, match=rf"/{name} is only a pointer of Git LFS.*git lfs pull"):
+        convert(folder)
+    assert tensorflow.opened == []
+
+
 @pytest.mark.parametrize("path", ["../outside/model-7", "{outside}/model-7", "model-7", ".."])
 def test_nothing_outside_is_read(folder, tensorflow, path):
     outside = folder.parent / "outside"
@@ -212,6 +251,23 @@ def test_the_directory_is_like_any_other_afterwards(folder, tensorflow, dtype):
     with safe_open(folder / WEIGHTS, framework="np") as file:
         assert set(file.keys()) == {f"transformer.{name}" for name in tensors}
         assert file.metadata()["format"] == "pt"  # without it transformers refuses the file
+
+
+def as_bfloat16(tensors):
+    """The same tensors in bfloat16, and what those are in float32."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed; it comes with JAX")
+
+    rounded = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    return rounded, {name: array.astype(np.float32) for name, array in rounded.items()}
+
+
+def test_bfloat16_is_kept_in_the_file_and_read_as_float32(folder, tensorflow):
+    rounded, widened = as_bfloat16(make_tensors())
+    tensorflow.found = variables(rounded)
+    assert_same(converted(folder), widened, np.float32)
+    with safe_open(folder / WEIGHTS, framework="np") as file:
+        assert file.get_slice("transformer.wpe.weight").get_dtype() == "BF16"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_only_the_axis_that_must_go_goes(folder, tensorflow):
@@ -626,6 +682,9 @@ def test_what_gpt_2_simple_leaves_is_converted_and_again_when_training_goes_on(t
         save_tensorflow(directory, found | slots | {"global_step": np.int64(step)}, "model", step)
         assert_same(converted(directory), make_tensors(seed=step))
     assert (directory / "model-900.index").exists()
+    for name in ("checkpoint", "model-900.index", WEIGHTS):
+        (directory / name).unlink()
+    assert_same(converted(directory), make_tensors(seed=1000))
 
 
 @with_oracle
@@ -638,6 +697,14 @@ def test_other_floats_are_kept_and_other_numbers_refused(tmp_path, save_tensorfl
     save_tensorflow(tmp_path, variables(tensors))
     with pytest.raises(CheckpointError, match="model/wpe is int32 instead of one of float16, float32, float64"):
         convert(tmp_path)
+
+
+@with_oracle
+def test_bfloat16_of_tensorflow_is_converted_bit_for_bit(tmp_path, save_tensorflow):
+    rounded, widened = as_bfloat16(make_tensors())
+    save_tensorflow(write_texts(tmp_path), variables(rounded), "model", 1000)
+    (tmp_path / "checkpoint").unlink()
+    assert_same(converted(tmp_path), widened, np.float32)
 
 
 @with_oracle

@@ -560,6 +560,16 @@ def test_malformed_json(tmp_path, content, message):
         Tokenizer.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
+    if name != "tokenizer.json":
+        names = ("encoder.json", "vocab.bpe") if name in ("encoder.json", "vocab.bpe") else ("vocab.json", "merges.txt")
+        write_pair(tmp_path, byte_vocabulary(), "", names)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1042301\n")
+    with pytest.raises(TokenizerError, match=rf"/{regex.escape(name)} is only a pointer of Git LFS.*git lfs pull"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def test_unreadable_files(tmp_path):
     (tmp_path / "vocab.json").mkdir()
     (tmp_path / "merges.txt").mkdir()

@@ -11,7 +11,7 @@ import click
 
 from gpt_xp.cli.group import cli
 from gpt_xp.cli.interrupts import resend_interrupt
-from gpt_xp.cli.output import discard_stdout, make_encodable, note, settle_stderr
+from gpt_xp.cli.output import discard_stdout, make_encodable, note, notes_of_warnings, settle_stderr
 from gpt_xp.errors import GptXpError
 
 
@@ -29,7 +29,8 @@ def run() -> int:
     """Run the command with the arguments of this process, and return its exit code: the one edge of all errors."""
     make_encodable()
     try:
-        return cli.main(prog_name="gpt-xp", standalone_mode=False) or 0
+        with notes_of_warnings():
+            return cli.main(prog_name="gpt-xp", standalone_mode=False) or 0
     except click.Abort:  # so click calls a KeyboardInterrupt, after a newline on stderr
         return 130
     except click.UsageError as error:

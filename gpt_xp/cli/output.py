@@ -7,12 +7,14 @@ import json
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
 from gpt_xp.cli.interrupts import exit_on_interrupt
+from gpt_xp.errors import GptXpWarning
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -39,6 +41,23 @@ def write_json(record: dict[str, Any]) -> None:
 def note(text: str) -> None:
     """Write one line to stderr."""
     click.echo(f"gpt-xp: {text}", err=True)
+
+
+@contextlib.contextmanager
+def notes_of_warnings() -> Iterator[None]:
+    """Write each `GptXpWarning` of the body as one line to stderr, even where Python turns warnings into errors."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_or_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, GptXpWarning):
+                note(str(message))
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_or_note
+        warnings.simplefilter("always", GptXpWarning)
+        yield
 
 
 def is_terminal(stream: TextIO | None) -> bool:
