@@ -1,6 +1,7 @@
 """The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
 
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -16,8 +17,9 @@ from gpt_xp._text import size
 from gpt_xp._tree import leaves, tree_map
 from gpt_xp._typing import Params
 from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
+from gpt_xp.carried import Carried
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import ConfigError, DeviceMemoryError, PromptError, SettingError
+from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation import Engine
 from gpt_xp.hub import find_model
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
@@ -47,11 +49,6 @@ class Model:
         tokenizer: Tokenizer | None = None,
         backend: str | Backend | None = None,
     ) -> None:
-        if tokenizer is not None and tokenizer.n_vocab > config.n_vocab:
-            raise ConfigError(
-                f"the tokenizer has ids up to {tokenizer.n_vocab - 1}, and the model's vocabulary ends at "
-                f"{config.n_vocab - 1}: they belong to different models"
-            )
         self.config = config
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
@@ -62,6 +59,7 @@ class Model:
         with self._memory_errors(batch=0):
             self.params: Params = tree_map(self._move, params)
         self._engine = Engine(self.params, config, tokenizer, self.backend)
+        self._carried: Carried | None = None  # what the checkpoint says besides, for `save`
 
     def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
         """Return the logits after each token, a NumPy array [n_seq, n_vocab] or [batch, n_seq, n_vocab].
@@ -96,14 +94,17 @@ class Model:
         ignore_eos: bool = False,
         num_samples: int = 1,
         speculate: bool = False,
+        special_tokens: bool = False,
     ) -> Any:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
-        A prompt is text or token ids; an empty one begins with the end-of-text token. With `num_samples`, the samples
-        of the first prompt come first, then those of the second. `max_tokens` None goes on to the end of the context.
-        `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos` goes on after the end token, and keeps
-        it. See `sampling.Sampling` for the filters. `speculate` guesses tokens from repeats in the text and checks
-        several at once, while that saves time: the same text, but for choices whose margin is within rounding.
+        A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). In text, the
+        spelling of a special token such as `<|endoftext|>` is plain text, unless `special_tokens` reads it as that
+        token. With `num_samples`, the samples of the first prompt come first, then those of the second. `max_tokens`
+        None goes on to the end of the context. `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos`
+        goes on after an end token, and keeps it. See `sampling.Sampling` for the filters. `speculate` guesses tokens
+        from repeats in the text and checks several at once, while that saves time: the same text, but for choices whose
+        margin is within rounding.
 
         Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for other
         arguments that make no sense, `DeviceMemoryError`.
@@ -111,7 +112,7 @@ class Model:
         pieces = self.stream(
             prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, stop=stop, seed=seed, ignore_eos=ignore_eos, num_samples=num_samples,
-            speculate=speculate,
+            speculate=speculate, special_tokens=special_tokens,
         )  # fmt: skip
         results = [piece.result for piece in pieces if piece.result is not None]
         return results[0] if _is_one(prompt) and num_samples == 1 else results
@@ -131,6 +132,7 @@ class Model:
         ignore_eos: bool = False,
         num_samples: int = 1,
         speculate: bool = False,
+        special_tokens: bool = False,
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -148,7 +150,7 @@ class Model:
         _check_count("max_tokens", max_tokens)
         _check_count("num_samples", num_samples)
         texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
-        encoded = [self._encode(text) for text in texts]
+        encoded = [self._encode(text, special_tokens) for text in texts]
         self._check_memory(encoded, num_samples, max_tokens)
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
         return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
@@ -164,41 +166,48 @@ class Model:
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress | None = None,
+        special_tokens: bool = False,
     ) -> Score:
         """Return the log-probability of each token of `text`, and perplexities: a `Score`.
 
         `text` is text or token ids of any length. It is read in windows of `window` tokens (default: the context), laid
         as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `gpt_xp.scoring`. `stride` (default: half a
         window) belongs to the first, and `crops` (how many, default 1000) with their `seed` to the last. `batch_size`
-        windows are computed at a time, and `progress(done, total)` is told how many tokens are done.
+        windows are computed at a time, and `progress(done, total)` is told how many tokens are done. `special_tokens`
+        is that of `generate`.
 
         Raises `PromptError` where there is nothing to score, or an id outside the vocabulary; `SettingError` for other
         arguments that make no sense; `NumericalError`, `DeviceMemoryError`.
         """
         windows = Windows(convention, window, stride, crops, seed)
-        ids = self._token_ids(text)
-        self._check_ids(np.asarray(ids))
+        ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
-            return scoring.score(self._engine, ids, windows, batch_size, progress)
+            return scoring.score(
+                self._engine, ids, windows, batch_size, progress, text if isinstance(text, str) else None
+            )
 
     def rank(
-        self, prompt: Text, choices: Sequence[Text], *, by: str = "total", batch_size: int = 8
+        self,
+        prompt: Text,
+        choices: Sequence[Text],
+        *,
+        by: str = "total",
+        batch_size: int = 8,
+        special_tokens: bool = False,
     ) -> list[RankedChoice]:
         """Return the continuations `choices` of `prompt`, the likeliest first: a `RankedChoice` each.
 
         `by` is "total" (log-probability), "token" or "byte" (the same divided by the choice's tokens or bytes). The
         choices are text where the prompt is, else token ids; a choice that is a word of its own begins with a space. An
-        empty prompt is the end-of-text token. Raises as `score` does; `PromptError` where prompt and choice do not fit
-        the context.
+        empty prompt is the token that begins a text. `special_tokens` is that of `generate`. Raises as `score` does;
+        `PromptError` where prompt and choice do not fit the context.
         """
         if isinstance(choices, str) or len({isinstance(each, str) for each in (prompt, *choices)}) > 1:
             raise PromptError("choices must be a list, of texts where the prompt is text, else of lists of token ids")
         given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
-        for ids in given:
-            if not isinstance(ids, str):
-                self._check_ids(np.asarray(ids))
+        encode = functools.partial(self._token_ids, special_tokens=special_tokens)
         with self._memory_errors(batch=batch_size):
-            return scoring.rank(self._engine, given[0], given[1:], by, batch_size)
+            return scoring.rank(self._engine, given[0], given[1:], by, batch_size, encode)
 
     def _move(self, leaf: Any) -> Any:
         """Return an array, or a quantized weight, on the device."""
@@ -218,28 +227,30 @@ class Model:
             with self._memory_errors(batch=len(prompts)):
                 yield from self._engine.run(prompts, *arguments)
 
-    def _token_ids(self, prompt: Text) -> list[int]:
+    def _token_ids(self, prompt: Text, special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a prompt. Raises `PromptError` for those that the model does not have."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer: give token ids instead of text")
-            return self.tokenizer.encode(prompt)
-        ids: list[Any] = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
-        if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
-            raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
+            ids: list[Any] = self.tokenizer.encode(prompt, special_tokens=special_tokens)
+        else:
+            ids = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
+            if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+                raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
+        self._check_ids(np.asarray(ids))
         return ids
 
-    def _encode(self, prompt: Text) -> list[int]:
-        ids = self._token_ids(prompt)
+    def _encode(self, prompt: Text, special_tokens: bool) -> list[int]:
+        ids = self._token_ids(prompt, special_tokens)
         if not ids:
-            if self._engine.eos is None:
-                raise PromptError("an empty prompt begins with the end-of-text token, and this model has none")
-            ids = [self._engine.eos]
+            if self._engine.first_token is None:
+                raise PromptError("an empty prompt begins with the model's bos_token_id, and this model has none")
+            ids = [self._engine.first_token]
         if len(ids) > self.config.n_ctx:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, and the context of this model holds {self.config.n_ctx}: "
                 f"shorten it by {len(ids) - self.config.n_ctx}"
             )
-        self._check_ids(np.asarray(ids))
         return ids
 
     def _check_memory(self, prompts: list[list[int]], num_samples: int, max_tokens: int | None) -> None:
@@ -258,8 +269,11 @@ class Model:
         # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
         wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
         if wrong.size:
+            token = None if self.tokenizer is None else self.tokenizer.decoder.get(int(wrong[0]))
+            spelled = "" if token is None else f", {token!r} in the tokenizer,"
             raise PromptError(
-                f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {self.config.n_vocab - 1}"
+                f"token id {wrong[0]}{spelled} is not in the model's vocabulary: ids go from 0 to "
+                f"{self.config.n_vocab - 1}"
             )
 
     @contextlib.contextmanager
@@ -314,20 +328,25 @@ def load(
     if quantize:
         chosen = quantized_backend(chosen)
     directory = find_model(name)
-    config = checkpoint.read_config(directory)
+    carried = checkpoint.read_carried(directory)
+    config = checkpoint.config_of(carried)
     tokenizer = Tokenizer.from_directory(directory)
     # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
     params = checkpoint.read_params(directory, config, None, checkpoint.read_quantization(directory))
     if quantize:
         params = quantize_params(params, quantize)
-    return Model(params, config, tokenizer, chosen)
+    model = Model(params, config, tokenizer, chosen)
+    model._carried = carried
+    return model
 
 
 def save(model: Model, directory: str | Path) -> None:
     """Write `model` to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
 
-    This is the layout that transformers reads, and `gpt_xp.load`. bfloat16 is written as float32. All files are
-    written aside and renamed at the end. Raises `CheckpointError` where they cannot be.
+    This is the layout that transformers reads, and `gpt_xp.load`. bfloat16 is written as float32. For a model that was
+    loaded, the entries of its configs and the files of its directory that gpt-xp does not use are written again; files
+    that are there already stay. All are written aside and renamed at the end. Raises `CheckpointError` where they
+    cannot be.
     """
     to_numpy, xp = model.backend.to_numpy, model.backend.xp
 
@@ -337,7 +356,7 @@ def save(model: Model, directory: str | Path) -> None:
         # NumPy has no bfloat16, and float32 holds it exactly
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
-    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer)
+    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
 
 
 def _is_one(prompt: Any) -> bool:

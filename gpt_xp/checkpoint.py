@@ -14,6 +14,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 from gpt_xp._text import size
 from gpt_xp._typing import Params
+from gpt_xp.carried import CONFIG, GENERATION_CONFIG, Carried
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import (
     BackendError,
@@ -78,22 +80,36 @@ class SavesItself(Protocol):
 def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
     """The config in a directory's `config.json`, refused unless it describes GPT-2's mathematics.
 
-    An entry that is absent has transformers' default. Of several `eos_token_id` the first is taken; one outside the
-    vocabulary, which no model can choose, becomes None. Raises `ModelNotFoundError` where there is no such directory,
-    `CheckpointError` where the file is missing, unreadable or malformed, and `ConfigError` for another model.
+    An entry that is absent has transformers' default. The tokens that end and begin a text are those that
+    `generation_config.json` names, else `config.json`; an id outside the vocabulary, which no model can choose, is left
+    out. Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where a file is missing,
+    unreadable or malformed, and `ConfigError` for another model.
     """
-    path = os.path.join(directory, "config.json")
+    return config_of(read_carried(directory))
+
+
+def config_of(carried: Carried) -> GPT2Config:
+    """The config that the entries of a checkpoint describe. Raises `ConfigError` for another model."""
+    try:
+        return config_from(carried.config, carried.generation)
+    except ConfigError as error:
+        raise ConfigError(f"{carried.directory / CONFIG}: {error}") from error
+
+
+def read_carried(directory: str | os.PathLike[str]) -> Carried:
+    """All entries of a directory's `config.json` and `generation_config.json`.
+
+    Raises `ModelNotFoundError` where there is no such directory, and `CheckpointError` where a file is missing,
+    unreadable or malformed.
+    """
+    path, generation = os.path.join(directory, CONFIG), os.path.join(directory, GENERATION_CONFIG)
     with reading(directory):
         if not exists(path):
             raise CheckpointError(
                 f"{directory} has no config.json: a checkpoint is a directory with config.json and {WEIGHTS}, "
                 f"as transformers' save_pretrained writes it"
             )
-        entries = read_json(path)
-    try:
-        return config_from(entries)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return Carried(Path(directory), read_json(path), read_json(generation) if exists(generation) else {})
 
 
 def read_quantization(directory: str | os.PathLike[str]) -> str | None:
@@ -164,9 +180,15 @@ def read_params(
 
 
 def save_checkpoint(
-    directory: str | os.PathLike[str], params: Params, config: GPT2Config, tokenizer: SavesItself | None = None
+    directory: str | os.PathLike[str],
+    params: Params,
+    config: GPT2Config,
+    tokenizer: SavesItself | None = None,
+    carried: Carried | None = None,
 ) -> None:
     """Write params (NumPy arrays of float16, float32 or float64), config and tokenizer as transformers would.
+
+    `carried` is what the checkpoint that they come from says besides: its entries and files are written again.
 
     The directory is made if need be. All files are written aside and only then take their names, so a failure leaves
     a former checkpoint whole, and arrays mapped from it stay as they were (Windows refuses to replace a mapped file).
@@ -175,14 +197,20 @@ def save_checkpoint(
     """
     quantization = quantization_of(params)
     tensors = _named_arrays(params, config, quantization)
-    entries = config_entries(config, str(tensors["transformer.wpe.weight"].dtype), quantization)
+    stated, generation = ({}, {}) if carried is None else (carried.config, carried.generation)
+    dtype = str(tensors["transformer.wpe.weight"].dtype)
+    entries, generation = config_entries(config, dtype, quantization, stated, generation)
     with _writing(directory):
         os.makedirs(directory, exist_ok=True)
         with TemporaryDirectory(prefix=SAVING, dir=directory) as aside:
             if tokenizer is not None:
                 tokenizer.check_place(directory)
                 tokenizer.save(aside)
-            write_json(os.path.join(aside, "config.json"), entries)
+            write_json(os.path.join(aside, CONFIG), entries)
+            if generation or exists(os.path.join(directory, GENERATION_CONFIG)):  # that of an older model must not stay
+                write_json(os.path.join(aside, GENERATION_CONFIG), generation)
+            if carried is not None:
+                carried.copy_files(aside, directory)
             _write_weights(os.path.join(aside, WEIGHTS), tensors)
             _move_all(aside, directory)
 

@@ -9,8 +9,9 @@ from gpt_xp.errors import ConfigError, PromptError
 class GPT2Config:
     """The hyperparameters of a GPT-2; frozen and hashable, so that it can be a static argument of `jax.jit`.
 
-    The names are those of OpenAI's `hparams.json`. `eos_token_id` ends a generation only where the tokenizer
-    has no `<|endoftext|>` of its own. Raises `ConfigError` for sizes that cannot be.
+    The names of sizes are those of OpenAI's `hparams.json`. `eos_token_id` is the token that ends a generation, or
+    several; `bos_token_id` is the token that an empty prompt begins with. Where one is None, the tokenizer's own is
+    taken. Raises `ConfigError` for sizes and ids that cannot be.
     """
 
     n_vocab: int = 50257
@@ -18,9 +19,12 @@ class GPT2Config:
     n_embd: int = 768
     n_head: int = 12
     n_layer: int = 12
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))  # a list has no hash
         for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -29,6 +33,16 @@ class GPT2Config:
             raise ConfigError(
                 f"n_embd {self.n_embd} cannot be split over n_head {self.n_head} heads: it must be a multiple of it"
             )
+        for name, ids in (("eos_token_id", self.end_tokens), ("bos_token_id", (self.bos_token_id,))):
+            if not all(id is None or type(id) is int for id in ids):
+                raise ConfigError(f"{name} must be a token id or None, not {getattr(self, name)!r}")
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids of `eos_token_id`: none, one or several."""
+        if isinstance(self.eos_token_id, tuple):
+            return self.eos_token_id
+        return () if self.eos_token_id is None else (self.eos_token_id,)
 
     @property
     def n_params(self) -> int:

@@ -76,9 +76,7 @@ class Engine:
 
     def __init__(self, params: Params, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
         self.params, self.config, self.tokenizer, self.backend = params, config, tokenizer, backend
-        self.eos = (
-            config.eos_token_id if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        )
+        self.end_tokens, self.first_token = _roles(config, tokenizer)
         # The very functions, not partial ones: JAX then shares compiled programs between models of one shape.
         static, donate = ("config", "window", "xp"), ("cache",)
         self._new_cache = backend.compile(backend.new_cache, static=("config", "n_slots", "xp"))
@@ -317,7 +315,9 @@ class Engine:
         # The last token needs no room: nothing is computed from it.
         room = self.config.n_ctx - len(prompt.token_ids) + 1
         limit, reason = (room, "context") if max_tokens is None or max_tokens > room else (max_tokens, "max_tokens")
-        return Row(prompt, TextStream(self.tokenizer, stops), limit, reason, None if ignore_eos else self.eos)
+        return Row(
+            prompt, TextStream(self.tokenizer, stops), limit, reason, frozenset() if ignore_eos else self.end_tokens
+        )
 
     def _sample(self, logits: Array, rows: Sequence[Row], sampling: Sampling, step: int) -> Choice:
         """Choose the next token of each row; the `Choice` holds NumPy arrays."""
@@ -357,11 +357,24 @@ class Engine:
 
     def _allowed_ids(self) -> Array | None:
         """Return which ids have a token [n_vocab], and may be chosen; None if all have. It is where they are chosen."""
-        if self.tokenizer is None or len(self.tokenizer) == self.config.n_vocab:
+        if self.tokenizer is None:
             return None
         allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
-        allowed[list(self.tokenizer.ids)] = True
+        allowed[[id for id in self.tokenizer.ids if id < self.config.n_vocab]] = True
+        if allowed.all():
+            return None
         return allowed if self.backend.samples_on_host else self.backend.asarray(allowed)
+
+
+def _roles(config: GPT2Config, tokenizer: Tokenizer | None) -> tuple[frozenset[int], int | None]:
+    """Return the tokens that end a text, and the one that begins an empty one: the config's, else the tokenizer's."""
+    own = (None, None) if tokenizer is None else (tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+    def in_table(*ids: int | None) -> list[int]:  # no model can choose another, nor take it
+        return [id for id in ids if id is not None and id < config.n_vocab]
+
+    end = in_table(*config.end_tokens) or in_table(own[0])
+    return frozenset(end), next(iter(in_table(config.bos_token_id, own[1], *end)), None)
 
 
 def _finite(choice: Choice, backend: Backend) -> Choice:
@@ -379,4 +392,4 @@ def _take(rows: Sequence[Row], choice: Choice) -> Iterator[Piece]:
         if row.finish_reason is None:
             token = int(choice.token[index])
             text = row.take(token, float(choice.logprob[index]), float(choice.margin[index]))
-            yield Piece(text, index, None if token == row.eos else token)
+            yield Piece(text, index, None if token in row.end_tokens else token)

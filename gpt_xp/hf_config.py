@@ -16,12 +16,17 @@ _MATHEMATICS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True, False),  # where false, `checkpoint.read_params` compares the two matrices
 }
-_END_OF_TEXT = 50256  # transformers' default for eos_token_id
+ROLES = ("eos_token_id", "bos_token_id")
+_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 _MAX_SIZE = 2**31 - 1  # token ids and positions are int32
 
 
-def config_from(entries: dict[str, Any]) -> GPT2Config:
-    """Return the config that the entries describe. Raises `ConfigError` where that is not GPT-2's mathematics."""
+def config_from(entries: dict[str, Any], generation: dict[str, Any] | None = None) -> GPT2Config:
+    """Return the config that the entries describe.
+
+    `generation` are the entries of `generation_config.json`, whose end and begin tokens come before those of
+    `config.json`. Raises `ConfigError` where that is not GPT-2's mathematics.
+    """
     _check_model_type(entries)
     for key, allowed in _MATHEMATICS.items():
         _require(key, entries.get(key, allowed[0]), allowed)
@@ -34,8 +39,24 @@ def config_from(entries: dict[str, Any]) -> GPT2Config:
         n_embd=n_embd,
         n_head=size_in(entries, "n_head"),
         n_layer=size_in(entries, "n_layer"),
-        eos_token_id=_eos_token_id(entries.get("eos_token_id", _END_OF_TEXT), n_vocab),
+        **roles_from(entries, generation or {}, n_vocab),
     )
+
+
+def roles_from(entries: dict[str, Any], generation: dict[str, Any], n_vocab: int) -> dict[str, Any]:
+    """Return `eos_token_id` and `bos_token_id` as `GPT2Config` has them, by the first source that names them.
+
+    Ids outside the vocabulary, which no model can choose, are left out. Raises `ConfigError` for what is no id.
+    """
+    found: dict[str, Any] = {}
+    for key in ROLES:
+        entry = next((source[key] for source in (generation, entries) if source.get(key) is not None), None)
+        ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
+        if any(type(i) is not int for i in ids):
+            raise ConfigError(f"{key} is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
+        known = [i for i in ids if 0 <= i < n_vocab]
+        found[key] = None if not known else known[0] if len(known) == 1 or key == "bos_token_id" else tuple(known)
+    return found
 
 
 def _check_model_type(entries: dict[str, Any]) -> None:
@@ -86,17 +107,27 @@ def size_in(entries: dict[str, Any], key: str) -> int:
     return value
 
 
-def _eos_token_id(entry: object, n_vocab: int) -> int | None:
-    ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
-    if any(type(i) is not int for i in ids):
-        raise ConfigError(f"eos_token_id is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
-    return ids[0] if ids and 0 <= ids[0] < n_vocab else None
+def config_entries(
+    config: GPT2Config,
+    dtype: str,
+    quantization: str | None = None,
+    stated: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entries of `config.json` and of `generation_config.json` for a model to be saved.
 
-
-def config_entries(config: GPT2Config, dtype: str, quantization: str | None = None) -> dict[str, Any]:
-    """Return what transformers needs to know; it has the same defaults for all that is not here."""
-    quantized = {} if quantization is None else {"quantization_config": quantization_entry(quantization)}
-    return {
+    `stated` and `generation` are the entries of the checkpoint that the model came from: they are kept, but for what
+    the config says otherwise. transformers has the same defaults for all that is not here.
+    """
+    stated, generation = stated or {}, generation or {}
+    entries: dict[str, Any] = {
+        "n_inner": None,
+        **dict.fromkeys(_DROPOUT, 0.1),
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    entries |= {key: value for key, value in stated.items() if key not in ("torch_dtype", "quantization_config")}
+    entries |= {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.n_vocab,
@@ -105,15 +136,14 @@ def config_entries(config: GPT2Config, dtype: str, quantization: str | None = No
         "n_embd": config.n_embd,
         "n_head": config.n_head,
         "n_layer": config.n_layer,
-        "n_inner": None,
-        "bos_token_id": config.eos_token_id,
-        "eos_token_id": config.eos_token_id,
         **{key: allowed[0] for key, allowed in _MATHEMATICS.items()},
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "dtype": dtype,
-        **quantized,
     }
+    if quantization is not None:
+        entries["quantization_config"] = quantization_entry(quantization)
+    roles = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
+    if not stated or roles != roles_from(stated, generation, config.n_vocab):
+        first = next(iter(config.end_tokens), None) if config.bos_token_id is None else config.bos_token_id
+        entries |= roles | {"bos_token_id": first}
+        generation = {key: value for key, value in generation.items() if key not in ROLES}
+    return entries, generation

@@ -189,7 +189,7 @@ def _check_config(directory: str | os.PathLike[str], config: GPT2Config) -> None
 def _write_config(directory: str | os.PathLike[str], config: GPT2Config, weights: str) -> None:
     with open_safetensors(weights) as file:
         dtype = _DTYPES[file.tensors["transformer.wte.weight"].dtype]
-    entries = config_entries(replace(config, eos_token_id=_end_of_text(directory)), dtype)
+    entries, _ = config_entries(replace(config, eos_token_id=_end_of_text(directory)), dtype)
     with written_aside(os.path.join(directory, "config.json"), n_bytes=1000, fix=_FIX) as temporary:
         write_json(temporary, entries)
         sync(temporary)

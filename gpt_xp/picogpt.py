@@ -29,7 +29,7 @@ def load_encoder_hparams_and_params(
     config = read_config(folder)
     params = read_params(folder, config, dtype=None)
     hparams = dataclasses.asdict(config)
-    del hparams["eos_token_id"]
+    del hparams["eos_token_id"], hparams["bos_token_id"]
     return Tokenizer.from_directory(folder), hparams, tree_map(np.array, params)
 
 

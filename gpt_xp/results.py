@@ -46,8 +46,8 @@ class Generation:
     """A continuation.
 
     `text` is the continuation alone and ends before a stop string; `token_ids` holds every generated id but that of
-    the end token, with a natural `logprobs` and a `margins` entry each (see `sampling.Choice`). `finish_reason` is
-    "eos" (the end token), "stop" (a stop string), "max_tokens", or "context" (no room is left).
+    an end token, with a natural `logprobs` and a `margins` entry each (see `sampling.Choice`). `finish_reason` is
+    "eos" (an end token), "stop" (a stop string), "max_tokens", or "context" (no room is left).
     """
 
     text: str
@@ -62,7 +62,7 @@ class Generation:
 class Piece:
     """A part of a stream: what one token adds to row `index`.
 
-    `text` is empty while a character or a possible stop string is incomplete; `token_id` is None for the end token.
+    `text` is empty while a character or a possible stop string is incomplete; `token_id` is None for an end token.
     The last piece of each row adds nothing and carries the whole `result`.
     """
 
@@ -88,7 +88,7 @@ class Row:
     stream: TextStream
     limit: int  # how many tokens may be generated
     limit_reason: str
-    eos: int | None
+    end_tokens: frozenset[int]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Row:
     def take(self, token: int, logprob: float, margin: float) -> str:
         """Add a token; return the text that it releases, and set `finish_reason` if it is the last."""
         text = ""
-        if token == self.eos:
+        if token in self.end_tokens:
             self.finish_reason = "eos"
         else:
             self.token_ids.append(token)

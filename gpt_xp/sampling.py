@@ -115,13 +115,17 @@ def adjusted(
     xp: Namespace,
 ) -> Array:
     """Scores [batch, n_vocab] for the filters: logits of ids that have a token, penalized, over the temperature."""
-    scores = logits if allowed is None else xp.where(allowed, logits, lowest(logits, xp))
+    scores = logits
     if repetition_penalty is not None:
         scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
     if temperature is not None:
         # With the maximum taken off first, no temperature overflows.
-        scores = (scores - xp.max(scores, axis=-1, keepdims=True)) / temperature
-    return scores
+        scores = (scores - xp.max(_masked(scores, allowed, xp), axis=-1, keepdims=True)) / temperature
+    return _masked(scores, allowed, xp)  # last: the smallest number overflows in any arithmetic
+
+
+def _masked(scores: Array, allowed: Array | None, xp: Namespace) -> Array:
+    return scores if allowed is None else xp.where(allowed, scores, lowest(scores, xp))
 
 
 def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Array, Array]:

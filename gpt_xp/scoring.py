@@ -7,7 +7,8 @@ figures follow one of three conventions:
   position scores the tokens that the one before did not reach. What begins a window without a token before it is not
   predicted: the first token of the text, and at `stride` = `window` the first of every window.
 - "lm-eval", `loglikelihood_rolling` of EleutherAI's lm-evaluation-harness: every token is scored, once. The first is
-  predicted from the end-of-text token, windows follow each other, and the last reaches back to be as long as the rest.
+  predicted from the token that begins a text, windows follow each other, and the last reaches back to be as long as
+  the rest.
 - "nanogpt", `estimate_loss` of nanoGPT's train.py: random crops, in which every token but the first counts.
 """
 
@@ -92,7 +93,7 @@ class Windows:
         return replace(self, window=window, stride=stride)
 
     def cut(self, n: int) -> Iterator[Window]:
-        """Yield the windows of `n` tokens (for "lm-eval", after the end-of-text token that it puts first)."""
+        """Yield the windows of `n` tokens (for "lm-eval", after the first token that it puts before them)."""
         assert self.window is not None
         if self.convention == "lm-eval":
             return rolling(n, self.window)
@@ -199,9 +200,14 @@ class Score:
 
 
 def score(
-    engine: Engine, token_ids: Sequence[int], windows: Windows, batch_size: int, progress: Progress | None = None
+    engine: Engine,
+    token_ids: Sequence[int],
+    windows: Windows,
+    batch_size: int,
+    progress: Progress | None = None,
+    text: str | None = None,
 ) -> Score:
-    """Score a text; see `Model.score`."""
+    """Score token ids, which `text` has been encoded to; see `Model.score`."""
     check_count("batch_size", batch_size)
     windows = windows.resolve(engine.config.n_ctx)
     ids = np.asarray(token_ids, dtype=np.int32)
@@ -225,18 +231,24 @@ def score(
             logprobs[window.first : window.end] = part
         logprobs = logprobs[len(sequence) - len(ids) :]
     result = Score(scored, logprobs, windows)
-    return result if engine.tokenizer is None else _with_counts(result, ids, engine.tokenizer)
+    return result if engine.tokenizer is None else _with_counts(result, ids, engine.tokenizer, text)
 
 
-def _with_counts(score: Score, ids: Ints, tokenizer: Tokenizer) -> Score:
-    text = tokenizer.decode(ids)
-    n_bytes = {id: len(tokenizer.token_bytes(id)) for id in np.unique(ids).tolist()}
+def _with_counts(score: Score, ids: Ints, tokenizer: Tokenizer, text: str | None) -> Score:
+    sizes = {id: len(tokenizer.token_bytes(id)) for id in np.unique(ids).tolist()}
+    if tokenizer.add_bos_token and tokenizer.bos_token_id is not None:
+        sizes[tokenizer.bos_token_id] = 0  # it is no part of the text
+    whole = sum(sizes[id] for id in ids.tolist())
+    scored = sum(sizes[id] for id in score.token_ids[np.isfinite(score.logprobs)].tolist())
+    n_bytes = whole if text is None else len(text.encode())
+    text = tokenizer.decode(ids) if text is None else text
     return replace(
         score,
         n_words=len(re.split(r"\s+", text)),
         n_characters=len(text),
-        n_bytes=sum(n_bytes[id] for id in ids.tolist()),
-        n_scored_bytes=sum(n_bytes[id] for id in score.token_ids[np.isfinite(score.logprobs)].tolist()),
+        n_bytes=n_bytes,
+        # A tokenizer may put a space before a text, or take white space away beside an added token.
+        n_scored_bytes=scored if whole == n_bytes else round(scored * n_bytes / max(whole, 1)),
     )
 
 
@@ -356,7 +368,12 @@ class RankedChoice:
 
 
 def rank(
-    engine: Engine, prompt: str | list[int], choices: Sequence[str | list[int]], by: str, batch_size: int
+    engine: Engine,
+    prompt: str | list[int],
+    choices: Sequence[str | list[int]],
+    by: str,
+    batch_size: int,
+    encode: Callable[[str], list[int]],
 ) -> list[RankedChoice]:
     """Rank continuations; see `Model.rank`."""
     check_count("batch_size", batch_size)
@@ -369,7 +386,7 @@ def rank(
         raise SettingError(f"by must be one of {', '.join(MEASURES)}, not {by!r}")
     if by == "byte" and not isinstance(prompt, str):
         raise SettingError("by 'byte' needs text, and token ids were given")
-    wholes, n_context = _encode_choices(engine, prompt, choices)
+    wholes, n_context = _encode_choices(engine, prompt, choices, encode)
     longest = max(map(len, wholes))
     if longest > engine.config.n_ctx + 1:  # the last is predicted, and not read
         raise PromptError(
@@ -384,7 +401,9 @@ def rank(
     return sorted(ranked, key=measures[by], reverse=True)
 
 
-def _encode_choices(engine: Engine, prompt: str | list[int], choices: Sequence[Any]) -> tuple[list[list[int]], int]:
+def _encode_choices(
+    engine: Engine, prompt: str | list[int], choices: Sequence[Any], encode: Callable[[str], list[int]]
+) -> tuple[list[list[int]], int]:
     """Return the token ids of the prompt with each choice, and how many of them, the same in all, are not scored.
 
     Prompt and choice are encoded together, and white space at the end of the prompt counts as the choice's, as in
@@ -394,10 +413,8 @@ def _encode_choices(engine: Engine, prompt: str | list[int], choices: Sequence[A
     if not choices or not all(len(choice) for choice in choices):
         raise PromptError("there must be at least one choice, and none may be empty")
     if isinstance(prompt, str):
-        if engine.tokenizer is None:
-            raise PromptError("this model has no tokenizer: give token ids instead of text")
-        context = engine.tokenizer.encode(prompt.rstrip())
-        wholes = [engine.tokenizer.encode(prompt + choice) for choice in choices]
+        context = encode(prompt.rstrip())
+        wholes = [encode(prompt + choice) for choice in choices]
     else:
         context, wholes = prompt, [[*prompt, *choice] for choice in choices]
     n_context = min(_shared(context, ids) for ids in wholes)
@@ -416,9 +433,9 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _prefix(engine: Engine, what: str) -> int:
-    if engine.eos is None:
-        raise SettingError(f"{what} is predicted from the end-of-text token, and this model has none")
-    return engine.eos
+    if engine.first_token is None:
+        raise SettingError(f"{what} is predicted from the token that begins a text (bos_token_id): this model has none")
+    return engine.first_token
 
 
 def _check_length(n: int, windows: Windows) -> None:
@@ -433,7 +450,7 @@ def _check_length(n: int, windows: Windows) -> None:
     if n == 1:
         raise PromptError(
             "the text is one token, and nothing before it predicts it: the convention lm-eval predicts it from the "
-            "end-of-text token"
+            "first token of a text, bos_token_id"
         )
 
 

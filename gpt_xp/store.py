@@ -290,7 +290,7 @@ def _throw_away_damaged(model: Published, folder: Path, source: str, progress: P
 
 
 def _check_sizes(model: Published, folder: Path, found: GPT2Config) -> None:
-    if replace(found, eos_token_id=model.config.eos_token_id) != model.config:
+    if replace(found, eos_token_id=model.config.eos_token_id, bos_token_id=model.config.bos_token_id) != model.config:
         raise DownloadError(
             f"what was fetched for {model.name} into {folder} is another model: {found}; ask its source"
         )

@@ -10,7 +10,7 @@ import numpy as np
 from gpt_xp.config import GPT2Config
 
 # Odd and distinct sizes, so that swapped axes show.
-CONFIG = GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=5)
+CONFIG = GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=5, bos_token_id=3)
 TINY = GPT2Config(n_vocab=7, n_ctx=5, n_embd=3, n_head=1, n_layer=1, eos_token_id=None)
 
 CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "uint16": "BF16", "int32": "I32", "bool": "BOOL"}
@@ -118,6 +118,7 @@ def config_entries(config, **changes):
     """What transformers writes into config.json, as far as it matters; None removes nothing, it is null."""
     return {
         "activation_function": "gelu_new",
+        "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "layer_norm_epsilon": 1e-05,
         "model_type": "gpt2",

@@ -8,7 +8,7 @@ from checkpoint_files import shapes
 from gpt_xp.config import GPT2Config
 
 # n_vocab: 256 bytes, 6 merges and <|endoftext|>. Odd and distinct sizes, so that swapped axes show.
-CONFIG = GPT2Config(n_vocab=263, n_ctx=11, n_embd=15, n_head=3, n_layer=2, eos_token_id=262)
+CONFIG = GPT2Config(n_vocab=263, n_ctx=11, n_embd=15, n_head=3, n_layer=2, eos_token_id=262, bos_token_id=262)
 MERGES = ["t h", "th e", "Ġ the", "i n", "e r", "Ġ a"]
 
 

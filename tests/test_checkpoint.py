@@ -1,5 +1,6 @@
 """Checkpoints: what transformers writes is read bit for bit, what we write it reads, and damage is refused."""
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -32,7 +33,8 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
 from gpt_xp import safetensors_file
-from gpt_xp.checkpoint import align_weights, read_config, read_params, save_checkpoint
+from gpt_xp.checkpoint import align_weights, read_carried, read_config, read_params, save_checkpoint
+from gpt_xp.checkpoint import config_of as config_of_carried
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import (
     BackendError,
@@ -569,7 +571,7 @@ def test_the_published_config_is_read(tmp_path):
         "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1,
         "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}, "vocab_size": 50257}"""
     (tmp_path / "config.json").write_text(published)
-    assert read_config(tmp_path) == GPT2Config(50257, 1024, 768, 12, 12, 50256)
+    assert read_config(tmp_path) == GPT2Config(50257, 1024, 768, 12, 12, 50256, 50256)
 
 
 def test_n_positions_counts_and_n_ctx_is_its_old_name(tmp_path):
@@ -581,18 +583,41 @@ def test_n_positions_counts_and_n_ctx_is_its_old_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "eos"), [(5, 5), (0, 0), (None, None), ([7], 7), ([8, 3], 8), ([], None), (101, None), (-1, None)]
+    ("entry", "eos"), [(5, 5), (0, 0), (None, None), ([7], 7), ([8, 3], (8, 3)), ([], None), (101, None), (-1, None)]
 )
 def test_eos_token_id(tmp_path, entry, eos):
     assert config_of(tmp_path, eos_token_id=entry).eos_token_id == eos
 
 
-@pytest.mark.parametrize(("n_vocab", "eos"), [(101, None), (50257, 50256)])
-def test_an_absent_eos_token_id_has_the_default_of_transformers(tmp_path, n_vocab, eos):
-    entries = config_entries(CONFIG, vocab_size=n_vocab)
-    del entries["eos_token_id"]
+def test_ids_beyond_the_vocabulary_end_nothing(tmp_path):
+    assert config_of(tmp_path, eos_token_id=[101, 7, 9]).eos_token_id == (7, 9)
+    assert config_of(tmp_path, eos_token_id=[101, 7]).eos_token_id == 7
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+def test_an_absent_role_is_left_to_the_tokenizer(tmp_path, key):
+    entries = config_entries(CONFIG)
+    del entries[key]
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert read_config(tmp_path).eos_token_id == eos
+    assert getattr(read_config(tmp_path), key) is None
+
+
+def test_generation_config_comes_before_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_entries(CONFIG)))
+    for stated, eos, bos in (
+        ({"eos_token_id": [7, 11]}, (7, 11), 3),
+        ({"eos_token_id": None, "bos_token_id": 13}, 5, 13),
+        ({}, 5, 3),
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps(stated))
+        config = read_config(tmp_path)
+        assert (config.eos_token_id, config.bos_token_id) == (eos, bos)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match="eos_token_id is"):
+        read_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -837,13 +862,90 @@ def test_the_names_are_those_of_transformers(tmp_path):
         assert set(file.keys()) == set(prefixed(shapes(CONFIG)))
         assert file.metadata() == {"format": "pt"}
     entries = json.loads((tmp_path / "config.json").read_text())
-    wanted = config_entries(CONFIG, architectures=["GPT2LMHeadModel"], dtype="float32", n_inner=None, bos_token_id=5)
+    wanted = config_entries(CONFIG, architectures=["GPT2LMHeadModel"], dtype="float32", n_inner=None)
     assert entries | wanted == entries
 
 
 def test_no_eos_token_stays_none(tmp_path):
     save_checkpoint(tmp_path, nested(make_tensors(TINY)), TINY)
     assert read_config(tmp_path) == TINY
+
+
+# --- what is carried along ------------------------------------------------------------------------------------------
+
+STATED = config_entries(CONFIG, eos_token_id=[0, 24], bos_token_id=7, pad_token_id=11, task_specific_params={"x": [1]})
+OTHERS = {"README.md": b"# Card", "chat_template.jinja": b"{{ x }}", "LICENSE": b"MIT", "training_args.bin": b"\x80"}
+
+
+def fine_tune(directory, **generation):
+    """A checkpoint with entries and files that gpt-xp does not use, and others that must not be carried."""
+    write_checkpoint(directory, make_tensors(CONFIG))
+    (directory / "config.json").write_text(json.dumps(STATED))
+    if generation:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    for name, content in OTHERS.items():
+        (directory / name).write_bytes(content)
+    for name in ("pytorch_model.bin", "tf_model.h5", "optimizer.pt", "model.ckpt.index", ".hidden", "gpt-xp.json"):
+        (directory / name).write_bytes(b"of the old weights")
+    (directory / "runs").mkdir()
+    return directory
+
+
+def save_again(source, target, config=None):
+    carried = read_carried(source)
+    params = read_params(source, config_of_carried(carried))
+    save_checkpoint(target, params, config or config_of_carried(carried), None, carried)
+    return json.loads((target / "config.json").read_text())
+
+
+def test_save_carries_all_entries_and_files(tmp_path):
+    generation = {"eos_token_id": 24, "max_length": 50, "transformers_version": "4.30.0"}
+    source = fine_tune(tmp_path / "old", **generation)
+    entries = save_again(source, tmp_path / "new")
+    assert entries | STATED == entries
+    assert json.loads((tmp_path / "new" / "generation_config.json").read_text()) == generation
+    assert listing(tmp_path / "new") == sorted([*OTHERS, "config.json", "generation_config.json", "model.safetensors"])
+    assert {name: (tmp_path / "new" / name).read_bytes() for name in OTHERS} == OTHERS
+    assert read_config(tmp_path / "new") == read_config(source)
+
+
+def test_a_new_config_is_stated_everywhere(tmp_path):
+    source = fine_tune(tmp_path / "old", eos_token_id=24, max_length=50)
+    config = dataclasses.replace(read_config(source), eos_token_id=(17, 19), bos_token_id=None)
+    entries = save_again(source, tmp_path / "new", config)
+    assert (entries["eos_token_id"], entries["bos_token_id"], entries["pad_token_id"]) == ([17, 19], 17, 11)
+    assert json.loads((tmp_path / "new" / "generation_config.json").read_text()) == {"max_length": 50}
+    assert read_config(tmp_path / "new").eos_token_id == (17, 19)
+
+
+def test_entries_that_speak_of_the_old_weights_are_not_carried(tmp_path):
+    source = write_checkpoint(tmp_path / "old", make_tensors(CONFIG))
+    (source / "config.json").write_text(
+        json.dumps(config_entries(CONFIG, torch_dtype="bfloat16", architectures=["GPT2Model"], n_positions=37))
+    )
+    entries = save_again(source, tmp_path / "new")
+    assert (entries["dtype"], entries["architectures"]) == ("float32", ["GPT2LMHeadModel"])
+    assert "torch_dtype" not in entries
+
+
+def test_saving_does_not_replace_files_of_others(tmp_path):
+    source = fine_tune(tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("mine")
+    (tmp_path / "new" / "generation_config.json").write_text('{"eos_token_id": 2}')  # of an older model
+    save_again(source, tmp_path / "new")
+    assert (tmp_path / "new" / "README.md").read_text() == "mine"
+    assert read_config(tmp_path / "new") == read_config(source)
+    save_again(source, source)  # and into its own directory
+    assert read_config(source) == read_config(tmp_path / "new")
+
+
+def test_what_is_carried_may_be_gone(tmp_path):
+    source = fine_tune(tmp_path / "old")
+    carried, params = read_carried(source), read_params(source, CONFIG)
+    source.rename(tmp_path / "elsewhere")
+    save_checkpoint(tmp_path / "new", params, config_of_carried(carried), None, carried)
+    assert read_config(tmp_path / "new") == read_config(tmp_path / "elsewhere")
 
 
 def test_arrays_are_saved_by_value_however_they_lie_in_memory(tmp_path):

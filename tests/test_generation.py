@@ -1,5 +1,6 @@
 """Generation, on every backend: against transformers' greedy text, and a batch against each of its rows alone."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,8 @@ from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model, Tokenizer, generation
-from gpt_xp.errors import ConfigError, DeviceMemoryError, NumericalError, PromptError, SettingError
+from gpt_xp.errors import DeviceMemoryError, NumericalError, PromptError, SettingError
+from gpt_xp.tokenizer import EOS
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "shakespeare.json").read_text())
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
@@ -226,11 +228,44 @@ def test_the_end_token_ends(words: Tokenizer) -> None:
     assert going_on.finish_reason == "max_tokens"
 
 
-def test_the_configs_end_token_counts_only_without_one_in_the_tokenizer(words: Tokenizer) -> None:
-    config = GPT2Config(n_vocab=1024, n_ctx=64, n_embd=2, n_head=1, n_layer=1, eos_token_id=50)
-    assert Parrot([40, 50, 60], words, config).generate("a", max_tokens=3).finish_reason == "max_tokens"
-    out = Parrot([40, 50, 60], None, config).generate([7], max_tokens=3)
-    assert (out.token_ids, out.finish_reason, out.text) == ([40], "eos", "")
+def ended(model: Parrot, prompt: Any = (7,)) -> list[int]:
+    """The tokens up to the end token that stops the model; all of them where none does."""
+    out = model.generate(list(prompt), max_tokens=4)
+    assert out.finish_reason == ("eos" if len(out.token_ids) < 4 else "max_tokens")
+    return out.token_ids
+
+
+def test_the_end_tokens_are_the_configs_else_the_tokenizers(words: Tokenizer) -> None:
+    end = words.eos_token_id
+
+    def model(eos: Any, tokenizer: Tokenizer | None) -> Parrot:
+        config = GPT2Config(n_vocab=1024, n_ctx=64, n_embd=2, n_head=1, n_layer=1, eos_token_id=eos)
+        return Parrot([40, end, 60, 70], tokenizer, config)
+
+    assert ended(model(None, words)) == [40]
+    assert ended(model(60, words)) == [40, end]  # the tokenizer's own does not end it then
+    assert ended(model((70, 60), words)) == [40, end]
+    assert ended(model((70, 99), None)) == [40, end, 60]
+    assert ended(model(None, None)) == [40, end, 60, 70]
+    assert ended(model(2000, words)) == [40]  # no model can choose it
+
+
+def test_the_first_token_is_the_configs_else_the_tokenizers(shakespeare: Model, words: Tokenizer) -> None:
+    def first(bos: int | None, eos: Any, tokenizer: Tokenizer | None) -> int:
+        config = dataclasses.replace(shakespeare.config, bos_token_id=bos, eos_token_id=eos)
+        model = Model(shakespeare.params, config, tokenizer, "numpy")
+        found = model.generate([[]], max_tokens=3)[0]
+        same = [id for id in (0, 5, 7) if model.generate([id], max_tokens=3).logprobs == found.logprobs]
+        scored = model.score([11], convention="lm-eval").logprobs[0]
+        ranked = model.rank([], [[11]])[0].logprob
+        (id,) = same
+        assert scored == pytest.approx(model.rank([id], [[11]])[0].logprob, rel=1e-5) == pytest.approx(ranked)
+        return id
+
+    assert first(5, (7, 11), words) == 5
+    assert first(None, 7, words) == 0  # <|endoftext|> of the tokenizer
+    assert first(None, (7, 11), None) == 7
+    assert first(5, None, None) == 5
 
 
 def test_an_empty_prompt_begins_with_the_end_token(shakespeare: Model) -> None:
@@ -238,7 +273,7 @@ def test_an_empty_prompt_begins_with_the_end_token(shakespeare: Model) -> None:
     assert out.token_ids == shakespeare.generate([0], max_tokens=5).token_ids  # <|endoftext|> has id 0 here
     assert out.stats.prompt_tokens == 1
     nameless = Model(small_params("prime"), CONFIGS["prime"])
-    with pytest.raises(PromptError, match="an empty prompt begins with the end-of-text token"):
+    with pytest.raises(PromptError, match="begins with the model's bos_token_id, and this model has none"):
         nameless.generate([[]])
 
 
@@ -364,8 +399,8 @@ def test_compiling_is_counted_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"prompt": [101]}, PromptError, r"token id 101 is not in the vocabulary: ids go from 0 to 100"),
-        ({"prompt": [-1]}, PromptError, r"token id -1 is not in the vocabulary"),
+        ({"prompt": [101]}, PromptError, r"token id 101 is not in the model's vocabulary: ids go from 0 to 100"),
+        ({"prompt": [-1]}, PromptError, r"token id -1 is not in the model's vocabulary"),
         ({"prompt": [[1.5]]}, PromptError, r"a prompt is text \(str\) or a list of token ids"),
         ({"prompt": "text"}, PromptError, r"this model has no tokenizer"),
         ({"prompt": b"text"}, PromptError, r"a prompt is text \(str\) .* not b'text'"),
@@ -395,9 +430,39 @@ def test_what_logits_refuses(backend: Backend, ids: Any) -> None:
         small(backend).logits(ids)
 
 
-def test_a_tokenizer_of_another_model(words: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="ids up to 1023, and the model's vocabulary ends at 100"):
-        Model(small_params("prime"), CONFIGS["prime"], words)
+def test_ids_beyond_the_table_fail_when_they_are_used() -> None:
+    # The commonest way to add a token: [PAD] in the tokenizer, and the table not resized.
+    encoder = {character: id for id, character in enumerate(gpt_xp.tokenizer.CHARACTER_OF_BYTE)}
+    tokenizer = Tokenizer(encoder | {"[PAD]": 256, EOS: 257}, [], ["[PAD]"])
+    config = GPT2Config(n_vocab=256, n_ctx=11, n_embd=6, n_head=3, n_layer=1)
+    model = Model(plain_params(config), config, tokenizer)
+    assert model.generate("a[PAD]b", max_tokens=3, temperature=1.0, seed=1).finish_reason == "max_tokens"
+    message = r"token id 256, '\[PAD\]' in the tokenizer, is not in the model's vocabulary: ids go from 0 to 255"
+    for use in (
+        lambda: model.generate("a[PAD]b", special_tokens=True),
+        lambda: model.score("a[PAD]b", special_tokens=True),
+        lambda: model.rank("a", ["b", "[PAD]"], special_tokens=True),
+        lambda: model.rank("a[PAD]", ["b"], special_tokens=True),
+    ):
+        with pytest.raises(PromptError, match=message):
+            use()
+    with pytest.raises(PromptError, match="bos_token_id, and this model has none"):
+        model.generate("")
+
+
+def test_special_tokens_are_plain_text_unless_they_are_allowed(shakespeare: Model, words: Tokenizer) -> None:
+    text = "ROMEO:<|endoftext|>JULIET:"
+    plain, special = words.encode(text), words.encode(text, special_tokens=True)
+    assert len(special) < len(plain)
+    for allowed, ids in ((False, plain), (True, special)):
+        found = shakespeare.generate(text, max_tokens=3, special_tokens=allowed)
+        assert found.token_ids == shakespeare.generate(ids, max_tokens=3).token_ids
+        assert found.stats.prompt_tokens == len(ids)
+        score = shakespeare.score(text, special_tokens=allowed)
+        assert score.token_ids.tolist() == ids
+        assert (score.n_characters, score.n_bytes) == (len(text), len(text))
+        ranked = shakespeare.rank(text, [" a"], special_tokens=allowed)[0]
+        assert ranked.logprob == pytest.approx(shakespeare.rank(ids, [words.encode(" a")])[0].logprob)
 
 
 def test_no_prompts_are_no_results(shakespeare: Model) -> None:

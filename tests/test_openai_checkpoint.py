@@ -271,7 +271,7 @@ def test_bfloat16_is_kept_in_the_file_and_read_as_float32(folder, tensorflow):
 
 
 def test_only_the_axis_that_must_go_goes(folder, tensorflow):
-    config = GPT2Config(n_vocab=263, n_ctx=1, n_embd=1, n_head=1, n_layer=1, eos_token_id=262)
+    config = GPT2Config(n_vocab=263, n_ctx=1, n_embd=1, n_head=1, n_layer=1, eos_token_id=262, bos_token_id=262)
     tensors = make_tensors(config)
     tensorflow.found = variables(tensors)
     assert tensorflow.found["model/h0/attn/c_proj/w"].shape == (1, 1, 1)

@@ -64,6 +64,34 @@ def test_ids_without_a_token_are_never_chosen(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
+    ("temperature", "penalty", "filters"),
+    [
+        (None, 1.3, {}),
+        (None, 1e30, {}),
+        (0.7, None, {}),
+        (0.01, 1.3, {"top_k": 5}),
+        (1e-30, None, {"top_p": 0.9}),
+        (1e-30, 1.3, {"min_p": 0.1}),
+        (1e30, 1e-30, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}),
+    ],
+)
+def test_rows_without_a_token_are_as_if_they_were_not_there(
+    backend: Backend, filters: dict[str, Any], temperature: float | None, penalty: float | None
+) -> None:
+    # nanoGPT's table has 50304 rows for 50257 tokens. Warnings are errors here: nothing may overflow on the way.
+    padded = np.concatenate([LOGITS, np.full((3, 2), 9), np.full((3, 4), -9)], axis=1).astype(np.float32)
+    options = {"temperature": temperature, "repetition_penalty": penalty, **filters}
+    noise, seen = np.stack([gumbel_noise(1, row, 3, 107) for row in range(3)]), np.arange(107)[None] % 7 < [[3]] * 3
+
+    def choice(n: int) -> Choice:
+        arrays = {"noise": noise[:, :n] if temperature else None, "seen": seen[:, :n] if penalty else None}
+        return chosen(backend, padded[:, :n], allowed=np.arange(n) < 101, **arrays, **options)
+
+    np.testing.assert_array_equal(choice(107).token, choice(101).token)
+    np.testing.assert_allclose(choice(107).margin, choice(101).margin, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     "filters",
     [
         {"top_k": 7},

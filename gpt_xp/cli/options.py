@@ -109,7 +109,7 @@ sampling_options = together(
     option("--stop", multiple=True, type=StopType(), help="End before this text. May be given several times."),
     option("--seed", metavar="N", type=int, help="Same seed, same text.  [default: drawn, and told on stderr]"),
     option("--num-samples", metavar="N", type=COUNT, default=1, show_default=True, help="Continue the prompt N times."),
-    flag("--ignore-eos", help="Go on after <|endoftext|>."),
+    flag("--ignore-eos", help="Go on after an end token such as <|endoftext|>."),
     flag("--speculate", help="Guess from repeats in the text and check several tokens at once: same text, sooner."),
 )  # fmt: skip
 output_options = together(

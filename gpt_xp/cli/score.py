@@ -26,7 +26,7 @@ SEED = click.IntRange(min=0, max=2**32 - 1)
 OF_A_FILE = ("last", "convention", "window", "stride", "crops", "seed")  # options that say nothing to --choices
 EPILOG = """\
 Conventions: "huggingface" slides a window over the text and scores what is new in it, as transformers' page "Perplexity
-of fixed-length models" does; "lm-eval" scores every token once, the first from the end-of-text token, as
+of fixed-length models" does; "lm-eval" scores every token once, the first from bos_token_id, as
 lm-evaluation-harness does; "nanogpt" scores random crops. Figures of one are not comparable with those of another.
 A choice that is a word of its own begins with a space, or the prompt ends with one.
 """

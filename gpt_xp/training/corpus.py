@@ -98,7 +98,7 @@ def n_bytes(settings: Settings) -> int:
 def tokenize(spans: tuple[Span, Span], tokenizer: Tokenizer, folder: Path, advance: Advance | None = None) -> None:
     """Write the token ids of both spans, and last of all the counts: where those are, all is there.
 
-    `<|endoftext|>`, where the tokenizer has it, stands between two files. Raises `TextError` for what cannot be read,
+    The tokenizer's end token, where it has one, stands between two files. Raises `TextError` for what cannot be read,
     `CheckpointError` where it cannot be written.
     """
     found = [_write(span, tokenizer, folder / name, advance) for span, name in zip(spans, (TRAIN, VAL), strict=True)]

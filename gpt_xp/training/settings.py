@@ -74,10 +74,10 @@ class Settings:
         if self.tokenizer is not None and self.vocab_size is not None:
             raise SettingError("give a tokenizer, or the vocab_size of one to train, not both")
 
-    def shape(self, n_vocab: int, eos_token_id: int | None) -> GPT2Config:
+    def shape(self, n_vocab: int, eos_token_id: int | None = None, bos_token_id: int | None = None) -> GPT2Config:
         """Return the config of a model from scratch. Raises `ConfigError` for sizes that cannot be."""
         sizes = {name: default if (value := getattr(self, name)) is None else value for name, default in SHAPE.items()}
-        return GPT2Config(n_vocab=n_vocab, eos_token_id=eos_token_id, **sizes)
+        return GPT2Config(n_vocab=n_vocab, eos_token_id=eos_token_id, bos_token_id=bos_token_id, **sizes)
 
     def length(self, config: GPT2Config) -> int:
         """Return how many tokens each row of a batch predicts. Raises `SettingError` where they exceed the context."""

@@ -46,7 +46,9 @@ def find_tokenizer(settings: Settings, train_span: Span, advance: Advance | None
 def find_config(settings: Settings, tokenizer: Tokenizer | None) -> GPT2Config:
     """Return the config of the model to start from, or of the one to make; without a tokenizer, that of some other."""
     if settings.start is None:
-        return settings.shape(tokenizer.n_vocab, tokenizer.eos_token_id) if tokenizer else settings.shape(1, None)
+        if tokenizer is None:
+            return settings.shape(1)
+        return settings.shape(tokenizer.n_vocab, tokenizer.eos_token_id, tokenizer.bos_token_id)
     directory = find_model(settings.start)
     config = checkpoint.read_config(directory)
     if settings.freeze > config.n_layer:
