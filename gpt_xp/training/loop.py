@@ -47,8 +47,9 @@ def train(
 
     `data` is a list of files; `out` a directory, which then holds that checkpoint in the layout that `gpt_xp.load` and
     transformers read, `train.jsonl` with a line for each evaluation, and the folder `training` with all that going on
-    needs, a copy of the model to start from included. With `resume`, a run that was stopped or killed goes on from its last evaluation, with the settings that it
-    was begun with, and ends with the very params that it would have had (on the same machine, on a CPU).
+    needs, a copy of the model to start from included. With `resume`, a run that was stopped or killed goes on from its
+    last evaluation, with the settings that it was begun with, and ends with the very params that it would have had (on
+    the same machine, on a CPU).
 
     What is trained: `start`, a model's name or directory, of which `freeze` blocks, the lower ones, and the embeddings
     stay as they are; or a new model of `n_layer`, `n_head`, `n_embd` and `n_ctx`, with the tokenizer of `tokenizer`, a
