@@ -100,10 +100,13 @@ def quantization_entry(kind: str) -> dict[str, str]:
 def size_in(entries: dict[str, Any], key: str) -> int:
     """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or cannot be."""
     if key not in entries:
-        raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected")
+        raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected: fetch the file again")
     value = entries[key]
     if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-        raise ConfigError(f"{key} is {json.dumps(value):.80}; a whole number from 1 to {_MAX_SIZE} was expected")
+        raise ConfigError(
+            f"{key} is {json.dumps(value):.80}; a whole number from 1 to {_MAX_SIZE} was expected: correct it, or "
+            f"fetch the file again"
+        )
     return value
 
 

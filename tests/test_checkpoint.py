@@ -181,6 +181,12 @@ def test_equal_matrices_are_compared_in_little_memory(tmp_path):
     tracemalloc.stop()
     assert_same(params, tensors)
     assert peak < tensors["wte.weight"].nbytes / 2
+    for place in (0, 1500, -1):  # the whole matrix is compared
+        head = tensors["wte.weight"].copy()
+        head[place] += 1
+        write_checkpoint(tmp_path, tensors | {"lm_head.weight": head}, config)
+        with pytest.raises(CheckpointError, match=r"differs from wte\.weight"):
+            read_params(tmp_path, config)
 
 
 @pytest.mark.parametrize(

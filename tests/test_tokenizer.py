@@ -560,7 +560,13 @@ def test_malformed_json(tmp_path, content, message):
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.json"),
+        *("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"),
+    ],
+)
 def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
     if name != "tokenizer.json":
         names = ("encoder.json", "vocab.bpe") if name in ("encoder.json", "vocab.bpe") else ("vocab.json", "merges.txt")

@@ -1,9 +1,11 @@
 """Training: what is computed, what is kept, and that nothing is lost. `test_training_oracle` compares with torch."""
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from small_models import leaves, tree_map
 
 import gpt_xp
 from gpt_xp import Evaluation, GptXpError, Training
-from gpt_xp.checkpoint import read_config, read_params
+from gpt_xp.checkpoint import read_config, read_params, save_checkpoint
 from gpt_xp.errors import BackendError, CheckpointError, NumericalError, SettingError, TextError
 from gpt_xp.training import Settings, Watcher, corpus
 from gpt_xp.training.corpus import Span, crops, windows
@@ -322,6 +324,19 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert tokenizer.decode(found.train) == "abcdefghij" * 9
 
 
+def test_a_file_system_that_maps_no_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
+    (tmp_path / "t.txt").write_text(story(300))
+    span = Span((str(tmp_path / "t.txt"),))
+    corpus.tokenize((span, span), tokenizer, tmp_path)
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(CheckpointError, match=r"train\.bin is on a file system that cannot map .*copy its directory"):
+        corpus.open_corpus(tmp_path, tokenizer, 5)
+
+
 def test_crops_depend_on_seed_and_step_alone() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     a = crops(tokens, 13, 7, seed=1, step=5)
@@ -406,6 +421,104 @@ def test_a_write_that_fails_loses_nothing(
     assert bits(out) == bits(undisturbed)
     assert log(out) == log(undisturbed)
     assert not [path for path in out.rglob("*") if path.name.endswith((".part", ".tmp"))]
+
+
+def save_start(directory: Path, seed: int) -> None:
+    """Write a model to start from, of random params."""
+    tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
+    config = gpt_xp.GPT2Config(n_vocab=277, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=276)
+    save_checkpoint(directory, random_params(config, seed), config, tokenizer)
+
+
+FROZEN = {name: value for name, value in SMALL.items() if name not in SHAPE} | {"freeze": 1}
+
+
+@pytest.fixture(scope="module")
+def from_a_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from a model of which a block is frozen, to its end."""
+    folder = tmp_path_factory.mktemp("from_a_start")
+    (folder / "text.txt").write_bytes(story(3000).encode())
+    save_start(folder / "start", seed=1)
+    gpt_xp.train([folder / "text.txt"], folder / "out", start=str(folder / "start"), **FROZEN)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("moment", ["tokenizing", "after an evaluation"])
+@pytest.mark.parametrize("then", ["gone", "another"])
+def test_going_on_needs_nothing_but_the_directory(
+    moment: str, then: str, from_a_start: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that a run began with may be gone, or another by now, and the process may be in another directory."""
+    save_start(tmp_path / "start", seed=1)
+    monkeypatch.chdir(tmp_path)
+    stops = Stops(MOMENTS["after an evaluation"])
+    with monkeypatch.context() as patch:
+        if moment == "tokenizing":
+            patch.setattr(corpus, "COUNTS", "no such folder/corpus.json")
+        with pytest.raises((Stops.Now, CheckpointError)):
+            gpt_xp.train("text.txt", "out", start="start", **FROZEN, watcher=stops)
+    shutil.rmtree(tmp_path / "start")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if then == "another":
+        save_start(elsewhere / "start", seed=2)
+        save_start(tmp_path / "start", seed=3)
+        (elsewhere / "text.txt").write_text("Something else.\n" * 999)
+    monkeypatch.chdir(elsewhere)
+    if moment == "after an evaluation":
+        (tmp_path / "out").rename(elsewhere / "moved")
+    out = elsewhere / "moved" if moment == "after an evaluation" else tmp_path / "out"
+    gpt_xp.train(out=out, resume=True)
+    assert bits(out) == bits(from_a_start)
+    assert log(out) == log(from_a_start)
+
+
+def test_going_on_needs_no_tokenizer_from_elsewhere(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_start(tmp_path / "theirs", seed=1)
+    settings = {**SMALL, "steps": 1} | {"vocab_size": None, "tokenizer": str(tmp_path / "theirs")}
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "COUNTS", "no such folder/corpus.json")
+        with pytest.raises(CheckpointError, match=r"cannot write .*corpus\.json"):
+            gpt_xp.train([text], tmp_path / "out", **settings)
+    expected = (tmp_path / "theirs" / "merges.txt").read_bytes()
+    shutil.rmtree(tmp_path / "theirs")
+    gpt_xp.train(out=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "merges.txt").read_bytes() == expected
+
+
+def test_a_run_of_an_older_version_that_lacks_its_start_is_refused(
+    from_a_start: Path, text: Path, tmp_path: Path
+) -> None:
+    """It would need the model where it was, which may have changed."""
+    shutil.copytree(from_a_start, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "training" / "start")
+    with pytest.raises(SettingError, match=r"training.start, a copy of .*start .* is missing.*train in another"):
+        gpt_xp.train(out=tmp_path / "out", resume=True)
+    gpt_xp.train([text], tmp_path / "scratch", **{**SMALL, "steps": 1})
+    assert not (tmp_path / "scratch" / "training" / "start").exists()
+
+
+def test_a_start_that_cannot_be_copied_leaves_no_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_start(tmp_path / "start", seed=1)
+    out, settings = tmp_path / "out", FROZEN | {"steps": 1, "start": str(tmp_path / "start")}
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target) == out / "training" / "start" / "config.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(CheckpointError, match=r"cannot save to .*start .*No space"):
+            gpt_xp.train([text], out, **settings)
+    with pytest.raises(SettingError, match="no run to go on with"):
+        gpt_xp.train(out=out, resume=True)
+    assert gpt_xp.train([text], out, **settings).steps == 1
 
 
 def test_going_on_takes_the_settings_of_the_run(text: Path, tmp_path: Path) -> None:

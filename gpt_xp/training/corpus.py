@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
 from gpt_xp.errors import TextError
-from gpt_xp.safetensors_file import NumpyArray
+from gpt_xp.safetensors_file import NumpyArray, mapping_errors
 from gpt_xp.text_stream import size_of, text_pieces
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.training.settings import Settings
@@ -114,7 +114,10 @@ def is_tokenized(folder: Path) -> bool:
 
 
 def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
-    """Map what `tokenize` has written. Raises `TextError` where it is too little for rows of `length` tokens."""
+    """Map what `tokenize` has written.
+
+    Raises `TextError` where it is too little for rows of `length` tokens, `CheckpointError` where it cannot be mapped.
+    """
     counts = Counts(**read_json(str(folder / COUNTS)))
     if counts.train_tokens <= length:
         raise TextError(
@@ -127,7 +130,8 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
             "or a larger val_fraction"
         )
     dtype = _dtype(tokenizer)
-    return Corpus(np.memmap(folder / TRAIN, dtype, "r"), np.memmap(folder / VAL, dtype, "r"), counts)
+    with mapping_errors(folder / TRAIN):
+        return Corpus(np.memmap(folder / TRAIN, dtype, "r"), np.memmap(folder / VAL, dtype, "r"), counts)
 
 
 def crops(tokens: NumpyArray, length: int, n: int, seed: int, step: int) -> NumpyArray:

@@ -15,7 +15,7 @@ import numpy as np
 from gpt_xp._plots import check_plot
 from gpt_xp._tree import tree_map
 from gpt_xp.api import Model
-from gpt_xp.checkpoint import save_checkpoint
+from gpt_xp.checkpoint import read_carried, save_checkpoint
 from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.tokenizer import Tokenizer
 from gpt_xp.training import corpus as texts
@@ -23,8 +23,18 @@ from gpt_xp.training.corpus import Corpus
 from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, write_log
 from gpt_xp.training.program import Program, State, jax_backend
 from gpt_xp.training.settings import Settings
-from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params
-from gpt_xp.training.state import FOLDER, Place, begin, load_state, locked, remove_leftovers, save_state, settings_of
+from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params, kept_start
+from gpt_xp.training.state import (
+    FOLDER,
+    START,
+    Place,
+    begin,
+    load_state,
+    locked,
+    remove_leftovers,
+    save_state,
+    settings_of,
+)
 
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
 SAMPLE_TOKENS = 64
@@ -37,8 +47,9 @@ def train(
 
     `data` is a list of files; `out` a directory, which then holds that checkpoint in the layout that `gpt_xp.load` and
     transformers read, `train.jsonl` with a line for each evaluation, and the folder `training` with all that going on
-    needs. With `resume`, a run that was stopped or killed goes on from its last evaluation, with the settings that it
-    was begun with, and ends with the very params that it would have had (on the same machine, on a CPU).
+    needs, a copy of the model to start from included. With `resume`, a run that was stopped or killed goes on from its
+    last evaluation, with the settings that it was begun with, and ends with the very params that it would have had (on
+    the same machine, on a CPU).
 
     What is trained: `start`, a model's name or directory, of which `freeze` blocks, the lower ones, and the embeddings
     stay as they are; or a new model of `n_layer`, `n_head`, `n_embd` and `n_ctx`, with the tokenizer of `tokenizer`, a
@@ -137,11 +148,13 @@ class _Run:
         if not texts.is_tokenized(folder):
             self._tokenize()
         self.tokenizer = Tokenizer.from_directory(folder)
-        self.config = find_config(settings, self.tokenizer)
+        source = None if settings.start is None else kept_start(settings, folder / START)
+        self.config = find_config(settings, self.tokenizer, source)
+        self.carried = None if source is None else read_carried(source)
         self.length = settings.length(self.config)
         self.corpus: Corpus = texts.open_corpus(folder, self.tokenizer, self.length)
         self.windows = texts.windows(self.corpus.val, self.length, settings.eval_tokens)
-        self.program = Program(settings, self.config, first_params(settings, self.config), self.backend)
+        self.program = Program(settings, self.config, first_params(settings, self.config, source), self.backend)
         self.state: State = self.program.start()
         if (found := load_state(folder, self.state)) is not None:
             self.state, self.place = self.program.to_device(found[0]), found[1]
@@ -149,11 +162,12 @@ class _Run:
 
     def _tokenize(self) -> None:
         settings = self.settings
+        source = kept_start(settings, self.folder / START)
         size = texts.n_bytes(settings)
         with self.watcher.reading("counting characters", size) as advance:
             spans = texts.split(settings, advance)
         with self.watcher.reading("training the tokenizer", size) as advance:
-            tokenizer = find_tokenizer(settings, spans[0], advance)
+            tokenizer = find_tokenizer(settings, source, spans[0], advance)
         tokenizer.save(self.folder)
         with self.watcher.reading("tokenizing", size) as advance:
             texts.tokenize(spans, tokenizer, self.folder, advance)
@@ -221,7 +235,7 @@ class _Run:
 
     def _save_checkpoint(self, weights: Any) -> None:
         weights = tree_map(lambda leaf: leaf.astype(self.settings.save_dtype), weights)
-        save_checkpoint(self.directory, weights, self.config, self.tokenizer)
+        save_checkpoint(self.directory, weights, self.config, self.tokenizer, self.carried)
 
     def _save_state(self) -> None:
         self.place.seconds = time.monotonic() - self.begun

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,11 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        # Absolute paths: a run may go on in another directory. Tuples: JSON has lists.
         for name in ("data", "val"):
-            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))  # JSON has lists
+            object.__setattr__(self, name, tuple(os.path.abspath(str(file)) for file in getattr(self, name)))
+        if self.plot is not None:
+            object.__setattr__(self, "plot", os.path.abspath(str(self.plot)))
         if not self.data:
             raise SettingError("there is nothing to train on: name the files of text (data)")
         _check_counts(self)
@@ -73,6 +77,11 @@ class Settings:
             raise SettingError(f"{given[0]} is that of the model to start from: leave it out, or train from scratch")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise SettingError("give a tokenizer, or the vocab_size of one to train, not both")
+
+    @property
+    def source(self) -> str | None:
+        """The name or directory of the model, or else of the tokenizer, to start from."""
+        return self.tokenizer if self.start is None else self.start
 
     def shape(self, n_vocab: int, eos_token_id: int | None = None, bos_token_id: int | None = None) -> GPT2Config:
         """Return the config of a model from scratch. Raises `ConfigError` for sizes that cannot be."""

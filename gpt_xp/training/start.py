@@ -1,6 +1,8 @@
 """What a run begins with: a tokenizer, a config, and params, from a trained model or from random numbers."""
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 
@@ -22,47 +24,77 @@ STD_WPE = 0.01
 def check_start(settings: Settings) -> None:
     """Raise, before any text is read, where text, model or tokenizer are missing or do not fit the settings."""
     n_bytes(settings)
-    config = find_config(settings, None)
+    source = None if settings.source is None else find_model(settings.source)
+    config = find_config(settings, None, source)
     settings.length(config)
-    if settings.start is None and settings.tokenizer is None:
+    if source is None:
         check_vocab_size(settings.vocab_size or VOCAB_SIZE, (EOS,))
         return
-    tokenizer = find_tokenizer(settings, Span(()))
-    if settings.start is not None and tokenizer.n_vocab > config.n_vocab:
+    Tokenizer.from_directory(source)
+
+
+def keep_start(settings: Settings, folder: Path) -> None:
+    """Copy the model or tokenizer to start from into `folder`, so that the run depends on no other directory.
+
+    A former copy is removed. Raises `CheckpointError` where a file is damaged, or the copy cannot be written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if settings.source is None:
+        return
+    source = find_model(settings.source)
+    tokenizer = Tokenizer.from_directory(source)
+    if settings.start is None:
+        tokenizer.save(folder)
+        return
+    carried = checkpoint.read_carried(source)
+    config = checkpoint.config_of(carried)
+    params = checkpoint.read_params(source, config, dtype=None)
+    checkpoint.save_checkpoint(folder, params, config, tokenizer, carried)
+
+
+def kept_start(settings: Settings, folder: Path) -> Path | None:
+    """Return `folder`, where `keep_start` has copied a model or tokenizer; None where the run began with neither."""
+    if settings.source is None:
+        return None
+    if not folder.exists():
         raise SettingError(
-            f"the tokenizer of {settings.start} has ids up to {tokenizer.n_vocab - 1}, and its model's vocabulary ends "
-            f"at {config.n_vocab - 1}: they belong to different models"
+            f"this run cannot go on: {folder}, a copy of {settings.source} with which it began, is missing. An older "
+            f"version of gpt-xp made none; train in another directory"
         )
+    return folder
 
 
-def find_tokenizer(settings: Settings, train_span: Span, advance: Advance | None = None) -> Tokenizer:
-    """Return the tokenizer of a model or directory, where one is named, or a new one, trained on the training text."""
-    source = settings.tokenizer if settings.start is None else settings.start
+def find_tokenizer(
+    settings: Settings, source: Path | None, train_span: Span, advance: Advance | None = None
+) -> Tokenizer:
+    """Return the tokenizer in the directory `source`, or else a new one, trained on the training text."""
     if source is not None:
-        return Tokenizer.from_directory(find_model(source))
+        return Tokenizer.from_directory(source)
     return train_tokenizer(texts(train_span, advance), settings.vocab_size or VOCAB_SIZE)
 
 
-def find_config(settings: Settings, tokenizer: Tokenizer | None) -> GPT2Config:
-    """Return the config of the model to start from, or of the one to make; without a tokenizer, that of some other."""
-    if settings.start is None:
+def find_config(settings: Settings, tokenizer: Tokenizer | None, source: Path | None) -> GPT2Config:
+    """Return the config of the model to start from, in the directory `source`, or of the one to make.
+
+    Without a tokenizer, the one to make has a vocabulary of 1.
+    """
+    if settings.start is None or source is None:
         if tokenizer is None:
             return settings.shape(1)
         return settings.shape(tokenizer.n_vocab, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    directory = find_model(settings.start)
-    config = checkpoint.read_config(directory)
+    config = checkpoint.read_config(source)
     if settings.freeze > config.n_layer:
         raise SettingError(f"freeze {settings.freeze}: the model has {config.n_layer} blocks")
-    if (kind := checkpoint.read_quantization(directory)) is not None:
+    if (kind := checkpoint.read_quantization(source)) is not None:
         raise SettingError(f"{settings.start} is quantized ({kind}), which cannot be trained: start from the original")
     return config
 
 
-def first_params(settings: Settings, config: GPT2Config) -> Params:
-    """Return the params before the first step, NumPy arrays of float32."""
-    if settings.start is not None:
-        return checkpoint.read_params(find_model(settings.start), config)
-    return random_params(config, settings.seed)
+def first_params(settings: Settings, config: GPT2Config, source: Path | None) -> Params:
+    """Return the params before the first step, NumPy arrays of float32, from the directory `source` if there is one."""
+    if settings.start is None or source is None:
+        return random_params(config, settings.seed)
+    return checkpoint.read_params(source, config)
 
 
 def random_params(config: GPT2Config, seed: int) -> Params:

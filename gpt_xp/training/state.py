@@ -1,4 +1,8 @@
-"""A run on disk: its settings in `run.json`, and all that the next step depends on in `state.safetensors`."""
+"""A run on disk: everything that going on needs is in its folder.
+
+`run.json` holds the settings, `start` a copy of the model or tokenizer to start from, and `state.safetensors` all that
+a step changes.
+"""
 
 import json
 import shutil
@@ -19,8 +23,9 @@ from gpt_xp.safetensors_file import open_safetensors
 from gpt_xp.training.corpus import COUNTS
 from gpt_xp.training.log import LOG
 from gpt_xp.training.settings import Settings
+from gpt_xp.training.start import keep_start
 
-RUN, STATE, FOLDER = "run.json", "state.safetensors", "training"
+RUN, STATE, START, FOLDER = "run.json", "state.safetensors", "start", "training"
 
 
 @dataclass
@@ -50,14 +55,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Write down the settings of a new run. Raises `SettingError` where its files would replace other work."""
+    """Write down what a new run begins with: a copy of the model to start from, and last of all its settings.
+
+    Raises `SettingError` where its files would replace other work, `CheckpointError` where the copy cannot be made.
+    """
     if (folder / STATE).exists():
         raise SettingError(
             f"{folder.parent} holds a run already: go on with it (--resume), train in another directory, or remove it"
         )
     if (folder.parent / "config.json").exists() and not (folder / RUN).exists():
         raise SettingError(f"{folder.parent} holds a model that was not trained there: train in another directory")
-    (folder / COUNTS).unlink(missing_ok=True)  # what was tokenized may be of other settings
+    for name in (RUN, COUNTS):  # what a former attempt has left may be of other settings
+        (folder / name).unlink(missing_ok=True)
+    keep_start(settings, folder / START)
     with written_aside(folder / RUN, 1000) as aside:
         write_json(aside, settings.as_dict())
 
