@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
 def test_ctrl_c_before_the_first_step(
     moment: str, goes_on: bool, text: str, out: Path, call: Call, monkeypatch: Any
 ) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"gpt_xp.training.loop.{moment}", interrupted)
@@ -319,7 +319,7 @@ MISTAKES = [
     (["--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["--data", "TEXT", "--out", "NEW", "--from", "shakespear"], 1, "there is no directory 'shakespear'"),
     (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "there is no directory"),
-    (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "they belong to different models"),
+    (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "and the table of this model ends at"),
     (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "it needs a model to start from"),
     (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "seed must be below 2**63"),
     (["--data", "TEXT", "--out", "NEW", "--steps", "1e3"], 2, "'1e3' is not a valid integer"),

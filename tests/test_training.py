@@ -298,7 +298,7 @@ def test_the_corpus_is_the_text(tmp_path: Path) -> None:
     assert "".join(corpus.texts(spans[0])) == whole[:cut]
     assert "".join(corpus.texts(spans[1])) == whole[cut:]
     tokenizer = gpt_xp.train_tokenizer(texts, 277)
-    corpus.tokenize(spans, tokenizer, tmp_path)
+    corpus.tokenize(spans, tokenizer, tmp_path, n_vocab=277)
     found = corpus.open_corpus(tmp_path, tokenizer, 5)
     assert found.train.dtype == np.uint16
     end = tokenizer.eos_token_id
@@ -317,11 +317,74 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
     tokenizer = Tokenizer({character: 70_000 + i for i, character in enumerate(CHARACTER_OF_BYTE)} | {EOS: 3}, [])
     (tmp_path / "t.txt").write_text("abcdefghij" * 10)
-    corpus.tokenize(
-        (Span((str(tmp_path / "t.txt"),), 0, 90), Span((str(tmp_path / "t.txt"),), 90)), tokenizer, tmp_path
-    )
+    spans = (Span((str(tmp_path / "t.txt"),), 0, 90), Span((str(tmp_path / "t.txt"),), 90))
+    corpus.tokenize(spans, tokenizer, tmp_path, n_vocab=tokenizer.n_vocab)
     found = corpus.open_corpus(tmp_path, tokenizer, 5)
     assert tokenizer.decode(found.train) == "abcdefghij" * 9
+
+
+class Tells(Watcher):
+    def __init__(self) -> None:
+        self.token: str | None = None
+
+    def spelled(self, token: str) -> None:
+        self.token = token
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_in_the_text_are_plain_unless_they_are_allowed(tmp_path: Path, special: bool) -> None:
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(story(300, seed) for seed in range(20)))
+    tells = Tells()
+    gpt_xp.train(tmp_path / "text.txt", tmp_path / "out", **SMALL | {"steps": 1}, special_tokens=special, watcher=tells)
+    tokenizer = gpt_xp.Tokenizer.from_directory(tmp_path / "out")
+    found = corpus.open_corpus(tmp_path / "out" / "training", tokenizer, 5)
+    ids = [*found.train, *found.val]
+    assert ids.count(tokenizer.eos_token_id) == (19 if special else 0)
+    assert tokenizer.decode(ids) == (tmp_path / "text.txt").read_text()
+    assert tells.token == (None if special else "<|endoftext|>")
+    with pytest.raises(SettingError, match="begun with special_tokens"):
+        gpt_xp.train(out=tmp_path / "out", resume=True, special_tokens=not special)
+
+
+def test_a_first_token_begins_each_file(tmp_path: Path) -> None:
+    learned = gpt_xp.train_tokenizer([story(300)], 277)
+    tokenizer = gpt_xp.Tokenizer(learned.encoder, learned.merges, add_bos_token=True, add_prefix_space=True)
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text(story(300) * 100)  # several pieces
+    span = Span((str(tmp_path / "1.txt"), str(tmp_path / "2.txt")))
+    corpus.tokenize((span, span), tokenizer, tmp_path, n_vocab=277)
+    each = tokenizer.encode(story(300) * 100)
+    assert corpus.open_corpus(tmp_path, tokenizer, 5).train.tolist() == [*each, tokenizer.eos_token_id, *each]
+
+
+def test_an_id_beyond_the_table_is_refused_before_a_step(tmp_path: Path) -> None:
+    # JAX clamps it without a word. [PAD] was added to the tokenizer, and the table was not resized.
+    model = gpt_xp.load("shakespeare")
+    padded = gpt_xp.Tokenizer(model.tokenizer.encoder | {"[PAD]": 1024}, model.tokenizer.merges, ["[PAD]"])
+    save_checkpoint(tmp_path / "start", model.params, model.config, padded)
+    (tmp_path / "text.txt").write_text((story(30) + "[PAD]") * 30)
+    options = {"start": str(tmp_path / "start"), "steps": 1, "seq_len": 37, "batch_size": 2}
+    with pytest.raises(
+        TextError, match=r"has '\[PAD\]', token 1024, and the table of this model ends at 1023"
+    ):
+        gpt_xp.train(tmp_path / "text.txt", tmp_path / "special", special_tokens=True, **options)
+    gpt_xp.train(tmp_path / "text.txt", tmp_path / "plain", **options)
+
+
+def test_a_fine_tuned_model_keeps_what_its_start_says(tmp_path: Path, text: Path) -> None:
+    model = gpt_xp.load("shakespeare")
+    model.save(tmp_path / "start")
+    entries = json.loads((tmp_path / "start" / "config.json").read_text())
+    stated = {"eos_token_id": [0, 24], "pad_token_id": 7, "task_specific_params": {"x": 1}}
+    (tmp_path / "start" / "config.json").write_text(json.dumps(entries | stated))
+    (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 24, "max_length": 50}')
+    (tmp_path / "start" / "chat_template.jinja").write_text("{{ x }}")
+    gpt_xp.train(text, tmp_path / "out", start=str(tmp_path / "start"), steps=1, seq_len=37, batch_size=2)
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert entries | stated == entries
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 24, "max_length": 50}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ x }}"
 
 
 def test_a_file_system_that_maps_no_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +394,7 @@ def test_a_file_system_that_maps_no_files_is_told(tmp_path: Path, monkeypatch: p
     tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
     (tmp_path / "t.txt").write_text(story(300))
     span = Span((str(tmp_path / "t.txt"),))
-    corpus.tokenize((span, span), tokenizer, tmp_path)
+    corpus.tokenize((span, span), tokenizer, tmp_path, n_vocab=277)
     monkeypatch.setattr(np, "memmap", refuse)
     with pytest.raises(CheckpointError, match=r"train\.bin is on a file system that cannot map .*copy its directory"):
         corpus.open_corpus(tmp_path, tokenizer, 5)

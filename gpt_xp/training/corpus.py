@@ -5,8 +5,9 @@ so that neither the text nor its ids need fit into memory. Of the characters of 
 `val_fraction` validate.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,30 @@ def n_bytes(settings: Settings) -> int:
     return n
 
 
-def tokenize(spans: tuple[Span, Span], tokenizer: Tokenizer, folder: Path, advance: Advance | None = None) -> None:
+def tokenize(
+    spans: tuple[Span, Span],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    n_vocab: int,
+    special_tokens: bool = False,
+    advance: Advance | None = None,
+) -> str | None:
     """Write the token ids of both spans, and last of all the counts: where those are, all is there.
 
-    The tokenizer's end token, where it has one, stands between two files. Raises `TextError` for what cannot be read,
-    `CheckpointError` where it cannot be written.
+    The tokenizer's end token, where it has one, stands between two files. With `special_tokens`, text that spells one
+    is read as that token; without, the first that is spelled is returned. Raises `TextError` for what cannot be read,
+    and for an id beyond the model's table of `n_vocab` rows; `CheckpointError` where it cannot be written.
     """
-    found = [_write(span, tokenizer, folder / name, advance) for span, name in zip(spans, (TRAIN, VAL), strict=True)]
-    (train_tokens, train_characters), (val_tokens, val_characters) = found
-    counts = Counts(train_tokens, train_characters, val_tokens, val_characters)
+    written = [
+        _Written(span, tokenizer, n_vocab, special_tokens, advance).write(folder / name)
+        for span, name in zip(spans, (TRAIN, VAL), strict=True)
+    ]
+    train, val = written
+    counts = Counts(train.n_tokens, train.n_characters, val.n_tokens, val.n_characters)
     with written_aside(folder / COUNTS, 100) as aside:
         write_json(aside, asdict(counts))
+    return train.spelled or val.spelled
 
 
 def is_tokenized(folder: Path) -> bool:
@@ -157,18 +171,51 @@ def windows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
     return np.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).astype(np.int32)
 
 
-def _write(span: Span, tokenizer: Tokenizer, path: Path, advance: Advance | None) -> tuple[int, int]:
-    """Write the ids of one span aside, then rename; return how many tokens and characters there were."""
-    n_tokens = n_characters = 0
-    with written_aside(path, 0) as aside:
-        with open(aside, "wb") as file:
-            for piece in span.pieces(advance):
-                ids = _between(tokenizer) if piece is None else tokenizer.encode(piece)
-                file.write(np.asarray(ids, _dtype(tokenizer)).tobytes())
-                n_tokens += len(ids)
-                n_characters += len(piece or "")
-        sync(aside)
-    return n_tokens, n_characters
+@dataclass
+class _Written:
+    """The token ids of one span, while they are written: how many there are, and of how many characters."""
+
+    span: Span
+    tokenizer: Tokenizer
+    n_vocab: int
+    special_tokens: bool
+    advance: Advance | None
+    n_tokens: int = 0
+    n_characters: int = 0
+    spelled: str | None = None  # the first special token that the text spells, where they are plain text
+
+    def write(self, path: Path) -> "_Written":
+        with written_aside(path, 0) as aside:
+            with open(aside, "wb") as file:
+                for ids in self._ids():
+                    self._check(ids)
+                    file.write(np.asarray(ids, _dtype(self.tokenizer)).tobytes())
+                    self.n_tokens += len(ids)
+            sync(aside)
+        return self
+
+    def _ids(self) -> Iterator[Sequence[int]]:
+        pieces = self.span.pieces(self.advance)
+        for is_text, group in groupby(pieces, key=lambda piece: piece is not None):
+            if is_text:
+                yield from self.tokenizer.encode_pieces(self._seen(group), special_tokens=self.special_tokens)
+            else:
+                yield from ([_between(self.tokenizer)] * len(list(group)))
+
+    def _seen(self, pieces: Iterable[str | None]) -> Iterator[str]:
+        for piece in pieces:
+            assert piece is not None
+            self.n_characters += len(piece)
+            if not self.special_tokens and self.spelled is None:
+                self.spelled = self.tokenizer.first_special(piece)
+            yield piece
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if (largest := max(ids, default=0)) >= self.n_vocab:  # the embedding would clamp it without a word
+            raise TextError(
+                f"the text has {self.tokenizer.decoder[largest]!r}, token {largest}, and the table of this model ends "
+                f"at {self.n_vocab - 1}: take it out, or start from a model with a larger table"
+            )
 
 
 def _between(tokenizer: Tokenizer) -> Sequence[int]:

@@ -51,6 +51,9 @@ class Watcher:
         """Return a context in which so many bytes of text are read; its value is called with numbers of bytes."""
         return nullcontext(lambda n: None)
 
+    def spelled(self, token: str) -> None:
+        """Hear that the text spells a special token, which was read as plain text."""
+
     def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
         """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
 

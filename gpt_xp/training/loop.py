@@ -54,7 +54,8 @@ def train(
     What is trained: `start`, a model's name or directory, of which `freeze` blocks, the lower ones, and the embeddings
     stay as they are; or a new model of `n_layer`, `n_head`, `n_embd` and `n_ctx`, with the tokenizer of `tokenizer`, a
     model's name or directory, or a new one of `vocab_size` tokens. Rows have `seq_len` tokens (default: the context, at
-    most 256).
+    most 256). `special_tokens` reads the spelling of a special token, such as `<|endoftext|>` between two texts, as
+    that token; without it, it is plain text.
 
     How: `steps` of `accumulate` times `batch_size` random pieces of the text; AdamW with `beta1`, `beta2` and, on
     matrices only, `weight_decay`; `learning_rate` after `warmup` steps, falling as a cosine to `min_learning_rate`
@@ -169,8 +170,13 @@ class _Run:
         with self.watcher.reading("training the tokenizer", size) as advance:
             tokenizer = find_tokenizer(settings, source, spans[0], advance)
         tokenizer.save(self.folder)
+        n_vocab = find_config(settings, tokenizer, source).n_vocab
         with self.watcher.reading("tokenizing", size) as advance:
-            texts.tokenize(spans, tokenizer, self.folder, advance)
+            spelled = texts.tokenize(
+                spans, tokenizer, self.folder, n_vocab=n_vocab, special_tokens=settings.special_tokens, advance=advance
+            )
+        if spelled is not None:
+            self.watcher.spelled(spelled)
 
     def _step(self) -> float:
         """Take one step and return its loss. Raises `NumericalError` where training diverges."""
@@ -245,7 +251,13 @@ class _Run:
         if self.settings.sample is None:
             return None
         model = Model(weights, self.config, self.tokenizer, "numpy")
-        text: str = model.generate(self.settings.sample, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0).text
+        text: str = model.generate(
+            self.settings.sample,
+            max_tokens=SAMPLE_TOKENS,
+            temperature=0.8,
+            seed=0,
+            special_tokens=self.settings.special_tokens,
+        ).text
         return self.settings.sample + text
 
     def _diverged(self, loss: float) -> NumericalError:

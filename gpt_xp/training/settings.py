@@ -31,6 +31,7 @@ class Settings:
     n_embd: int | None = None
     n_ctx: int | None = None
     seq_len: int | None = None
+    special_tokens: bool = False
 
     steps: int = 2000
     batch_size: int = 4  # times 4: XLA asks the system for the memory of a batch anew in each step, which takes long
