@@ -34,7 +34,7 @@ def parse(text: str | bytes, *, unique: bool = False) -> Any:
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects stand in each other more than `MAX_DEPTH` times. It does not recurse."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))
         level = [child for child in children if type(child) in (dict, list)]
         if not level:
