@@ -48,8 +48,6 @@ def test_what_is_json_is_read(value: Any) -> None:
 @odd
 @pytest.mark.parametrize("form", ["{}", '{{"a": {}}}', "[1, {}]"])
 def test_what_is_not_read_is_a_json_error(value: str, message: str, form: str) -> None:
-    if message == DEEP and form == "{}" and value.startswith("{"):
-        assert json_text.parse(value.replace('{"a":', "", 1)[:-1]) is not None  # 100 are few enough
     for text in (form.format(value), form.format(value).encode()):
         with pytest.raises(JsonError, match=message) as caught:
             json_text.parse(text)
@@ -59,6 +57,7 @@ def test_what_is_not_read_is_a_json_error(value: str, message: str, form: str) -
 def test_brackets_in_texts_and_side_by_side_are_not_deep() -> None:
     wide = json.dumps({"merges": [["a", "b"]] * 1000, "text": "[" * 1000})
     assert len(json_text.parse(wide)["merges"]) == 1000
+    assert len(json_text.parse("[" * 100 + "]" * 99 + ", [1]]")) == 2
 
 
 @pytest.mark.parametrize("text", [b'{"a": "\xff"}', b"", "", "\ufeff1"])

@@ -1,12 +1,12 @@
 """The files of --prompt-file: a prompt on each line, as it is or in a JSON object."""
 
-import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt_xp import json_text
+from gpt_xp._tree import finite
 from gpt_xp.cli.prompts import sources
 from gpt_xp.errors import JsonError, JsonLimitError, PromptError
 from gpt_xp.text_stream import read_bytes
@@ -78,11 +78,12 @@ def _line(line: Line, data: bytes, is_json: bool) -> Line:
         return replace(line, error=f'expected a JSON object with a text "prompt", not {text:.60} ({error})')
     fields = value if isinstance(value, dict) else {}
     prompt = fields.pop("prompt", None)
-    if not _is_finite(value):
-        return replace(line, error="JSON has no NaN, no Infinity, and no number beyond 1e308")
     if not isinstance(prompt, str):
-        return replace(line, input=fields, error=f'expected a JSON object with a text "prompt", not {text:.60}')
-    return replace(line, prompt=prompt, input=fields)
+        return replace(line, input=finite(fields), error=f'expected a JSON object with a text "prompt", not {text:.60}')
+    line = replace(line, prompt=prompt, input=finite(fields))
+    if line.input != fields:  # Python reads more than it may write
+        return replace(line, error="JSON has no NaN, no Infinity, and no number beyond 1e308")
+    return line
 
 
 def _is_object(text: str) -> bool:
@@ -109,12 +110,6 @@ def _is_spread(data: bytes) -> bool:
     """Whether the file begins with a JSON object or list that is laid out over several lines."""
     first = re.match(rb"\s*[\[{].*?^[\]}]", data, re.DOTALL | re.MULTILINE)
     return first is not None and _is_json(first[0])
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _name(file: str) -> str:
