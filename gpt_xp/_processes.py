@@ -1,8 +1,9 @@
 """What `compare` and `bench` share: the processes that do their work, each with one library in it."""
 
-import json
 import subprocess
 import sys
+
+from gpt_xp import json_text
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
 
@@ -27,4 +28,4 @@ def usable_backends() -> list[str]:
     """The backends that can be used here. Asked in another process: JAX takes most of a GPU when it looks for one."""
     command = own_command("backends", "--json")
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
-    return [info["name"] for info in json.loads(done.stdout)["backends"] if info["problem"] is None]
+    return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]

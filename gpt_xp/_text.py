@@ -14,9 +14,14 @@ def size(n_bytes: float) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return lines with aligned columns, the last of which is not padded."""
+    return "".join(table_lines(rows))
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the line of each row of a `table`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "".join(line + "\n" for line in lines)
+    return [line + "\n" for line in lines]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

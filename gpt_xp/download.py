@@ -19,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpt_xp import json_text
 from gpt_xp._text import size
 from gpt_xp.digests import DIGEST, Hash, algorithm_of, content_md5, linked_digest
 from gpt_xp.errors import DownloadError
@@ -356,8 +357,8 @@ class _Transfer:
         try:
             if not self.state_file.is_file():  # a pipe would never end
                 return None
-            state = _State(**json.loads(self.state_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):  # absent, no JSON, or with other fields
+            state = _State(**json_text.parse(self.state_file.read_bytes()))
+        except (OSError, ValueError, TypeError):  # absent, no JSON, or with other fields
             return None
         is_ours = state.version == _VERSION and state.etag == _strong(state.etag)
         if (

@@ -37,6 +37,14 @@ class TextError(GptXpError):
     """A text file that cannot be read: missing, a directory, empty, or not UTF-8."""
 
 
+class JsonError(GptXpError, ValueError):
+    """Text that is not JSON."""
+
+
+class JsonLimitError(JsonError):
+    """JSON beyond what gpt-xp reads: nested too deeply, or an integer of too many digits."""
+
+
 class PromptError(GptXpError):
     """A prompt, or token ids, that the model cannot take: too long, empty, out of range."""
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpt_xp import json_text
 from gpt_xp.digests import DIGEST, digest_of
 
 NAME = "gpt-xp.json"
@@ -74,9 +75,9 @@ def _read(path: Path) -> dict[str, _Entry]:
     try:
         if not path.is_file():  # a pipe would never end
             return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.parse(path.read_bytes())
         entries = {file: _Entry(**entry) for file, entry in content["files"].items()}
         is_ours = content["version"] == _VERSION and all(re.fullmatch(DIGEST, each.digest) for each in entries.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return entries if is_ours else {}

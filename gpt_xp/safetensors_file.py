@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from gpt_xp.errors import CheckpointError
+from gpt_xp import json_text
+from gpt_xp.errors import CheckpointError, JsonError
 
 NumpyArray = npt.NDArray[Any]
 
@@ -196,16 +196,9 @@ def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
 
 def parse_json(text: bytes, path: str) -> dict[str, Any]:
     """The JSON object in `text`. Raises `CheckpointError` for anything else, and for a name that is there twice."""
-
-    def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
-        [(name, count)] = Counter(name for name, _ in members).most_common(1) or [("", 0)]
-        if count > 1:
-            raise ValueError(f"the name {name!r:.80} is there {count} times")
-        return dict(members)
-
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # ValueError: malformed, not UTF-8, a number of 5000 digits
+        value = json_text.parse(text, unique=True)
+    except JsonError as error:
         raise CheckpointError(f"{path} holds malformed JSON ({error}); fetch or save it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object but {value!r:.80}; fetch or save it again")

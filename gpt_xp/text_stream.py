@@ -1,5 +1,8 @@
 """Files of text as a stream of pieces, so that a corpus larger than memory can be counted or tokenized.
 
+A source is a path or a stream of bytes. Its text is UTF-8; a byte order mark at its beginning, which editors on Windows
+write, is no part of the text. `stdin` is the one way to stdin.
+
 A piece ends where whitespace follows something else. No word of `tokenizer.WORD` crosses such a place, because
 whitespace is only ever at a word's beginning; and whether a run of whitespace leaves its last character to the next
 word is decided by what follows the run, which is in the same piece. So the words of the pieces, one after another,
@@ -10,6 +13,8 @@ import codecs
 import contextlib
 import os
 import stat
+import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -28,18 +33,34 @@ def text_pieces(
 ) -> Iterator[str]:
     """The texts of `sources` in pieces of about `n_bytes`: encoding piece by piece gives the ids of the whole text.
 
-    A source is a path or a stream of bytes (which is left open), in UTF-8. Each is a text of its own: no word reaches
-    from one into the next; for what belongs between texts, call this for each. Characters come as they are: line ends
-    are not translated, and a byte order mark stays. A piece is longer where nothing shorter can be cut off. Special
-    tokens stay whole if they have no whitespace. `advance` is called with a number of bytes when the pieces that they
-    completed have been taken.
+    A stream is left open. Each source is a text of its own: no word reaches from one into the next; for what belongs
+    between texts, call this for each. Characters come as they are: line ends are not translated. A piece is longer
+    where nothing shorter can be cut off. Special tokens stay whole if they have no whitespace. `advance` is called
+    with a number of bytes when the pieces that they completed have been taken.
 
     Raises `TextError`, at once and for all paths: a file that is missing, a directory, empty or unreadable; and on the
     way for what is not UTF-8.
     """
     each = _listed(sources)
     size_of(each)
-    return (piece for source in each for piece in _cut(_decoded(source, n_bytes, advance or (lambda n: None))))
+    return (piece for source in each for piece in _pieces(source, n_bytes, advance or (lambda n: None)))
+
+
+def read_text(source: Source) -> str:
+    """Return the whole text of a source, "" if it is empty. Raises `TextError` for a bad file, or not UTF-8."""
+    return "".join(_decoded(source, PIECE_BYTES, lambda n: None))
+
+
+def read_bytes(source: Source) -> bytes:
+    """Return the bytes of the text of a source. Raises `TextError` where it cannot be read."""
+    return b"".join(data for _, data in _read(source, PIECE_BYTES))
+
+
+def stdin() -> BinaryIO:
+    """Return stdin as a source. Raises `TextError` where it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise TextError("stdin is closed, and text was expected there: give a file or a pipe")
+    return sys.stdin.buffer
 
 
 def size_of(sources: Iterable[Source]) -> int | None:
@@ -73,6 +94,15 @@ def _size(source: Source) -> int | None:
     return status.st_size
 
 
+def _pieces(source: Source, n_bytes: int, advance: Callable[[int], object]) -> Iterator[str]:
+    is_empty = True
+    for piece in _cut(_decoded(source, n_bytes, advance)):
+        is_empty = False
+        yield piece
+    if is_empty:
+        raise TextError(f"{_name(source)} is empty: expected text")
+
+
 def _cut(texts: Iterable[str]) -> Iterator[str]:
     """The same characters, in pieces that end between two words."""
     rest: list[str] = []
@@ -89,27 +119,31 @@ def _cut(texts: Iterable[str]) -> Iterator[str]:
 def _decoded(source: Source, n_bytes: int, advance: Callable[[int], object]) -> Iterator[str]:
     """The text of a source in pieces that end anywhere between two characters."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
-    n_read = 0
+    end = 0
     try:
-        for data in _read(source, n_bytes):
-            n_read += len(data)
+        for begin, data in _read(source, n_bytes):
+            before, end = end, begin + len(data)
             yield decode(data)
-            advance(len(data))
+            advance(end - before)
         yield decode(b"", final=True)
     except UnicodeDecodeError as error:
-        place = n_read - len(error.object) + error.start  # the decoder may have kept the bytes of half a character
+        place = end - len(error.object) + error.start  # the decoder may have kept the bytes of half a character
         raise TextError(
             f"{_name(source)} is not UTF-8 text: {error.reason} at byte {place}; convert it first"
         ) from None
-    if not n_read:
-        raise TextError(f"{_name(source)} is empty: expected text")
 
 
-def _read(source: Source, n_bytes: int) -> Iterator[bytes]:
+def _read(source: Source, n_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the bytes of a source, each time with their place in it: the first comes after a byte order mark."""
+    place = 0
     try:
         with _opened(source) as stream:
-            while data := stream.read(n_bytes):
-                yield data
+            while data := stream.read(n_bytes if place else max(n_bytes, len(BOM_UTF8))):
+                text = data if place else data.removeprefix(BOM_UTF8)
+                if not place and text.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                    raise TextError(f"{_name(source)} is UTF-16, expected UTF-8: convert it first")
+                yield place + len(data) - len(text), text
+                place += len(data)
     except OSError as error:
         raise TextError(f"{_name(source)} cannot be read: {_reason(error)}") from error
 
@@ -119,7 +153,10 @@ def _opened(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
 
 
 def _name(source: Source) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", source))
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    is_stdin = sys.stdin is not None and source is sys.stdin.buffer
+    return "stdin" if is_stdin else str(getattr(source, "name", source))
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_xp import json_text
 from gpt_xp.added_tokens import AddedToken
-from gpt_xp.errors import TokenizerError
+from gpt_xp.errors import JsonError, TokenizerError
 from gpt_xp.safetensors_file import lfs_problem
 
 TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
@@ -179,7 +180,7 @@ def _with_roles(
     encoder, added = parts.encoder, {token.content: token for token in parts.added_tokens}
     listed = settings.get("added_tokens_decoder", {})
     place = f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder"
-    if not isinstance(listed, dict) or not all(id.isdecimal() for id in listed):
+    if not isinstance(listed, dict) or not all(id.isdecimal() and len(id) < 20 for id in listed):
         raise TokenizerError(f"{place} is not an object from ids to tokens")
     for id, entry in listed.items():
         token = _added_token(entry, f"{place}[{id}]")
@@ -253,7 +254,7 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
         if problem := lfs_problem(content, path):
             raise TokenizerError(problem)
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
@@ -263,8 +264,8 @@ def _read_text(path: Path) -> str:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError, and says the line
+        value = json_text.parse(_read_text(path))
+    except JsonError as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} is not a JSON object but a {type(value).__name__}")

@@ -117,12 +117,12 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run the command in this process."""
+    """Run the command in this process; stdin is closed where it is None."""
 
-    def call(*args: str, stdin: bytes = b"", **variables: str) -> Result:
+    def call(*args: str, stdin: bytes | None = b"", **variables: str) -> Result:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["gpt-xp", *args])
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            patch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
             for name, value in variables.items():
                 patch.setenv(name, value)
             code = run()

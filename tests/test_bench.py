@@ -453,7 +453,7 @@ def test_the_command(tmp_path):
     assert (result.code, result.err) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["out.svg"]
     content = json.loads(result.out)
-    assert (content["schema"], content["is_ok"], content["threads"]) == (1, True, 1)
+    assert (content["schema"], content["is_ok"], content["threads"]) == (2, True, 1)
     assert content["workloads"] == [{"context": 5, "batch": 2, "n_new": 3}]
     single, double, cuda, _, floor = content["standings"]
     assert (single["description"]["settings"]["threads"], floor["is_floor"]) == ("1", True)

@@ -330,7 +330,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_json_and_markdown():
     content = json.loads(process(*COMPARE, "--backends", "numpy", "--json").out)
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["runs"][0]["figures"]["logits"]["difference"]["max"] > 0
     assert content["config"]["n_layer"] == 6
     text = process(*COMPARE, "--backends", "numpy", "--markdown", "--layers").out

@@ -88,7 +88,7 @@ def test_json_holds_every_token(
     for name in ("logprob", "nats_per_token", "nats_per_character", "bits_per_byte", "word_perplexity"):
         assert record[name] == pytest.approx(getattr(score, name), rel=1e-4)
     assert record["byte_perplexity"] == pytest.approx(2 ** record["bits_per_byte"])
-    assert (record["schema"], record["model"], record["backend"]) == (1, "shakespeare", "numpy")
+    assert (record["schema"], record["model"], record["backend"]) == (2, "shakespeare", "numpy")
     assert (record["file"], record["last"]) == (file, 1.0)
 
 

@@ -436,6 +436,6 @@ def test_the_option(call: Any, shakespeare: Model, always: None) -> None:
     plain, ours = call(prompt, "--json"), call(prompt, "--json", GPT_XP_SPECULATE="1")
     assert json.loads(ours.out)["text"] == json.loads(plain.out)["text"]
     assert json.loads(ours.out)["settings"]["speculate"] is True
-    assert json.loads(ours.out)["stats"]["accepted_tokens"] > 0
-    assert json.loads(plain.out)["stats"]["proposed_tokens"] == 0
+    assert json.loads(ours.out)["batch"]["accepted_tokens"] > 0
+    assert json.loads(plain.out)["batch"]["proposed_tokens"] == 0
     assert "speculation accepted" in call(prompt, "--speculate", "--stats").err

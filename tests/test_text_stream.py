@@ -1,5 +1,6 @@
 """Text in a stream: cut only where the ids stay the same, and one clear error for what is no text."""
 
+import codecs
 import io
 import os
 import threading
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt_xp.errors import TextError
-from gpt_xp.text_stream import PIECE_BYTES, size_of, text_pieces
+from gpt_xp.text_stream import PIECE_BYTES, read_bytes, read_text, size_of, text_pieces
 from gpt_xp.tokenizer import WORD, Tokenizer
 
 SHAKESPEARE = Path(__file__).parent.parent / "gpt_xp" / "models" / "shakespeare"
@@ -37,7 +38,7 @@ def shakespeare() -> Tokenizer:
 
 
 def pieces(text: str, n_bytes: int) -> list[str]:
-    return list(text_pieces([io.BytesIO(text.encode())], n_bytes=n_bytes))
+    return list(text_pieces([io.BytesIO(codecs.BOM_UTF8 + text.encode())], n_bytes=n_bytes))
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,8 +70,35 @@ def test_a_word_without_end_is_one_piece():
 
 def test_characters_come_as_they_are(tmp_path):
     path = tmp_path / "text"
-    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\x00\x1a\n")
-    assert "".join(text_pieces([path])) == "\ufeffa\r\nb\rc\x00\x1a\n"
+    path.write_bytes(b"a\r\nb\rc\x00\x1a\xef\xbb\xbf\n")
+    assert "".join(text_pieces([path])) == "a\r\nb\rc\x00\x1a\ufeff\n"
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2, 5, 1000])
+def test_a_byte_order_mark_at_the_beginning_is_no_text(tmp_path, n_bytes):
+    path = tmp_path / "text"
+    path.write_bytes(codecs.BOM_UTF8 + codecs.BOM_UTF8 + b"ab cd")
+    told: list[int] = []
+    assert "".join(text_pieces([path], n_bytes=n_bytes, advance=told.append)) == "\ufeffab cd"  # it is one mark
+    assert sum(told) == path.stat().st_size
+    assert read_text(path) == "\ufeffab cd"
+    assert read_bytes(path) == codecs.BOM_UTF8 + b"ab cd"
+    path.write_bytes(codecs.BOM_UTF8 + b"ab\xff")
+    with pytest.raises(TextError, match="invalid start byte at byte 5;"):
+        list(text_pieces([path], n_bytes=n_bytes))
+    path.write_bytes(codecs.BOM_UTF8)
+    with pytest.raises(TextError, match="text is empty"):
+        list(text_pieces([path], n_bytes=n_bytes))
+    assert read_text(path) == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_called_by_its_name(tmp_path, encoding):
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffmy lord".encode(encoding))
+    for read in (read_text, read_bytes, lambda path: list(text_pieces([path], n_bytes=1))):
+        with pytest.raises(TextError, match=f"^{path} is UTF-16, expected UTF-8: convert it first$"):
+            read(path)
 
 
 def test_each_source_is_a_text_of_its_own(tmp_path):
@@ -101,7 +129,7 @@ def test_every_byte_is_told_of(tmp_path):
         (b"good \xff bad", "invalid start byte at byte 5"),
         (b"cut \xe6\xbc", "unexpected end of data at byte 4"),
         (b"0123456789\xe6\xbcx", "invalid continuation byte at byte 10"),
-        ("a ".encode("utf-16"), "invalid start byte at byte 0"),
+        ("é ".encode("latin-1"), "invalid continuation byte at byte 0"),
         (b"\xed\xa0\x80", "invalid continuation byte at byte 0"),
     ],
 )

@@ -103,7 +103,7 @@ def test_everything_that_can_be_asked_for(text: str, out: Path, tmp_path: Path, 
     assert code == 0, told
     found = json.loads(shown)
     assert found.pop("best") in [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert found == {"schema": 1, "directory": str(out), "steps": 7, "stopped_early": False}
+    assert found == {"schema": 2, "directory": str(out), "steps": 7, "stopped_early": False}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(told.split("the king")) > 4  # a sample at each evaluation
     assert all(each["sample"].startswith("the king") for each in log(out))

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from gpt_xp import json_text
 from gpt_xp._processes import reason
+from gpt_xp.errors import JsonError
 
 PATIENCE = 5  # seconds for a process to end by itself
 
@@ -77,8 +79,8 @@ class Worker:
 
 def _answer(line: str) -> dict[str, Any] | None:
     try:
-        answer = json.loads(line)
-    except json.JSONDecodeError:
+        answer = json_text.parse(line)
+    except JsonError:
         return None
     return answer if isinstance(answer, dict) else None
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from gpt_xp import json_text
 from gpt_xp.backend import peak_process_memory
 from gpt_xp.errors import GptXpError
 
@@ -54,7 +55,7 @@ def serve(make: Callable[[], Contender]) -> None:
     requests, answers = _take_streams()
     contender: Contender | None = None
     for line in requests:
-        request = json.loads(line)
+        request = json_text.parse(line)
         if request["do"] == "quit":
             return
         try:

@@ -1,7 +1,8 @@
 """The command line, thin: parse, call the library, print.
 
 One file for each command. `group.py` finds the command, `options.py` has what several commands share, `prompts.py`
-says where a prompt comes from, and `output.py` writes: the continuation to stdout, everything else to stderr.
+and `prompt_files.py` say where prompts come from, and `output.py` writes: the continuation to stdout, everything else
+to stderr.
 """
 
 import gc

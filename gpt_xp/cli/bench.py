@@ -1,11 +1,11 @@
 """`gpt-xp bench`: how fast one model is on several array libraries."""
 
 import functools
-import json
 from pathlib import Path
 
 import click
 
+from gpt_xp import json_text
 from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.hub import find_model
@@ -85,4 +85,4 @@ def bench_worker(job: str) -> None:
     from gpt_xp.bench.contenders import make
     from gpt_xp.bench.worker import serve
 
-    serve(lambda: make(json.loads(job)))
+    serve(lambda: make(json_text.parse(job)))

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from gpt_xp.cli.batch import continue_lines, read_prompt_file
+from gpt_xp.cli.batch import Batches, refuse_errors
 from gpt_xp.cli.options import CONTEXT, loading_options, output_options, sampling_options
 from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write_json
+from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
-from gpt_xp.cli.report import add_stats, logprob_table, record, stats_line
+from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table, stats_line
 from gpt_xp.cli.session import Session, check_settings, load_model
 from gpt_xp.results import Generation, Piece, Stats
 
@@ -40,26 +41,34 @@ def generate(
     logprobs: bool,
     as_json: bool,
     stats: bool,
-    prompt_file: str | None,
+    json_full: bool,
+    prompt_file: tuple[str, ...],
+    strict: bool,
     batch_size: int,
     **settings: Any,
 ) -> None:
     """Continue PROMPT with GPT-2, and print the continuation and a newline."""
     loading = {name: settings.pop(name) for name in LOADING}
     check_settings(settings)
-    if prompt_file is not None and words:
-        raise click.UsageError("give PROMPT or --prompt-file, not both")
-    lines = None if prompt_file is None else read_prompt_file(prompt_file)
-    prompt = read_prompt(ctx, words) if lines is None else ""
+    if prompt_file and words:
+        raise click.UsageError("give PROMPT or --prompt-file, not both; several files each need a --prompt-file")
+    lines = read_prompt_files(prompt_file, option_names(ctx.command)) if prompt_file else []
+    if strict:
+        refuse_errors(lines)
+    prompt = "" if lines else read_prompt(ctx, words)
     draw_seed = settings["seed"] is None and settings["temperature"] > 0
     if draw_seed:
         settings["seed"] = secrets.randbits(32)
     session = Session(*load_model(**loading), settings)
-    if draw_seed and not as_json and lines is None:
+    as_json = as_json or json_full
+    if draw_seed and not as_json and not lines:
         note(f"seed {settings['seed']}")
 
-    if lines is not None:
-        all_stats = continue_lines(session, lines, batch_size, logprobs)
+    n_failed = 0
+    if lines:
+        batches = Batches(session, logprobs, json_full, strict)
+        batches.run(lines, batch_size)
+        all_stats, n_failed = batches.stats, batches.n_failed
     elif as_json:
         all_stats = print_json(session, prompt, logprobs)
     else:
@@ -68,8 +77,18 @@ def generate(
         if logprobs:
             click.echo("\n".join(logprob_table(session, result) for result in results), err=True, nl=False)
         all_stats = [results[0].stats]
-    if stats:
+    if stats and all_stats:
         note(stats_line(session.name, add_stats(all_stats)))
+    if n_failed:
+        note(f"{n_failed} of {len(lines)} prompts could not be continued: each has an `error` in its place")
+        ctx.exit(1)
+
+
+def option_names(command: click.Command) -> set[str]:
+    """Return the names of the command's options, as Python would write them."""
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    names = (name for each in options for name in each.opts if name.startswith("--"))
+    return {name.removeprefix("--").replace("-", "_") for name in names}
 
 
 def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
@@ -102,7 +121,14 @@ def print_json(session: Session, prompt: str, logprobs: bool) -> list[Stats]:
     """Print a line of JSON for each sample."""
     results = collect(session, prompt, [""] * session.settings["num_samples"])
     for sample, result in enumerate(results):
-        write_json(record(session, prompt, sample, result, logprobs))
+        write_json(
+            {
+                "type": "result",
+                "prompt": prompt,
+                **continuation(sample, result, logprobs),
+                **everything(session, result),
+            }
+        )
     return [results[0].stats]
 
 

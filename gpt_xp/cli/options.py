@@ -3,13 +3,14 @@
 Each option can also be set by an environment variable, `GPT_XP_` and its long name in capitals.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from gpt_xp import json_text
+from gpt_xp.errors import JsonError
 from gpt_xp.quantization import KINDS
 
 CONTEXT = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
@@ -26,8 +27,8 @@ class StopType(click.types.StringParamType):
     def split_envvar_value(self, rv: str) -> list[str]:
         """Return the texts in the value of an environment variable."""
         try:
-            stops = json.loads(rv)
-        except json.JSONDecodeError:
+            stops = json_text.parse(rv)
+        except JsonError:
             stops = None
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             self.fail(f'GPT_XP_STOP must be a JSON list of strings, such as ["\\n\\n", "END"], not {rv}')
@@ -118,11 +119,14 @@ output_options = together(
     flag("--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."),
     json_option,
     flag("--stats", help="Print a line of statistics to stderr."),
+    flag("--json-full", help="As --json; with --prompt-file, print the settings and statistics in each line."),
     option(
-        "--prompt-file", metavar="FILE", type=FILE,
+        "--prompt-file", metavar="FILE", type=FILE, multiple=True,
         help="Continue every line of FILE (-: of stdin), and print JSON lines. All of them may be JSON objects "
-        "with a field `prompt` instead; empty ones are skipped.",
+        "with a field `prompt` instead; their other fields are printed as `input`. Empty lines are skipped. A line "
+        "that cannot be continued has an `error`, and the exit code is 1. May be given several times.",
     ),
+    flag("--strict", help="Print nothing if a line of --prompt-file cannot be continued."),
     option(
         "--batch-size", metavar="N", type=COUNT, default=8, show_default=True,
         help="Lines of --prompt-file to continue at a time.",

@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
@@ -19,7 +20,7 @@ from gpt_xp.errors import GptXpWarning
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-SCHEMA = 1  # of what --json prints; a change that can break a reader adds one
+SCHEMA = 2  # of what --json prints; a change that can break a reader adds one
 
 
 def write(text: str) -> None:
@@ -36,6 +37,20 @@ def write(text: str) -> None:
 def write_json(record: dict[str, Any]) -> None:
     """Write one line of JSON, in ASCII: no terminal, pipe or code page can damage it."""
     write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+
+
+def write_json_list(record: dict[str, Any], name: str, items: Iterable[str]) -> None:
+    """Write one line of JSON as `write_json` does, with a list of items, JSON each, that may be longer than memory."""
+    write(json.dumps({"schema": SCHEMA, **record, name: []}).removesuffix("]}"))
+    write_many(f", {item}" if place else item for place, item in enumerate(items))
+    write("]}\n")
+
+
+def write_many(texts: Iterable[str]) -> None:
+    """Write many short texts, a thousand at a time."""
+    each = iter(texts)
+    while some := "".join(itertools.islice(each, 1000)):
+        write(some)
 
 
 def note(text: str) -> None:

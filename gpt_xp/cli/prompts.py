@@ -1,5 +1,7 @@
 """Where a prompt comes from: the command line, stdin, or both."""
 
+import array
+import contextlib
 import difflib
 import re
 import sys
@@ -7,8 +9,8 @@ from collections.abc import Sequence
 
 import click
 
-from gpt_xp.cli.output import is_terminal
-from gpt_xp.errors import PromptError
+from gpt_xp.cli.output import is_terminal, note
+from gpt_xp.text_stream import Source, read_text, stdin
 
 IMPLIED = "gpt_xp.cli.implied"  # in ctx.meta: the command was not named
 LITERAL = "gpt_xp.cli.literal"  # in ctx.meta: how many words stand after `--`
@@ -42,19 +44,51 @@ def read_prompt(ctx: click.Context, words: Sequence[str]) -> str:
         _hint_at_command(ctx, words[0])
     if is_stdin.count(True) > 1 or is_stdin.count(False) > 1:
         raise click.UsageError(f"the prompt is one argument, and {words[-1]!r} is one too many: put quotes around it")
-    text = "".join(read_stdin() if stdin else word for stdin, word in zip(is_stdin, words, strict=True))
-    if not text and any(is_stdin):
+    return join_stdin(words, is_stdin)
+
+
+def join_stdin(words: Sequence[str], is_stdin: Sequence[bool]) -> str:
+    """Return the words as one text, with stdin, less one newline at its end, in place of those that stand for it.
+
+    Raises `TextError` where stdin cannot be read or is not UTF-8, and a usage error where it leaves the text empty.
+    """
+    if not any(is_stdin):
+        note_unread_stdin()
+        return "".join(words)
+    read = re.sub(r"\r?\n\Z", "", read_text(stdin()))
+    text = "".join(read if here else word for here, word in zip(is_stdin, words, strict=True))
+    if not text:
         raise click.UsageError('no text was given, and stdin is empty; "" is the empty text')
     return text
 
 
-def read_stdin() -> str:
-    """Return all of stdin, less one newline at its end. Raises `PromptError` for what is not UTF-8."""
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
-    try:
-        return re.sub(r"\r?\n\Z", "", data.decode())
-    except UnicodeDecodeError as error:
-        raise PromptError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
+def sources(files: Sequence[str]) -> list[Source]:
+    """Return the files, with stdin in place of "-".
+
+    Raises `TextError` where stdin is closed, and a usage error where it is there twice.
+    """
+    if files.count("-") > 1:
+        raise click.UsageError("stdin (-) can be read only once")
+    if "-" not in files:
+        note_unread_stdin()
+    return [stdin() if file == "-" else file for file in files]
+
+
+def note_unread_stdin() -> None:
+    """Write a line to stderr where stdin holds text, and the command reads it nowhere."""
+    if n_waiting() and not is_terminal(sys.stdin):
+        note('stdin is not read: put "-" where its text belongs')
+
+
+def n_waiting() -> int:
+    """Return how many bytes can be read from stdin at once; 0 where that is not known, as on Windows."""
+    n_bytes = array.array("i", [0])
+    with contextlib.suppress(AttributeError, ImportError, OSError, ValueError):  # closed, or not a pipe or a file
+        import fcntl
+        import termios
+
+        fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, n_bytes)
+    return n_bytes[0]
 
 
 def _hint_at_command(ctx: click.Context, word: str) -> None:

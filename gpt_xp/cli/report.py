@@ -9,36 +9,54 @@ from typing import Any
 from gpt_xp import __version__
 from gpt_xp._text import table
 from gpt_xp.cli.session import Session
+from gpt_xp.quantization import quantization_of
 from gpt_xp.results import Generation, Stats
 
+ABOUT = ("backend", "device", "dtype", "quantize")  # fields of `Stats` that are the same for all batches
 
-def record(session: Session, prompt: str, sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
-    """Return everything about one continuation, for --json; `stats` is about all that was generated with it."""
-    backend, stats = session.model.backend, result.stats
-    settings = {name: value for name, value in session.settings.items() if name != "seed"}
+
+def continuation(sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
+    """Return the JSON fields of one continuation."""
     return {
-        "prompt": prompt,
         "sample": sample,
         "text": result.text,
         "token_ids": result.token_ids,
         **({"logprobs": result.logprobs} if logprobs else {}),
         "finish_reason": result.finish_reason,
+    }
+
+
+def everything(session: Session, result: Generation) -> dict[str, Any]:
+    """Return the JSON fields that a continuation shares with others: the settings, and `batch`, its batch's figures."""
+    return {**about(session), "batch": figures(result.stats)}
+
+
+def about(session: Session) -> dict[str, Any]:
+    """Return the JSON fields that all continuations of a session share."""
+    backend = session.model.backend
+    return {
         "seed": session.settings["seed"],
-        "settings": settings,
+        "settings": {name: value for name, value in session.settings.items() if name != "seed"},
         "model": session.name,
         "backend": backend.name,
         "device": backend.device,
         "dtype": backend.dtype,
+        "quantize": quantization_of(session.model.params),
         "versions": {
             "gpt_xp": __version__,
             "python": platform.python_version(),
             backend.name: backend.version,
         },
-        "stats": {
-            **dataclasses.asdict(stats),
-            "prefill_tokens_per_second": stats.prefill_tokens_per_second,
-            "decode_tokens_per_second": stats.decode_tokens_per_second,
-        },
+    }
+
+
+def figures(stats: Stats) -> dict[str, Any]:
+    """Return the JSON fields of a batch: statistics over all its rows."""
+    own = {name: value for name, value in dataclasses.asdict(stats).items() if name not in ABOUT}
+    return {
+        **own,
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
     }
 
 

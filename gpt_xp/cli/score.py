@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,10 +14,11 @@ from gpt_xp._tree import finite
 from gpt_xp.api import Model
 from gpt_xp.cli.options import CONTEXT, COUNT, FILE, flag, json_option, loading_options, option, together
 from gpt_xp.cli.output import progress, waiting, write, write_json
-from gpt_xp.cli.prompts import LITERAL, PromptCommand, read_stdin
+from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, sources
 from gpt_xp.cli.session import load_model
-from gpt_xp.errors import PromptError, SettingError, TokenizerError
+from gpt_xp.errors import SettingError, TokenizerError
 from gpt_xp.scoring import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
+from gpt_xp.text_stream import read_text
 from gpt_xp.tokenizer import Tokenizer
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -127,12 +126,8 @@ def _read(arguments: Sequence[str]) -> tuple[str, str]:
     if len(arguments) != 1:
         raise click.UsageError(f"give one FILE, or - for stdin, not {len(arguments)}; --choices ranks continuations")
     file = str(FILE(arguments[0]))
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return file, data.decode()
-    except UnicodeDecodeError as error:
-        name = "stdin" if file == "-" else file
-        raise PromptError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    [source] = sources([file])
+    return file, read_text(source)
 
 
 def _prompt(ctx: click.Context, arguments: Sequence[str]) -> str:
@@ -140,7 +135,7 @@ def _prompt(ctx: click.Context, arguments: Sequence[str]) -> str:
     if len(arguments) < 2:
         raise click.UsageError("--choices needs a PROMPT and at least one CHOICE")
     is_literal = ctx.meta[LITERAL] == len(arguments)
-    return read_stdin() if arguments[0] == "-" and not is_literal else arguments[0]
+    return join_stdin(arguments[:1], [arguments[0] == "-" and not is_literal])
 
 
 def _refuse(ctx: click.Context, names: Sequence[str], why: str) -> None:

@@ -2,16 +2,15 @@
 
 import itertools
 import os
-import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
 from gpt_xp.cli.interrupts import ignore_interrupt
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.output import note, progress
-from gpt_xp.errors import CheckpointError, TextError
+from gpt_xp.cli.prompts import sources
+from gpt_xp.errors import CheckpointError
 from gpt_xp.text_stream import size_of, text_pieces
 from gpt_xp.tokenizer import EOS
 from gpt_xp.tokenizer_files import PAIRS, TOKENIZER_JSON
@@ -43,9 +42,9 @@ def train(files: tuple[str, ...], vocab_size: int, out: Path, special: tuple[str
     special_tokens = check_special_tokens(dict.fromkeys([EOS, *special]))
     check_vocab_size(vocab_size, special_tokens)
     check_place(out, force)
-    sources = [_stdin() if file == "-" else file for file in files]
-    with progress(size_of(sources), "B") as bar:
-        words = count_words(text_pieces(sources, advance=bar.update))
+    texts = sources(files)
+    with progress(size_of(texts), "B") as bar:
+        words = count_words(text_pieces(texts, advance=bar.update))
     with progress(vocab_size - len(special_tokens) - 256, "token") as bar:
         learned = learn(words, vocab_size, special_tokens, advance=bar.update)
     n_characters = sum(len(word) * count for word, count in words.items())
@@ -67,9 +66,3 @@ def check_place(out: Path, force: bool) -> None:
     nearest = next(folder for folder in (out, *out.parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise CheckpointError(f"{out} cannot be written to: {nearest} is no directory that may be changed")
-
-
-def _stdin() -> BinaryIO:
-    if sys.stdin is None:
-        raise TextError("stdin is closed: expected text")
-    return sys.stdin.buffer

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
-from gpt_xp._text import table
-from gpt_xp.cli.options import CONTEXT, json_option, model_option
-from gpt_xp.cli.output import write, write_json
+from gpt_xp._text import table_lines
+from gpt_xp.cli.options import CONTEXT, flag, json_option, model_option
+from gpt_xp.cli.output import write, write_json, write_json_list, write_many
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.session import locate, tell_default
 from gpt_xp.tokenizer import Tokenizer
@@ -16,9 +17,12 @@ from gpt_xp.tokenizer import Tokenizer
 @click.command(cls=PromptCommand, context_settings=CONTEXT)
 @click.argument("words", metavar="[TEXT]", nargs=-1)
 @model_option
+@flag("--count", help="Print only how many tokens there are.")
 @json_option
 @click.pass_context
-def tokens(ctx: click.Context, words: Sequence[str], model: str | None, offline: bool, as_json: bool) -> None:
+def tokens(
+    ctx: click.Context, words: Sequence[str], model: str | None, offline: bool, count: bool, as_json: bool
+) -> None:
     """Show the tokens of TEXT, or of stdin.
 
     For each its id, how the vocabulary writes it, and the text it stands for: in hex where it is not whole characters.
@@ -28,13 +32,26 @@ def tokens(ctx: click.Context, words: Sequence[str], model: str | None, offline:
         tell_default()
     name, directory = locate(model, offline)
     tokenizer = Tokenizer.from_directory(directory)
-    rows = [(id, tokenizer.decoder[id], tokenizer.token_bytes(id)) for id in tokenizer.encode(text)]
-    if as_json:
-        records = [{"id": id, "token": token, "bytes": data.hex(), "text": _text(data)} for id, token, data in rows]
-        write_json({"model": name, "tokens": records})
+    ids = tokenizer.encode(text)
+    # A text has far more tokens than different ones: only of these is anything held in memory.
+    different = {id: (tokenizer.decoder[id], tokenizer.token_bytes(id)) for id in dict.fromkeys(ids)}
+    if count and as_json:
+        write_json({"model": name, "count": len(ids)})
+    elif count:
+        write(f"{len(ids)}\n")
+    elif as_json:
+        records = {id: json.dumps(_record(id, *each)) for id, each in different.items()}
+        write_json_list({"model": name}, "tokens", map(records.__getitem__, ids))
     else:
-        shown = [(str(id), token, _shown(data)) for id, token, data in rows]
-        write(table([("id", "token", "text"), *shown]))
+        rows = [(str(id), token, _shown(data)) for id, (token, data) in different.items()]
+        header, *lines = table_lines([("id", "token", "text"), *rows])
+        line_of = dict(zip(different, lines, strict=True))
+        write(header)
+        write_many(map(line_of.__getitem__, ids))
+
+
+def _record(id: int, token: str, data: bytes) -> dict[str, Any]:
+    return {"id": id, "token": token, "bytes": data.hex(), "text": _text(data)}
 
 
 def _text(data: bytes) -> str | None:

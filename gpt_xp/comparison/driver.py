@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp import __version__
+from gpt_xp import __version__, json_text
 from gpt_xp._processes import own_command, reason, thread_variables, usable_backends
 from gpt_xp._tree import finite
 from gpt_xp.backend import check_name
@@ -175,7 +175,7 @@ class _Outcome:
         self.result: dict[str, Any] = {}
         self.failure = None
         if done.returncode == 0:
-            self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            self.result = json_text.parse((folder / "result.json").read_bytes())
         else:
             self.failure = reason(done.stderr, done.returncode)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp import json_text
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.api import Model, load
 from gpt_xp.backend import get_backend
@@ -28,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {
 
 def work(job_file: Path) -> None:
     """Do the job, and write down what came out."""
-    job = json.loads(job_file.read_text(encoding="utf-8"))
+    job = json_text.parse(job_file.read_bytes())
     folder = job_file.parent
     backend = get_backend(job["backend"], device=job["device"], dtype=job["dtype"], threads=job["threads"])
     model = load(job["model"], backend=backend)

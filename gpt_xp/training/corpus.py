@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
-from gpt_xp.errors import TextError
+from gpt_xp.errors import CheckpointError, TextError
 from gpt_xp.safetensors_file import NumpyArray, mapping_errors
 from gpt_xp.text_stream import size_of, text_pieces
 from gpt_xp.tokenizer import Tokenizer
@@ -130,9 +130,13 @@ def is_tokenized(folder: Path) -> bool:
 def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
     """Map what `tokenize` has written.
 
-    Raises `TextError` where it is too little for rows of `length` tokens, `CheckpointError` where it cannot be mapped.
+    Raises `TextError` where it is too little for rows of `length` tokens, `CheckpointError` where it is damaged or
+    cannot be mapped.
     """
-    counts = Counts(**read_json(str(folder / COUNTS)))
+    try:
+        counts = Counts(**read_json(str(folder / COUNTS)))
+    except TypeError as error:
+        raise CheckpointError(f"{folder / COUNTS} is damaged ({error}): train in another directory") from None
     if counts.train_tokens <= length:
         raise TextError(
             f"the text to train on has {counts.train_tokens} tokens, and each row of a batch takes {length} and one "

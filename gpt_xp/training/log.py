@@ -5,9 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpt_xp import json_text
 from gpt_xp._tree import finite
 from gpt_xp.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import CheckpointError
 from gpt_xp.training.corpus import Advance
 from gpt_xp.training.settings import Settings
 
@@ -79,6 +81,16 @@ def write_log(path: Path, evaluations: list[Evaluation]) -> None:
 
 
 def read_log(path: Path, last: int) -> list[Evaluation]:
-    """Return the evaluations up to step `last`: a run that was killed may have written one more."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [each for line in lines if (each := Evaluation(**json.loads(line))).step <= last]
+    """Return the evaluations up to step `last`: a run that was killed may have written one more.
+
+    Raises `CheckpointError` for a line that `write_log` did not write.
+    """
+    evaluations = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            evaluations.append(Evaluation(**json_text.parse(line)))
+        except (TypeError, ValueError) as error:  # other fields, or a `JsonError`
+            raise CheckpointError(
+                f"{path}, line {number} is no evaluation ({error}): remove the line, then go on (--resume)"
+            ) from None
+    return [each for each in evaluations if each.step <= last]

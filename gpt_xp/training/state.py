@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from gpt_xp import json_text
 from gpt_xp.checkpoint import SAVING, read_json, sync, write_json, written_aside
 from gpt_xp.errors import CheckpointError, SettingError
 from gpt_xp.safetensors_file import open_safetensors
@@ -127,7 +128,10 @@ def load_state(folder: Path, like: Any) -> tuple[Any, Place] | None:
         if {name: tensor.shape for name, tensor in file.tensors.items()} != expected:
             raise CheckpointError(f"{path} is of another model, or of another version: train in another directory")
         arrays = [file.read(name) for name in expected]
-        place = Place(**json.loads(file.metadata["place"]))
+        try:
+            place = Place(**json_text.parse(file.metadata["place"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not say how far the run has come ({error}): start it anew") from None
     return jax.tree.unflatten(jax.tree.structure(like), arrays), place
 
 
