@@ -59,7 +59,7 @@ def read_bytes(source: Source) -> bytes:
 def stdin() -> BinaryIO:
     """Return stdin as a source. Raises `TextError` where it is closed."""
     if sys.stdin is None or sys.stdin.closed:
-        raise TextError("stdin is closed, and text was expected there: give a file or a pipe")
+        raise TextError("stdin is closed: expected text")
     return sys.stdin.buffer
 
 

@@ -312,7 +312,7 @@ def test_the_command_says_what_ran(no_variables: None, call: Callable[..., Resul
     assert result.code == 0, result.err
     assert "float32, int8;" in result.err
     record = json.loads(call("--model", "shakespeare", "-n", "3", "--json", "--quantize", "int4", "ROMEO:").out)
-    assert record["stats"]["quantize"] == "int4"
+    assert record["quantize"] == "int4"
 
 
 @pytest.mark.parametrize("window", [1, 4, 23, 41])

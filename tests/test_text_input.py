@@ -97,7 +97,7 @@ def test_utf16_from_a_shell_of_windows_is_called_by_its_name(call: Call, tmp_pat
 @reads_stdin
 def test_stdin_that_is_closed_is_one_error(call: Call, tmp_path: Path, reader: str) -> None:
     result = call(*arguments(reader, tmp_path), stdin=None)
-    message = "stdin is closed, and text was expected there: give a file or a pipe"
+    message = "stdin is closed: expected text"
     assert result == (1, "", f"gpt-xp: error: {message}\n")
 
 
