@@ -71,7 +71,7 @@ def test_a_byte_order_mark_is_not_trained_on(tmp_path: Path, shakespeare) -> Non
         settings = corpus.Settings(data=tuple(map(str, files)), val_fraction=0.3)
         folder = tmp_path / name
         folder.mkdir()
-        corpus.tokenize(corpus.split(settings), shakespeare.tokenizer, folder)
+        corpus.tokenize(corpus.split(settings), shakespeare.tokenizer, folder, n_vocab=shakespeare.config.n_vocab)
         found.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert found[0] == found[1]
 
