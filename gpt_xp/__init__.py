@@ -9,22 +9,22 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from gpt_xp.api import Model, load, save
-from gpt_xp.backend import Backend, BackendInfo, backends
-from gpt_xp.cache import KVCache, new_cache
-from gpt_xp.config import SIZES, GPT2Config
-from gpt_xp.errors import GptXpError
-from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
-from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
-from gpt_xp.quantization import quantize
-from gpt_xp.results import Generation, Piece, Stats
-from gpt_xp.scoring import RankedChoice, Score
-from gpt_xp.tokenizer import Tokenizer
+TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a while to import
 
 if TYPE_CHECKING:
+    from gpt_xp.api import Model, load, save
+    from gpt_xp.backend import Backend, BackendInfo, backends
+    from gpt_xp.cache import KVCache, new_cache
     from gpt_xp.comparison import Comparison, compare
+    from gpt_xp.config import SIZES, GPT2Config
+    from gpt_xp.errors import GptXpError
+    from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
+    from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
+    from gpt_xp.quantization import quantize
+    from gpt_xp.results import Generation, Piece, Stats
+    from gpt_xp.scoring import RankedChoice, Score
+    from gpt_xp.tokenizer import Tokenizer
     from gpt_xp.tokenizer_training import train_tokenizer
     from gpt_xp.training import Evaluation, Training, train
 
@@ -61,22 +61,40 @@ __all__ = [
     "unembed",
 ]
 
-# What generating a text does not need is imported when it is first asked for, or each start would wait for it.
-_LATER = {
-    "Comparison": "gpt_xp.comparison",
-    "Evaluation": "gpt_xp.training",
-    "Training": "gpt_xp.training",
-    "compare": "gpt_xp.comparison",
-    "train": "gpt_xp.training",
-    "train_tokenizer": "gpt_xp.tokenizer_training",
+# The modules of the public names. Each is imported when one of its names is first asked for: `import gpt_xp` takes a
+# few milliseconds, and the command can prepare for Ctrl-C before NumPy is imported.
+_NAMES_OF = {
+    "api": ("Model", "load", "save"),
+    "backend": ("Backend", "BackendInfo", "backends"),
+    "cache": ("KVCache", "new_cache"),
+    "comparison": ("Comparison", "compare"),
+    "config": ("SIZES", "GPT2Config"),
+    "errors": ("GptXpError",),
+    "model": ("gpt2", "hidden_states", "lm_loss", "unembed"),
+    "picogpt": ("load_encoder_hparams_and_params", "shape_tree"),
+    "quantization": ("quantize",),
+    "results": ("Generation", "Piece", "Stats"),
+    "scoring": ("RankedChoice", "Score"),
+    "tokenizer": ("Tokenizer",),
+    "tokenizer_training": ("train_tokenizer",),
+    "training": ("Evaluation", "Training", "train"),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes any name for a right one
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    def __getattr__(name: str) -> object:
+        """Return a public name, or a submodule: importing the package has always been enough to name those."""
+        if name in _MODULE_OF:
+            value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        from importlib.util import find_spec  # not above: it imports much else
+
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *__all__})

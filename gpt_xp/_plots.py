@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gpt_xp.checkpoint import written_aside
 from gpt_xp.errors import SettingError
 
 SUFFIXES = (".png", ".svg", ".pdf")
+TYPICAL_SIZE = 100_000  # bytes of a picture
 
 
 def check_plot(path: Path) -> None:
@@ -23,25 +25,18 @@ def check_plot(path: Path) -> None:
         raise SettingError(f"a plot cannot be written to {path}: no file may be made in {path.parent}")
 
 
-def new_figure(rows: int, columns: int, **settings: Any) -> tuple[Any, Any]:
-    """Return a figure and its axes, as `matplotlib.pyplot.subplots` does."""
-    import matplotlib
+def new_figure(rows: int, columns: int, figsize: tuple[float, float], layout: str | None = None, **axes: Any) -> Any:
+    """Return a figure and its axes, as `matplotlib.pyplot.subplots` does, which would change the user's backend."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # no window
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, **settings)
-    return figure, axes
+    figure = Figure(figsize=figsize, layout=layout)  # type: ignore[arg-type]
+    return figure, figure.subplots(rows, columns, **axes)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format that the suffix of `path` says, aside first and renamed; then forget it."""
-    import matplotlib.pyplot as plt
+    """Write a figure in the format that the suffix of `path` says, aside first and renamed.
 
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=120)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    Raises `CheckpointError`, which names the file, where it cannot be written.
+    """
+    with written_aside(path, TYPICAL_SIZE) as aside:
+        figure.savefig(aside, dpi=120, format=path.suffix[1:].lower())

@@ -1,5 +1,6 @@
 """What `compare` and `bench` share: the processes that do their work, each with one library in it."""
 
+import os
 import subprocess
 import sys
 
@@ -27,5 +28,6 @@ def reason(stderr: str, code: int | None) -> str:
 def usable_backends() -> list[str]:
     """The backends that can be used here. Asked in another process: JAX takes most of a GPU when it looks for one."""
     command = own_command("backends", "--json")
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+    variables = {name: value for name, value in os.environ.items() if name != "GPT_XP_VERBOSE"}  # it takes seconds
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True, env=variables)
     return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]

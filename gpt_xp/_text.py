@@ -1,7 +1,12 @@
 """How things are written for people."""
 
+import os
+import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*\S+")
 
 
 def size(n_bytes: float) -> str:
@@ -31,8 +36,15 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Return lines of at most 80 columns, all but the first indented."""
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False) + "\n"
+    """Return lines of at most 80 columns, all but the first indented; a command to copy stays on one line."""
+    whole = COMMAND.sub(lambda found: found[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(whole, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ") + "\n"
+
+
+def listed(values: Any) -> list[Any]:
+    """Return a list of values; one name, number or path by itself is a list of one."""
+    return [values] if isinstance(values, str | int | os.PathLike) else list(values)
 
 
 def short_dtypes(text: str) -> str:

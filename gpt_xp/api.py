@@ -54,7 +54,6 @@ class Model:
         self.backend = get_backend(backend)
         if quantization_of(params):
             self.backend = quantized_backend(self.backend)
-        self.backend.keep_compiled()
         self._bytes = sum(map(self._leaf_bytes, leaves(params)))
         with self._memory_errors(batch=0):
             self.params: Params = tree_map(self._move, params)

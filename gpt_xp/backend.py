@@ -8,12 +8,13 @@ An adapter is a module with two functions, named by an entry point of the group 
     create(device: str | None, dtype: str, threads: int | None) -> Backend
     info() -> BackendInfo
 
-Importing an adapter must not import its library. CONTRIBUTING shows one being written.
+It may have a `NEEDS`, such as {"torch": "pip install torch"}: the modules without which it cannot work, and how to get
+them. Importing an adapter must not import its library. CONTRIBUTING shows one being written.
 """
 
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -134,7 +135,8 @@ class Backend:
     device_memory: int | None = None  # bytes in all
     peak_memory: Callable[[], int | None] = peak_process_memory
     compile_seconds: Callable[[], float] = lambda: 0.0  # spent so far in this process
-    keep_compiled: Callable[[], None] = lambda: None  # called by `Model`: keep compiled programs on disk
+    # Keep compiled programs on disk. It may change settings of the process, so only the command calls it.
+    keep_compiled: Callable[[], None] = lambda: None
     # What else makes two runs differ, name by name: libraries below, threads, precision; for `compare` and the doctor.
     settings: Callable[[], dict[str, str]] = dict
     # The same backend with a namespace that takes quantized weights, where it has a better product with them than by
@@ -202,6 +204,18 @@ def check_name(name: str) -> EntryPoint:
     return entries[name]
 
 
+def check_installed(name: str, quantized: bool = False) -> None:
+    """Raise `BackendError` where there is no backend of that name, or a library that it needs is not installed.
+
+    Nothing is imported but the adapter, which names these libraries in `NEEDS` and `NEEDS_QUANTIZED`, if at all.
+    """
+    adapter = check_name(name).load()
+    needs = getattr(adapter, "NEEDS", {}) | (getattr(adapter, "NEEDS_QUANTIZED", {}) if quantized else {})
+    for module, fix in needs.items():
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(f"{module} is not installed", fix)
+
+
 def closest_first(word: str, known: Iterable[str]) -> list[str]:
     """Return `known` with the likeliest meanings of a mistyped `word` first."""
     names = list(known)
@@ -227,7 +241,13 @@ def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why
 
 
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
+    entries = {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
+    if not entries:
+        raise BackendError(
+            "gpt-xp is not installed, and backends are found by what its installation records",
+            "in its checkout, run: pip install -e .",
+        )
+    return entries
 
 
 def _info(entry: EntryPoint) -> BackendInfo:

@@ -18,7 +18,7 @@ class ConfigError(GptXpError):
 
 
 class CheckpointError(GptXpError):
-    """A checkpoint on disk that cannot be read, does not fit its config, or cannot be written."""
+    """A checkpoint on disk that cannot be read or does not fit its config, or a file that cannot be written."""
 
 
 class ModelNotFoundError(GptXpError):

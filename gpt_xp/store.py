@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_xp import openai_checkpoint, published
+from gpt_xp._variables import says_yes
 from gpt_xp.checkpoint import align_weights, read_config
 from gpt_xp.config import GPT2Config
 from gpt_xp.digests import digest_of
@@ -47,19 +48,31 @@ class Copy:
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
 
-def home() -> Path:
-    """Return the cache folder: `GPT_XP_HOME`, or the user's own for gpt-xp."""
+def home() -> Path | None:
+    """Return the cache folder: `GPT_XP_HOME`, or the user's own for gpt-xp.
+
+    None where there is no place for one: a numeric user of a container has no home directory. Then nothing is cached.
+    """
     if own := os.environ.get("GPT_XP_HOME"):
-        return Path(os.path.abspath(os.path.expanduser(own)))
+        folder = os.path.expanduser(own)
+        return None if folder.startswith("~") else Path(os.path.abspath(folder))
     import platformdirs
 
-    return platformdirs.user_cache_path("gpt-xp")
+    try:
+        folder = platformdirs.user_cache_dir("gpt-xp")
+    except (RuntimeError, OSError):
+        return None
+    return Path(folder) if os.path.isabs(folder) else None  # some versions return "~/.cache/gpt-xp"
+
+
+def place() -> str:
+    """Return the cache folder as it is written for people."""
+    return str(home() or "GPT_XP_HOME (which is not set, and this user has no home directory)")
 
 
 def is_offline() -> bool:
-    """Whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids to use the network: any value does that does not say no."""
-    no = ("", "0", "false", "f", "no", "n", "off")
-    return any(os.environ.get(name, "").strip().lower() not in no for name in ("GPT_XP_OFFLINE", "HF_HUB_OFFLINE"))
+    """Whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids to use the network."""
+    return says_yes("GPT_XP_OFFLINE") or says_yes("HF_HUB_OFFLINE")
 
 
 def copies(model: Published) -> list[Copy]:
@@ -69,7 +82,7 @@ def copies(model: Published) -> list[Copy]:
 
 def stored(model: Published) -> list[Copy]:
     """Return what is here of `model`, also copies that are not whole yet, or no more."""
-    own = [Copy(source, folder) for source in SOURCES if os.path.exists(folder := _folder(model, source))]
+    own = [Copy(source, folder) for source in SOURCES if (folder := _folder(model, source)) and os.path.exists(folder)]
     return own + [Copy(HUB_CACHE, folder) for folder in _snapshots(model) if _is_complete_snapshot(model, folder)]
 
 
@@ -93,12 +106,16 @@ def pull(
     """
     progress = progress or StderrProgress()
     folder = folder or _folder(model, source)
-    if _is_whole(folder, source):
+    if folder is not None and _is_whole(folder, source):
         return folder
     if source == "openai":
         _check_in_bucket(model)
         openai_checkpoint.check_tensorflow()  # before anything is fetched for nothing
     _check_online(model, offline)
+    if folder is None:
+        raise DownloadError(
+            f"{model.name} cannot be kept anywhere: this user has no home directory; set GPT_XP_HOME to a folder"
+        )
     with _busy(folder, progress):
         if not _is_whole(folder, source):  # else by another process, for which this one has waited
             try:
@@ -114,7 +131,7 @@ def remove(model: Published) -> list[Path]:
     removed = []
     for source in SOURCES:
         folder = _folder(model, source)
-        if os.path.lexists(folder):
+        if folder is not None and os.path.lexists(folder):
             with _busy(folder, StderrProgress()):
                 shutil.rmtree(folder.resolve())
                 if folder.is_symlink():  # to a larger disk, say
@@ -207,6 +224,8 @@ def _snapshots(model: Published) -> Iterator[Path]:
         own = os.path.join(os.environ.get("HF_HOME", os.path.join(xdg, "huggingface")), "hub")
     for repo in (model.repo, model.repo.rpartition("/")[2]):
         folder = os.path.expanduser(os.path.expandvars(own))
+        if folder.startswith("~"):  # there is no home directory
+            return
         yield Path(folder, f"models--{repo.replace('/', '--')}", "snapshots", model.revision)
 
 
@@ -259,8 +278,8 @@ def _check_online(model: Published, offline: bool) -> None:
     if offline or is_offline():
         raise ModelNotFoundError(
             f"{model.name} is not on this machine, and gpt-xp is offline (--offline, GPT_XP_OFFLINE or "
-            f"HF_HUB_OFFLINE): run `gpt-xp models pull {model.name}` with a network, here or where {home()} can be "
-            f"copied from"
+            f"HF_HUB_OFFLINE): run `gpt-xp models pull {model.name}` with a network, here or where "
+            f"{home() or 'its cache folder'} can be copied from"
         )
 
 
@@ -270,8 +289,9 @@ def _check_in_bucket(model: Published) -> None:
         raise ModelNotFoundError(f"{model.name} is not in OpenAI's bucket; the Hub has it (--source hub)")
 
 
-def _folder(model: Published, source: str) -> Path:
-    return home() / "models" / model.name / source
+def _folder(model: Published, source: str) -> Path | None:
+    kept = home()
+    return kept and kept / "models" / model.name / source
 
 
 def _is_whole(folder: Path, source: str) -> bool:

@@ -19,10 +19,11 @@ from test_model import GOLDENS
 
 import gpt_xp
 from gpt_xp import Backend, Model, steps
-from gpt_xp.backend import closest_first, get_backend, import_library, is_step
+from gpt_xp.backend import check_installed, closest_first, get_backend, import_library, is_step
+from gpt_xp.bench import bench
 from gpt_xp.cache import new_cache
 from gpt_xp.comparison.worker import traced
-from gpt_xp.errors import BackendError
+from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.sampling import choose
 
 
@@ -39,15 +40,8 @@ def in_a_new_process(code: str, **environment: str) -> Any:
 # Nothing is imported on spec.
 
 
-def test_importing_gpt_xp_imports_no_other_array_library() -> None:
-    code = "import gpt_xp, sys, json; print(json.dumps(sorted(sys.modules)))"
-    loaded = {name.partition(".")[0] for name in in_a_new_process(code)}
-    assert "numpy" in loaded
-    assert not loaded & {"jax", "cupy", "tensorflow", "torch", "array_api_strict", "requests", "transformers"}
-
-
 def test_the_command_imports_what_generating_needs() -> None:
-    code = "import gpt_xp.cli, sys, json; print(json.dumps(sorted(sys.modules)))"
+    code = "import gpt_xp.cli.group, sys, json; print(json.dumps(sorted(sys.modules)))"
     loaded = set(in_a_new_process(code))
     assert "gpt_xp.generation" in loaded
     assert not loaded & {"gpt_xp.training", "gpt_xp.comparison", "gpt_xp.tokenizer_training", "gpt_xp.cli.train"}
@@ -94,26 +88,6 @@ gpt_xp.backend.get_backend("jax", dtype="float64").asarray(__import__("numpy").z
 print(json.dumps(sorted(key for key, value in jax.config.values.items() if before[key] != value)))
 """
     assert in_a_new_process(code) == []
-
-
-def test_a_model_keeps_jaxs_programs_in_the_users_cache(tmp_path: Any) -> None:
-    make_backend("jax")
-    code = """
-import json, jax, gpt_xp
-gpt_xp.load(backend="jax").generate("a", max_tokens=2)
-print(json.dumps(jax.config.jax_compilation_cache_dir))
-"""
-    code = f"import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{code}"
-    environment = {
-        "GPT_XP_HOME": str(tmp_path / "home"),
-        "XDG_CACHE_HOME": str(tmp_path),
-        "JAX_COMPILATION_CACHE_DIR": "",
-    }
-    assert in_a_new_process(code, **environment) == str(tmp_path / "home" / "jax")
-    assert any((tmp_path / "home" / "jax").iterdir())
-    if sys.platform == "linux":
-        code = f"import os; del os.environ['GPT_XP_HOME']\n{code}"
-        assert in_a_new_process(code, **environment) == str(tmp_path / "gpt-xp" / "jax")
 
 
 def test_a_cache_of_the_users_own_is_left_alone(tmp_path: Any) -> None:
@@ -352,3 +326,45 @@ def test_what_is_a_step_of_the_model() -> None:
     # Those return more than logits and a cache, which CuPy's graph and NumPy's blocks would not know.
     for other in (steps.decode_steps, choose, new_cache, traced):
         assert not is_step(other)
+
+
+# --- what is not installed --------------------------------------------------------------------------------------------
+
+
+def test_a_checkout_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_xp.backend.entry_points", lambda group: [])
+    for ask in (lambda: gpt_xp.load(backend="numpy"), gpt_xp.load, gpt_xp.backends, lambda: gpt_xp.compare(["numpy"])):
+        with pytest.raises(BackendError, match=r"gpt-xp is not installed.*: in its checkout, run: pip install -e \."):
+            ask()
+
+
+def test_what_is_missing_is_known_without_importing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = {"cupy": "cupy", "jax": "jax", "torch": "torch", "array-api-strict": "array_api_strict"}
+    for module in (*libraries.values(), "numba"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    check_installed("numpy")
+    for name, module in libraries.items():
+        with pytest.raises(BackendError, match=f"{module} is not installed: pip install 'gpt-xp"):
+            check_installed(name)
+    with pytest.raises(BackendError, match=r"numba is not installed: pip install 'gpt-xp\[quantize\]'"):
+        check_installed("numpy", quantized=True)
+    with pytest.raises(BackendError, match="there is no backend 'numpi'; there are: numpy"):
+        check_installed("numpi")
+
+
+@pytest.mark.parametrize("function", [gpt_xp.compare, bench])
+def test_a_missing_backend_is_an_error_before_any_process_starts(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **settings: pytest.fail("a process was started"))
+    with pytest.raises(BackendError, match="torch is not installed"):
+        function(["numpy", "torch@cuda"], "shakespeare")
+
+
+@pytest.mark.parametrize("function", [gpt_xp.compare, bench])
+@pytest.mark.parametrize("settings", [{}, {"dtypes": "float8"}])
+def test_one_name_is_a_list_of_one(function: Callable[..., Any], settings: dict[str, str]) -> None:
+    error, message = (SettingError, "no dtype 'float8'") if settings else (BackendError, "no backend 'numpi'")
+    with pytest.raises(error, match=message):
+        function("numpy" if settings else "numpi", "shakespeare", **settings)

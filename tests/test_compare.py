@@ -18,11 +18,11 @@ from small_models import CONFIGS, small_params, small_tokens, tree_map
 from third_party import WRONG_BACKENDS, installed, with_large_scores
 
 import gpt_xp
-from gpt_xp import Model
+from gpt_xp import Model, _plots
 from gpt_xp.comparison import figures, plot, report, worker
 from gpt_xp.comparison.figures import Difference, Figures, Flip, LayerFigures, LogitFigures
 from gpt_xp.comparison.prompts import PROMPTS
-from gpt_xp.errors import BackendError, PromptError, SettingError
+from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.generation import PIECE
 from gpt_xp.tolerances import TOLERANCE
 
@@ -357,3 +357,33 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"pip install 'gpt-xp\[plot\]'"):
         plot.check_plot(Path("out.png"))
+
+
+def test_one_prompt_is_a_list_of_one():
+    found = gpt_xp.compare("numpy", "shakespeare", "My lord", max_tokens=2)
+    assert found.prompts == ("My lord",)
+    assert [(run.backend, run.dtype) for run in found.runs] == [("numpy", "float32")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("suffix", _plots.SUFFIXES)
+def test_a_plot_on_a_full_disk_names_its_file(tmp_path, monkeypatch, suffix):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **settings: save(self, "/dev/full", **settings))
+    path = tmp_path / f"out{suffix}"
+    with pytest.raises(CheckpointError, match=rf"cannot write {path} \(.*; it needs 100.0 kB there: make room"):
+        _plots.save_figure(_plots.new_figure(1, 1, figsize=(3, 2))[0], path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_that_fails_comes_after_the_figures(call, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    def full(*args: object) -> None:
+        raise CheckpointError("cannot write out.png")
+
+    monkeypatch.setattr("gpt_xp.comparison.plot.save_figure", full)
+    result = call("compare", "-m", "shakespeare", "--backends", "numpy", "-n", "2", "My lord", "--plot", "out.png")
+    assert (result.code, result.err) == (1, "gpt-xp: error: cannot write out.png\n")
+    assert "numpy f32" in result.out

@@ -91,7 +91,7 @@ def test_a_tokenizer_json_would_hide_the_new_one(call, text, out):
         ((*TRAIN, "--out", "TEXT/below", "TEXT"), b"", 1, "is no directory that may be changed"),
         ((*TRAIN, "--out", "TEXT", "TEXT"), b"", 2, "is a file"),
         ((*TRAIN, "--special", "a", "--out", "OUT", "TEXT"), b"", 1, "special token 'a' is what stands for a byte"),
-        ((*TRAIN[:-1], "256", "--out", "OUT", "TEXT"), b"", 1, "vocab_size is 256: expected at least 257"),
+        ((*TRAIN[:-1], "256", "--out", "OUT", "TEXT"), b"", 1, "error: --vocab-size is 256: expected at least 257"),
         ((*TRAIN[:-1], "1e3", "--out", "OUT", "TEXT"), b"", 2, "'1e3' is not a valid integer"),
         ((*TRAIN, "TEXT"), b"", 2, "Missing option '--out'"),
         ((*TRAIN, "--out", "OUT"), b"", 2, "Missing argument"),

@@ -308,7 +308,7 @@ def test_a_full_disk_keeps_what_was_there(
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    (["--out", "NEW"], 1, "there is nothing to train on: name the files of text (data)"),
+    (["--out", "NEW"], 1, "there is nothing to train on: name the files of text (--data)"),
     (["--data", "TEXT"], 2, "Missing option '--out'"),
     (["--data", "missing.txt", "--out", "NEW"], 2, "'missing.txt' does not exist"),
     (["--data", ".", "--out", "NEW"], 2, "'.' is a directory"),
@@ -320,8 +320,8 @@ MISTAKES = [
     (["--data", "TEXT", "--out", "NEW", "--from", "shakespear"], 1, "there is no directory 'shakespear'"),
     (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "there is no directory"),
     (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "and the table of this model ends at"),
-    (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "it needs a model to start from"),
-    (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "seed must be below 2**63"),
+    (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "name the model to start from (--from)"),
+    (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "error: --seed must be below 2**63"),
     (["--data", "TEXT", "--out", "NEW", "--steps", "1e3"], 2, "'1e3' is not a valid integer"),
     (["--data", "TEXT", "--out", "NEW", "--average", "1"], 2, "1.0 is not in the range 0<=x<1"),
     (["--data", "TEXT", "--out", "NEW", "--plot", "losses.txt"], 1, "its name must end in .png, .svg, .pdf"),
@@ -330,8 +330,12 @@ MISTAKES = [
     (["--data", "TEXT", "--out", "MODEL"], 1, "holds a model that was not trained there"),
     (["--data", "TEXT", "--out", "MODEL", "--from", "MODEL"], 1, "holds a model that was not trained there"),
     (["--out", "NEW", "--resume"], 1, "holds no run to go on with"),
-    (["--out", "DONE", "--resume", "--steps", "8"], 1, "this run was begun with steps 7, not 8: leave it out to go on"),
-    (["--out", "DONE", "--resume", "--data", "EMPTY"], 1, "this run was begun with data ("),
+    (
+        ["--out", "DONE", "--resume", "--steps", "8"],
+        1,
+        "this run was begun with --steps 7, not 8: leave it",
+    ),
+    (["--out", "DONE", "--resume", "--data", "EMPTY"], 1, "this run was begun with --data ("),
     (["--out", "TORN", "--resume"], 1, "state.safetensors"),
 ]
 
@@ -363,14 +367,16 @@ def test_mistakes_are_one_clear_line(
     if "PIPE" in args and not Path(places["PIPE"]).exists():
         pytest.skip("there are no named pipes here")
     before = bits(Path(places["DONE"]))
+    files = sorted(Path(places["MODEL"]).rglob("*"))
     result = call("train", *({**places, "NEW": str(out)}.get(arg, arg) for arg in args))
     assert (result.code, result.out) == (code, "")
     assert message in result.err
     assert "Traceback" not in result.err
     assert len(result.err.splitlines()) == (1 if code == 1 else 4)
     assert not (out / "model.safetensors").exists()
-    assert not ("--resume" in args and out.exists())
+    assert not out.parent.exists(), "it fails at once, and leaves nothing"
     assert bits(Path(places["DONE"])) == before
+    assert sorted(Path(places["MODEL"]).rglob("*")) == files
 
 
 @pytest.mark.parametrize("library", ["jax", "optax"])
@@ -386,4 +392,4 @@ def test_a_missing_library_is_told_with_its_command(
 def test_threads_are_set_before_jax_starts(text: str, out: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     done = process(*begin(text, out), "--threads", "1", "--vocab-size", "100", env=environment)
-    assert "vocab_size is 100" in done.err  # the next mistake
+    assert "--vocab-size is 100" in done.err  # the next mistake

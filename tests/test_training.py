@@ -364,9 +364,7 @@ def test_an_id_beyond_the_table_is_refused_before_a_step(tmp_path: Path) -> None
     save_checkpoint(tmp_path / "start", model.params, model.config, padded)
     (tmp_path / "text.txt").write_text((story(30) + "[PAD]") * 30)
     options = {"start": str(tmp_path / "start"), "steps": 1, "seq_len": 37, "batch_size": 2}
-    with pytest.raises(
-        TextError, match=r"has '\[PAD\]', token 1024, and the table of this model ends at 1023"
-    ):
+    with pytest.raises(TextError, match=r"has '\[PAD\]', token 1024, and the table of this model ends at 1023"):
         gpt_xp.train(tmp_path / "text.txt", tmp_path / "special", special_tokens=True, **options)
     gpt_xp.train(tmp_path / "text.txt", tmp_path / "plain", **options)
 
@@ -660,12 +658,12 @@ WRONG: list[tuple[dict[str, Any], type[GptXpError], str]] = [
     ({"val_fraction": 0.0}, SettingError, "val_fraction must be more than 0"),
     ({"save_dtype": "int8"}, SettingError, "save_dtype must be float32 or float16"),
     ({"dtype": "float16"}, SettingError, "dtype must be float32 or bfloat16"),
-    ({"freeze": 1}, SettingError, "it needs a model to start from"),
+    ({"freeze": 1}, SettingError, "name the model to start from (start)"),
     ({"start": "shakespeare", "n_layer": 2}, SettingError, "n_layer is that of the model to start from"),
     ({"start": "shakespeare", "freeze": 7}, SettingError, "freeze 7: the model has 6 blocks"),
     ({"start": "shakespeare", "seq_len": 300}, SettingError, "seq_len 300 is more than the context"),
     ({"start": "shakespear"}, gpt_xp.errors.ModelNotFoundError, "shakespear"),
-    ({"tokenizer": "shakespeare", "vocab_size": 300}, SettingError, "not both"),
+    ({"tokenizer": "shakespeare", "vocab_size": 300}, SettingError, "tokenizer and vocab_size exclude each other"),
     ({"n_head": 5, "n_embd": 39}, gpt_xp.errors.ConfigError, "n_embd 39 cannot be split over n_head 5"),
     ({"dtype": "bfloat16"}, BackendError, "bfloat16"),
     ({"plot": "a.txt"}, SettingError, "its name must end in"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._typing import Array
+from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -39,6 +40,7 @@ KERNELS = {
     "greedy": "the likeliest token in two kernels and one copy (`cupy_greedy`)",
 }
 FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
+NEEDS = {"cupy": FIX}
 
 
 def info() -> BackendInfo:
@@ -63,7 +65,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     if os.environ.get("CUPY_TF32", "0") != "0":
         raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
     xp = _namespace(cupy)
-    trust = Trust("GPT_XP_CUPY_GRAPH=0" if os.environ.get("GPT_XP_CUPY_GRAPH", "1") in ("", "0") else None)
+    trust = Trust(None if says_yes("GPT_XP_CUPY_GRAPH", default=True) else "GPT_XP_CUPY_GRAPH=0")
 
     def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
         with cupy.cuda.Device(index):

@@ -2,9 +2,14 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import os
+import platform
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +32,7 @@ from gpt_xp.store import home
 
 GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
 FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
+NEEDS = {"jax": FIX}
 BLOCK = 128  # the shortest window; pieces of a prompt are padded to multiples of it
 SHORT = 16  # a shorter piece for short prompts
 LONG = 512  # tokens of a piece, over all rows: 512 at once take 0.83 of the time of four times 128
@@ -43,10 +49,9 @@ def info() -> BackendInfo:
 
 def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
     """Return the JAX backend on `device` ("cpu", "gpu", "cuda:1"; default: JAX's first)."""
-    if threads is not None:
-        _limit_threads(threads)
-    jax = import_library("jax", FIX)
-    where = _find_device(jax, device)
+    with contextlib.nullcontext() if threads is None else _starting_with(threads):
+        jax = import_library("jax", FIX)
+        where = _find_device(jax, device)
     on_cpu = where.platform == "cpu"
     # XLA's CPU compiler widens 16-bit products to float32: slower than float32, and not what was asked for.
     half = () if on_cpu else ("bfloat16", "float16")
@@ -228,16 +233,28 @@ def _peak_memory(device: Any) -> int | None:
     return stats.get("peak_bytes_in_use") if stats else peak_process_memory()
 
 
-def _limit_threads(threads: int) -> None:
-    """XLA sizes its pool of threads once, when it starts, by the variable NPROC."""
-    import sys
+_threads_at_start: list[int] = []  # what XLA was started with, where gpt-xp has started it with a number of threads
 
-    started = "jax" in sys.modules and os.environ.get("NPROC") != str(threads)
-    if started:
-        raise BackendError(
-            f"jax cannot change its number of threads once it is loaded: set NPROC={threads} before Python starts"
-        )
+
+@contextlib.contextmanager
+def _starting_with(threads: int) -> Iterator[None]:
+    """Let JAX start in the body with so many threads. XLA reads the variable NPROC once, when it makes its pool."""
+    before = os.environ.get("NPROC")
+    if "jax" in sys.modules:
+        if before != str(threads) and threads not in _threads_at_start:
+            raise BackendError(
+                f"jax cannot change its number of threads once it is loaded: set NPROC={threads} before Python starts"
+            )
+        yield
+        return
     os.environ["NPROC"] = str(threads)
+    try:
+        yield
+        _threads_at_start.append(threads)
+    finally:  # other libraries read it too, and so does every process that is started from this one
+        os.environ.pop("NPROC")
+        if before is not None:
+            os.environ["NPROC"] = before
 
 
 @functools.cache
@@ -254,10 +271,47 @@ def _stopwatch(jax: Any) -> Callable[[], float]:
 
 
 def _keep_compiled(jax: Any) -> None:
-    """Keep compiled programs in the user's cache folder, unless the user has chosen a place already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(home() / "jax"))
+    """Keep compiled programs in the user's cache folder, unless the user has chosen a place, or there is none.
+
+    JAX takes the folder for the whole process, from its first program on: so the command calls this, and never the
+    library.
+    """
+    kept = home()
+    if jax.config.jax_compilation_cache_dir is not None or kept is None:
+        return
+    folder = kept / "jax" / _shareable(jax)
+    if not _can_be_written(folder):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # A disk that is full, or a program that cannot be read, costs the time to compile, and nothing else.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _shareable(jax: Any) -> str:
+    """Return the name of a folder for programs that may be shared: of these versions, on this kind of CPU.
+
+    JAX's own keys leave the CPU out, so that a home folder on several machines gives one the instructions of another.
+    """
+    cpu = hashlib.sha256("\n".join(_cpu()).encode()).hexdigest()[:12]
+    return f"jax-{jax.__version__}-jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{cpu}"
+
+
+def _cpu() -> list[str]:
+    """Return what tells one kind of CPU from another: what Linux says of the first, or its name."""
+    kinds = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features", "isa")
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+        return [line for line in info.read().partition("\n\n")[0].splitlines() if line.startswith(kinds)]
+    return [platform.processor()]
 
 
 def _settings(jax: Any, device: Any, scope: Callable[..., Any]) -> dict[str, str]:
@@ -272,4 +326,6 @@ def _settings(jax: Any, device: Any, scope: Callable[..., Any]) -> dict[str, str
             "jaxlib": importlib.metadata.version("jaxlib"),
             "matmul_precision": str(jax.config.jax_default_matmul_precision),
         }
-    return found | {name: os.environ[name] for name in names if name in os.environ}
+    if device.platform == "cpu" and _threads_at_start:
+        found["NPROC"] = str(_threads_at_start[0])
+    return found | {name: os.environ[name] for name in names if name in os.environ and name not in found}

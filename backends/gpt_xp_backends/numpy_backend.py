@@ -27,6 +27,7 @@ from gpt_xp.quantization import QuantizedNamespace
 from gpt_xp_backends import numpy_replay
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
+NEEDS_QUANTIZED = {"numba": QUANTIZED_FIX}
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
 # Tokens of a step from which on threads gain more than Python between their blocks costs, and Numba's products lose.

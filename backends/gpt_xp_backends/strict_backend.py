@@ -14,6 +14,7 @@ from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import
 from gpt_xp.errors import BackendError
 
 FIX = "pip install 'gpt-xp[strict]'"
+NEEDS = {"array_api_strict": FIX}
 
 
 def info() -> BackendInfo:

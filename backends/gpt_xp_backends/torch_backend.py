@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._typing import Array
+from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -30,6 +31,7 @@ from gpt_xp.backend import (
 from gpt_xp.errors import BackendError
 
 FIX = "pip install 'gpt-xp[torch]'"
+NEEDS = {"torch": FIX}
 GPU_FIX = "https://pytorch.org/get-started/locally says which build of PyTorch finds which GPU"
 DTYPES = {
     "cpu": ("float32", "float64", "bfloat16", "float16"),
@@ -65,7 +67,7 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     check_dtype("torch", where.name, dtype, DTYPES[kind])
     if threads is not None and kind != "cpu":
         raise BackendError(f"torch computes on {where.name} and has no threads to set there: leave --threads out")
-    compiled = os.environ.get("GPT_XP_TORCH_COMPILE", "0") not in ("", "0")
+    compiled = says_yes("GPT_XP_TORCH_COMPILE")
     scope = functools.partial(_scope, torch, kind, threads)
 
     def asarray(array: Any, dtype: str | None = None) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.api import load
+from gpt_xp.backend import get_backend
 from gpt_xp.checkpoint import read_config, read_params
 from gpt_xp.generation import BLOCK, PIECE
 
@@ -38,8 +39,9 @@ class GptXp:
         quantize: str | None = None,
         sampling: dict[str, Any] | None = None,
     ) -> None:
-        options: dict[str, Any] = {"quantize": quantize} if quantize else {}
-        self._model = load(model, backend=backend, device=device, dtype=dtype, **options)
+        chosen = get_backend(backend, device=device, dtype=dtype)
+        chosen.keep_compiled()  # this process is the command's
+        self._model = load(model, backend=chosen, quantize=quantize)
         self._quantize = quantize
         self._sampling = {"seed": 0, **(sampling or {})}
 

@@ -125,11 +125,12 @@ def race(
         lanes = [_Lane(entry, stack.enter_context(Worker(entry.command, variables))) for entry in entries]
         with progress("starting"):
             _start(lanes, prompts(Workload(min(CHECKED, workloads[0].context)))[0])
-        for lane in _taking_part(lanes):
+        measured = any(not lane.entry.is_floor for lane in _taking_part(lanes))
+        for lane in _taking_part(lanes) if measured else ():
             with progress(f"warming up {lane.entry.name}"):
                 time.sleep(pause)
                 lane.warm_up([(prompts(workload), workload) for workload in workloads])
-        for number in range(rounds):
+        for number in range(rounds) if measured else ():
             with progress(f"round {number + 1} of {rounds}"):
                 for place, workload in enumerate(workloads):
                     shared, first = prompts(workload), number % len(lanes)
@@ -257,11 +258,11 @@ def _standing(lane: _Lane, workloads: Sequence[Workload], first: _Lane | None, f
         lane.entry.name, lane.entry.is_floor, lane.description, lane.difference, lane.compile_seconds,
         lane.peak_memory_bytes, skipped=lane.skipped, failed=lane.failed,
     )  # fmt: skip
-    if not lane.is_in:
+    if not lane.is_in or first is None:
         return known
     beside = floor if lane.description["device"] == "cpu" else None  # the floor is the CPU's
     found = tuple(
-        figures(turns, workload, first.turns[place] if first else (), beside.turns[place] if beside else ())
+        figures(turns, workload, first.turns[place], beside.turns[place] if beside else ())
         for place, (turns, workload) in enumerate(zip(lane.turns, workloads, strict=True))
     )
     return dataclasses.replace(known, figures=found, turns=tuple(map(tuple, lane.turns)))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_xp._processes import own_command, usable_backends
-from gpt_xp.backend import check_name
+from gpt_xp._text import listed
+from gpt_xp.backend import check_installed
 from gpt_xp.bench.driver import Benchmark, Entry, Progress, race
 from gpt_xp.bench.figures import N_NEW, Workload
 from gpt_xp.checkpoint import read_config
@@ -49,12 +50,12 @@ def _parts(backend: str) -> tuple[str, str | None, str | None]:
 
 
 def bench(
-    backends: Sequence[str] | None = None,
+    backends: str | Sequence[str] | None = None,
     model: str | Path | None = None,
     *,
-    dtypes: Sequence[str] = ("float32",),
-    context: Sequence[int] | None = None,
-    batch: Sequence[int] = (1,),
+    dtypes: str | Sequence[str] = ("float32",),
+    context: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] = (1,),
     n_new: int | None = None,
     rounds: int = 7,
     threads: int | None = None,
@@ -65,10 +66,13 @@ def bench(
     `backends` are names as for `own_entry` ("numpy", "numpy+int8", "torch@cuda"); None: all that can be used here,
     but for array-api-strict. `model` is as for `load`. Every number of prompt tokens in `context` (None: three that
     suit the model) is combined with every number of prompts in `batch`, and each prompt is continued by `n_new` tokens
-    (None: 17, or as many as there is room for). The rest is as for `race`.
+    (None: 17, or as many as there is room for). A list of one may be given as it is. The rest is as for `race`.
 
-    Raises `SettingError`, `BackendError`, and the errors of `find_model`.
+    Raises `SettingError`, `BackendError` where a backend is unknown or not installed, and the errors of `find_model`.
     """
+    backends = None if backends is None else listed(backends)
+    context = None if context is None else listed(context)
+    dtypes, batch = listed(dtypes), listed(batch)
     _check(backends, dtypes, batch, rounds)
     folder = find_model(model)
     config = read_config(folder)
@@ -97,8 +101,8 @@ def _check(backends: Sequence[str] | None, dtypes: Sequence[str], batch: Sequenc
             raise SettingError(f"no {what} was named, and so there is nothing to measure")
     for name in backends or ():
         library, quantize, _ = _parts(name)
-        check_name(library)
         check_kind(quantize)
+        check_installed(library, quantized=quantize is not None)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
@@ -117,9 +121,10 @@ def _workloads(
     if n_new is None:
         n_new = max(1, min(N_NEW, room))
     if n_new < 1:
-        raise SettingError(f"at least one token must be generated, not {n_new}")
+        raise SettingError(f"n_new must be at least 1, not {n_new}")
     if n_new > room:
         raise SettingError(
-            f"{n_new} tokens after {max(lengths)} do not fit the model's context of {config.n_ctx}: take fewer of one"
+            f"n_new {n_new} after {max(lengths)} tokens of a prompt (context) does not fit the model, which takes "
+            f"{config.n_ctx}: take fewer of one"
         )
     return [Workload(length, rows, n_new) for rows in dict.fromkeys(batch) for length in lengths]

@@ -11,7 +11,7 @@ from gpt_xp.bench.figures import Figures, Phase, Spread, Workload
 
 
 def save_plot(benchmark: Benchmark, path: Path) -> None:
-    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` does, and `OSError`.
+    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` and `save_figure` do.
 
     Milliseconds of decode and of prefill over the context, at the smallest batch; and where there are several batches,
     tokens per second over the batch, at the longest context. What was not varied has no panel. Bands are quartiles.

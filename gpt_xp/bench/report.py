@@ -40,6 +40,8 @@ def _head(benchmark: Benchmark) -> str:
         f"{known['cpu']}, {known['cores']} cores{memory}; {known['system']}, Python {known['python']}, "
         f"gpt-xp {known['gpt_xp']}"
     )
+    if benchmark.reference is None:  # nothing was measured
+        return "".join(map(wrapped, (run, machine)))
     meaning = (
         "Medians, ± half of what the middle half of the rounds spans. Ratios are of times within one round, with their "
         f"quartiles: to {benchmark.reference}, and to the bare matrix products (floor)."
@@ -49,7 +51,7 @@ def _head(benchmark: Benchmark) -> str:
 
 def _phases(benchmark: Benchmark, what: str) -> Table:
     """The rows of prefill or decode: one for each workload and contender."""
-    first = short_dtypes(benchmark.reference or "the reference")
+    first = short_dtypes(str(benchmark.reference))
     rows: list[tuple[str, ...]] = [(what, "tokens", "ms", "tokens/s", f"x {first}", "x floor")]
     for place, workload in enumerate(benchmark.workloads):
         for standing, phase in _measured(benchmark, place, what):

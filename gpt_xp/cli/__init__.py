@@ -3,31 +3,46 @@
 One file for each command. `group.py` finds the command, `options.py` has what several commands share, `prompts.py`
 and `prompt_files.py` say where prompts come from, and `output.py` writes: the continuation to stdout, everything else
 to stderr.
+
+Nothing is imported here but what Python has loaded already, so that Ctrl-C is handled before NumPy is imported.
 """
 
-import gc
+import os
 import sys
-
-import click
-
-from gpt_xp.cli.group import cli
-from gpt_xp.cli.interrupts import resend_interrupt
-from gpt_xp.cli.output import discard_stdout, make_encodable, note, notes_of_warnings, settle_stderr
-from gpt_xp.errors import GptXpError
 
 
 def main() -> None:
     """Run the command and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
-    sys.unraisablehook = resend_interrupt
-    gc.set_threshold(50_000)  # to look for garbage in a tokenizer, 100 000 objects, while it is made takes 20 ms
-    code = run()
-    settle_stderr()
-    gc.freeze()  # or Python would look through all of JAX for garbage at the end, for 0.3 s
+    try:
+        import gc
+
+        from gpt_xp.cli.interrupts import let_interrupt_exit, resend_interrupt
+
+        sys.unraisablehook = resend_interrupt
+        gc.set_threshold(50_000)  # to look for garbage in a tokenizer, 100 000 objects, while it is made takes 20 ms
+        code = run()
+        let_interrupt_exit()
+
+        from gpt_xp.cli.output import settle_stderr
+
+        settle_stderr()
+        gc.freeze()  # or Python would look through all of JAX for garbage at the end, for 0.3 s
+    except KeyboardInterrupt:  # in the few milliseconds around `run`
+        os._exit(130)
     sys.exit(code)
 
 
 def run() -> int:
     """Run the command with the arguments of this process, and return its exit code: the one edge of all errors."""
+    from gpt_xp.cli.interrupts import exit_on_interrupt
+
+    with exit_on_interrupt():
+        import click
+
+        from gpt_xp.cli.group import cli
+        from gpt_xp.cli.output import discard_stdout, make_encodable, note, notes_of_warnings
+        from gpt_xp.errors import GptXpError
+
     make_encodable()
     try:
         with notes_of_warnings():

@@ -1,19 +1,19 @@
 """`gpt-xp backends`: which array libraries are here, how to get the others, and what to expect of them."""
 
 import dataclasses
-import textwrap
 
 import click
 
-from gpt_xp._text import table
+from gpt_xp._text import table, wrapped
 from gpt_xp.backend import BackendInfo, DeviceInfo, default_backend
 from gpt_xp.backend import backends as find_backends
 from gpt_xp.cli.options import CONTEXT, flag, json_option
 from gpt_xp.cli.output import waiting, write, write_json
+from gpt_xp.cli.wording import Command
 from gpt_xp.doctor import Diagnosis, Outlook, diagnose
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @flag("--verbose", help="Tell what makes runs differ, which models fit, and the fastest decode that memory allows.")
 @json_option
 def backends(verbose: bool, as_json: bool) -> None:
@@ -59,7 +59,7 @@ def _device(device: DeviceInfo) -> str:
 
 def _diagnosis(found: Diagnosis) -> str:
     if found.problem is not None:
-        return _wrapped(f"{found.backend}: {found.problem}")
+        return "\n" + wrapped(f"{found.backend}: {found.problem}")
     assert found.device
     assert found.settings is not None
     assert found.bandwidth is not None
@@ -69,11 +69,7 @@ def _diagnosis(found: Diagnosis) -> str:
     for each in found.models:
         columns.setdefault(each.dtype, [each.dtype]).append(_outlook(each))
     names = ["  model", *(f"  {name}" for name in dict.fromkeys(each.model for each in found.models))]
-    return _wrapped(f"{reads}; {settings}") + table(list(zip(names, *columns.values(), strict=True)))
-
-
-def _wrapped(text: str) -> str:
-    return "\n" + textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+    return "\n" + wrapped(f"{reads}; {settings}") + table(list(zip(names, *columns.values(), strict=True)))
 
 
 def _outlook(each: Outlook) -> str:

@@ -8,6 +8,7 @@ import click
 from gpt_xp import json_text
 from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
+from gpt_xp.cli.wording import Command
 from gpt_xp.hub import find_model
 
 
@@ -16,9 +17,10 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     return None if value is None else [COUNT(each, param, ctx) for each in names(value)]
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @option(
     "--backends",
+    of="bench",
     metavar="NAMES",
     help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that are here]',
 )
@@ -31,12 +33,26 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     help="Tokens of a prompt, such as 16,128,512.  [default: three that suit the model]",
 )
 @option("--batch", metavar="NUMBERS", callback=counts, default="1", show_default=True, help="Prompts together: 1,8.")
-@option("-n", "--max-tokens", metavar="N", type=COUNT, help="Generated from each prompt.  [default: 17, or what fits]")
+@option(
+    "-n",
+    "--max-tokens",
+    of="bench",
+    setting="n_new",
+    metavar="N",
+    type=COUNT,
+    help="Generated from each prompt.  [default: 17, or what fits]",
+)
 @option("--rounds", metavar="N", type=COUNT, default=7, show_default=True, help="Turns that each contender has.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.  [default: as many as there are cores]")
 @json_option
 @flag("--markdown", help="Print tables in Markdown.")
-@option("--plot", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Draw FILE (png, svg, pdf).")
+@option(
+    "--plot",
+    of="bench",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Draw FILE (png, svg, pdf).",
+)
 @click.pass_context
 def bench(
     ctx: click.Context,

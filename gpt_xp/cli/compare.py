@@ -6,25 +6,52 @@ from pathlib import Path
 
 import click
 
-from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
+from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
+from gpt_xp.cli.wording import Command
 from gpt_xp.hub import find_model
 
 
-@click.command(context_settings=CONTEXT)
-@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@option("--backends", metavar="NAMES", help='Such as numpy,jax@cpu ("@": a device).  [default: all that are here]')
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1, type=TEXT)
+@option(
+    "--backends",
+    of="compare",
+    metavar="NAMES",
+    help='Such as numpy,jax@cpu ("@": a device).  [default: all that are here]',
+)
 @option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
 @model_option
 @option(
-    "-n", "--max-tokens", metavar="N", type=COUNT, default=32, show_default=True, help="Generated from each prompt."
+    "-n",
+    "--max-tokens",
+    of="compare",
+    metavar="N",
+    type=COUNT,
+    default=32,
+    show_default=True,
+    help="Generated from each prompt.",
 )
-@option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampled tokens.")
+@option(
+    "--seed",
+    of="compare",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the sampled tokens.",
+)
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.")
 @json_option
 @flag("--layers", help="Show the error after each layer too.")
 @flag("--markdown", help="Print tables in Markdown.")
-@option("--plot", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Draw FILE (png, svg, pdf).")
+@option(
+    "--plot",
+    of="compare",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Draw FILE (png, svg, pdf).",
+)
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -56,12 +83,12 @@ def compare(
         None if backends is None else names(backends), model, prompts or None, dtypes=names(dtypes),
         max_tokens=max_tokens, seed=seed, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip
-    if plot is not None:
-        save_plot(found, Path(plot))
     if as_json:
         write_json(found.as_dict())
     else:
         write((report.as_markdown if markdown else report.as_text)(found, layers))
+    if plot is not None:
+        save_plot(found, Path(plot))
     ctx.exit(0 if found.is_ok else 1)
 
 

@@ -1,6 +1,7 @@
 """`gpt-xp generate`, or just `gpt-xp`: continue a prompt."""
 
 import itertools
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,25 +10,34 @@ from typing import Any
 import click
 
 from gpt_xp.cli.batch import Batches, refuse_errors
-from gpt_xp.cli.options import CONTEXT, loading_options, output_options, sampling_options
+from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, output_options, sampling_options, tell_no_effect
 from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write_json
 from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table, stats_line
 from gpt_xp.cli.session import Session, check_settings, load_model
+from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.results import Generation, Piece, Stats
 
 LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
+# The paragraphs after "\b" are not wrapped: a command must stay one that can be copied.
 EPILOG = """\
-Stdin is read where there is no PROMPT, or in place of a "-": `cat play.txt | gpt-xp - "TL;DR:"` joins the two. After
-"--" everything is prompt. An option can also be set by a variable: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and
-GPT_XP_STOP holds a JSON list. picoGPT's --model_size and --models_dir are understood. For completion in bash:
-eval "$(_GPT_XP_COMPLETE=bash_source gpt-xp)"; zsh_source and fish_source are for other shells.
+Stdin is read where there is no PROMPT, or in place of a "-", which joins the two:
+
+\b
+  cat play.txt | gpt-xp - "TL;DR:"
+
+After "--" everything is prompt. An option can also be set by a variable: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and
+GPT_XP_STOP holds a JSON list. picoGPT's --model_size and --models_dir are understood. For completion in bash
+(zsh_source and fish_source are for other shells):
+
+\b
+  eval "$(_GPT_XP_COMPLETE=bash_source gpt-xp)"
 """
 
 
 @click.command(cls=PromptCommand, context_settings=CONTEXT, epilog=EPILOG)
-@click.argument("words", metavar="[PROMPT]", nargs=-1)
+@click.argument("words", metavar="[PROMPT]", nargs=-1, type=TEXT)
 @loading_options
 @sampling_options
 @output_options
@@ -50,6 +60,8 @@ def generate(
     """Continue PROMPT with GPT-2, and print the continuation and a newline."""
     loading = {name: settings.pop(name) for name in LOADING}
     check_settings(settings)
+    if words and is_from_variable(ctx, "prompt_file"):
+        prompt_file = ()
     if prompt_file and words:
         raise click.UsageError("give PROMPT or --prompt-file, not both; several files each need a --prompt-file")
     lines = read_prompt_files(prompt_file, option_names(ctx.command)) if prompt_file else []
@@ -59,8 +71,9 @@ def generate(
     draw_seed = settings["seed"] is None and settings["temperature"] > 0
     if draw_seed:
         settings["seed"] = secrets.randbits(32)
-    session = Session(*load_model(**loading), settings)
     as_json = as_json or json_full
+    tell_what_does_nothing(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
+    session = Session(*load_model(**loading), settings)
     if draw_seed and not as_json and not lines:
         note(f"seed {settings['seed']}")
 
@@ -77,6 +90,7 @@ def generate(
         if logprobs:
             click.echo("\n".join(logprob_table(session, result) for result in results), err=True, nl=False)
         all_stats = [results[0].stats]
+        tell_of_context(session, results)
     if stats and all_stats:
         note(stats_line(session.name, add_stats(all_stats)))
     if n_failed:
@@ -89,6 +103,29 @@ def option_names(command: click.Command) -> set[str]:
     options = [each for each in command.params if isinstance(each, click.Option)]
     names = (name for each in options for name in each.opts if name.startswith("--"))
     return {name.removeprefix("--").replace("-", "_") for name in names}
+
+
+def tell_what_does_nothing(ctx: click.Context, settings: dict[str, Any], in_json: bool, from_file: bool) -> None:
+    """Say on stderr which options were typed, and have no effect beside the others."""
+    if settings["temperature"] == 0:
+        tell_no_effect(ctx, ("top_k", "top_p", "min_p", "seed"), "without a temperature: add --temperature 1")
+    if in_json:
+        tell_no_effect(ctx, ("echo", "no_stream"), "on JSON")
+    if not from_file:
+        tell_no_effect(ctx, ("batch_size", "strict"), "without --prompt-file")
+    for stop in settings["stop"] if is_typed(ctx, "stop") else ():
+        if found := re.search(r"\\[nrt]", stop):
+            note(f"--stop '{stop}' holds a backslash and a letter; in bash and zsh, $'{found[0]}' is the character")
+
+
+def tell_of_context(session: Session, results: Sequence[Generation]) -> None:
+    """Say on stderr where a continuation ended because the context was full."""
+    full = [len(result.token_ids) for result in results if result.finish_reason == "context"]
+    if full:
+        asked = session.settings["max_tokens"]
+        note(
+            f"the context of {session.model.config.n_ctx} tokens is full: {max(full)} of {asked} tokens were generated"
+        )
 
 
 def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:

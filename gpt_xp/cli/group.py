@@ -48,6 +48,8 @@ class DefaultGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the name of the default command in front where no command is named."""
         own = {*self.list_commands(ctx), *ctx.help_option_names, "--version"}
+        if args[:1] == ["help"] and own.issuperset(args[1:2]):  # `gpt-xp help train`, as other tools have it
+            args = [*args[1:], "--help"]
         # A shell that completes the first word may want a command or an option: see `shell_complete`.
         completing = ctx.resilient_parsing and not args
         if not completing and not (args and args[0] in own):

@@ -13,16 +13,22 @@ from collections.abc import Iterator
 def exit_on_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process at once, with 130, while the body runs: where there is nothing yet to keep.
 
-    A KeyboardInterrupt that is raised while JAX is imported is swallowed there, or crashes the process.
+    A KeyboardInterrupt that is raised while NumPy or JAX is imported is swallowed there, or crashes the process.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as behind nohup
-        yield
-        return
-    signal.signal(signal.SIGINT, exit_now)
+    changed = let_interrupt_exit()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if changed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def let_interrupt_exit() -> bool:
+    """Let Ctrl-C end the process at once from now on; return False where it is ignored, as behind nohup, or set."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    signal.signal(signal.SIGINT, exit_now)
+    return True
 
 
 @contextlib.contextmanager

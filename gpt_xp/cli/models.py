@@ -69,7 +69,7 @@ def rm(name: str) -> None:
     for copy in store.copies(model):
         note(f"{copy.folder} is not gpt-xp's, and stays")
     if not removed:
-        raise ModelNotFoundError(f"gpt-xp has nothing of {model.name} in {store.home()}")
+        raise ModelNotFoundError(f"gpt-xp has nothing of {model.name} in {store.place()}")
 
 
 @models.command(context_settings=CONTEXT)
@@ -85,7 +85,7 @@ def verify(ctx: click.Context, name: str | None) -> None:
     if name and not found:
         _is_not_here(asked[0])
     if not found:
-        note(f"there is nothing to verify in {store.home()}")
+        note(f"there is nothing to verify in {store.place()}")
     bad = [copy for model, copy in found if not _verify(copy, model)]
     for copy in bad:
         fate = (
@@ -120,7 +120,13 @@ def show(as_json: bool) -> None:
     """Print the table, or the JSON, of what is known and what is here."""
     records = [_record(model) for model in MODELS.values()] + [_bundled_record(name) for name in bundled()]
     if as_json:
-        write_json({"folder": str(store.home()), "default": default_model(), "models": records})
+        write_json(
+            {
+                "folder": None if (home := store.home()) is None else str(home),
+                "default": default_model(),
+                "models": records,
+            }
+        )
         return
     rows = [("model", "also called", "params", "float32", "here")]
     for record in records:
@@ -129,7 +135,7 @@ def show(as_json: bool) -> None:
         here = ", ".join(f"{size(copy['n_bytes'])} ({copy['source']})" for copy in record["copies"]) or "no"
         rows.append((record["name"], also, f"{n_params / 1e6:.1f}M", size(4 * n_params), here))
     write(table(rows))
-    write(f"`gpt-xp models pull NAME` fetches one; they are kept in {store.home()}\n")
+    write(f"`gpt-xp models pull NAME` fetches one; they are kept in {store.place()}\n")
 
 
 def _record(model: Published) -> dict[str, Any]:

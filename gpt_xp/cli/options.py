@@ -1,15 +1,19 @@
 """The options that commands share, and those of generation.
 
-Each option can also be set by an environment variable, `GPT_XP_` and its long name in capitals.
+Each option can also be set by an environment variable, `GPT_XP_` and its long name in capitals; with the command's name
+between, where other commands have an option of that name that means something else. A variable is set once for many
+calls: where it does not apply to one, it is left aside without a word, unlike an option that is typed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from gpt_xp import json_text
+from gpt_xp._variables import is_yes
+from gpt_xp.cli.output import note
+from gpt_xp.cli.wording import Option, is_typed
 from gpt_xp.errors import JsonError
 from gpt_xp.quantization import KINDS
 
@@ -21,7 +25,30 @@ FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 Decorator = Callable[[Any], Any]
 
 
-class StopType(click.types.StringParamType):
+class TextType(click.types.StringParamType):
+    """Any text that has a UTF-8 form. Python gives other bytes of an argument as lone surrogates."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text; fail with advice for people who type."""
+        text = super().convert(value, param, ctx)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
+            self.fail(
+                f"character {error.start + 1} is {what}, and the text is not UTF-8. Set the terminal to UTF-8, or pipe "
+                "the text in: iconv -f latin1 -t utf-8 FILE | gpt-xp",
+                param,
+                ctx,
+            )
+        return text
+
+
+TEXT = TextType()
+
+
+class StopType(TextType):
     """Any text; in the environment a JSON list of texts, so that each may hold spaces and newlines."""
 
     def split_envvar_value(self, rv: str) -> list[str]:
@@ -35,24 +62,28 @@ class StopType(click.types.StringParamType):
         return stops
 
 
-class Option(click.Option):
-    """An option that errors call by its variable when the value came from there."""
+class Flag(Option):
+    """An option that is there or not. Any value of its variable sets it that does not say no."""
 
-    def get_error_hint(self, ctx: click.Context | None) -> str:
-        """Return the name for error messages."""
-        from_variable = ctx is not None and ctx.get_parameter_source(str(self.name)) is ParameterSource.ENVIRONMENT
-        return str(self.envvar) if from_variable else super().get_error_hint(ctx)
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return "1" or "0", or None where the variable is not set."""
+        value = super().resolve_envvar_value(ctx)
+        return value and str(int(is_yes(value)))
 
 
-def option(*names: str, **settings: Any) -> Decorator:
-    """Return `click.option` with the environment variable of that name."""
+def option(*names: str, of: str | None = None, cls: type[Option] = Option, **settings: Any) -> Decorator:
+    """Return `click.option` with the environment variable of that name.
+
+    `of` is the command's name, for an option that means something else in another command: then the variable has it.
+    """
     long = next(name for name in names if name.startswith("--"))
-    return click.option(*names, cls=Option, envvar="GPT_XP_" + long[2:].replace("-", "_").upper(), **settings)
+    variable = "_".join(["GPT_XP", *([of] if of else []), *long[2:].split("-")]).upper()
+    return click.option(*names, cls=cls, envvar=variable, **settings)
 
 
 def flag(*names: str, **settings: Any) -> Decorator:
     """Return an option that is there or not."""
-    return option(*names, is_flag=True, **settings)
+    return option(*names, cls=Flag, is_flag=True, **settings)
 
 
 def together(*decorators: Decorator) -> Decorator:
@@ -137,3 +168,11 @@ output_options = together(
 def names(text: str) -> list[str]:
     """Return the names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def tell_no_effect(ctx: click.Context, names: Iterable[str], why: str) -> None:
+    """Say on stderr which of these options were typed, and do nothing."""
+    options = [each for each in ctx.command.params if isinstance(each, Option) and each.name in names]
+    typed = [each.long for each in options if is_typed(ctx, str(each.name))]
+    if typed:
+        note(f"{' and '.join(typed)} {'has' if len(typed) == 1 else 'have'} no effect {why}")

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import click
 
 from gpt_xp.cli.output import is_terminal, note
+from gpt_xp.cli.wording import Command
 from gpt_xp.text_stream import Source, read_text, stdin
 
 IMPLIED = "gpt_xp.cli.implied"  # in ctx.meta: the command was not named
 LITERAL = "gpt_xp.cli.literal"  # in ctx.meta: how many words stand after `--`
 
 
-class PromptCommand(click.Command):
+class PromptCommand(Command):
     """A command that takes a prompt, and knows which words stand after `--`: there, "-" is not stdin."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -91,9 +92,28 @@ def n_waiting() -> int:
     return n_bytes[0]
 
 
+# Words that other tools, or other places of this one, have for commands. Nobody means them as a prompt.
+ELSEWHERE = {
+    "list": "gpt-xp models",
+    "ls": "gpt-xp models",
+    "path": "gpt-xp models path MODEL",
+    "pull": "gpt-xp models pull MODEL",
+    "download": "gpt-xp models pull MODEL",
+    "rm": "gpt-xp models rm MODEL",
+    "run": 'gpt-xp -m MODEL "PROMPT"',
+    "verify": "gpt-xp models verify",
+    "version": "gpt-xp --version",
+}
+
+
 def _hint_at_command(ctx: click.Context, word: str) -> None:
-    """Say so when the prompt may have been meant as a command."""
+    """Say so when the prompt may have been meant as a command; raise a usage error where it surely was."""
     group = ctx.find_root().command
-    if ctx.meta.get(IMPLIED) and isinstance(group, click.Group):
-        for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
-            click.echo(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}", err=True)
+    if not (ctx.meta.get(IMPLIED) and isinstance(group, click.Group)):
+        return
+    if word in ELSEWHERE:
+        raise click.UsageError(
+            f"there is no command {word!r}; you may mean: {ELSEWHERE[word]} (as a prompt: gpt-xp -- {word})"
+        )
+    for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
+        click.echo(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}", err=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from gpt_xp._text import table
 from gpt_xp._tree import finite
 from gpt_xp.api import Model
-from gpt_xp.cli.options import CONTEXT, COUNT, FILE, flag, json_option, loading_options, option, together
+from gpt_xp.cli.options import CONTEXT, COUNT, FILE, TEXT, flag, json_option, loading_options, option, together
 from gpt_xp.cli.output import progress, waiting, write, write_json
 from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, sources
 from gpt_xp.cli.session import load_model
+from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.errors import SettingError, TokenizerError
 from gpt_xp.scoring import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
 from gpt_xp.text_stream import read_text
@@ -42,7 +42,7 @@ window_options = together(
     option("--window", metavar="N", type=COUNT, help="Tokens in a window.  [default: the model's context]"),
     option("--stride", metavar="N", type=COUNT, help="For huggingface: tokens between windows.  [default: half]"),
     option("--crops", metavar="N", type=COUNT, help="For nanogpt: how many crops.  [default: 1000]"),
-    option("--seed", metavar="N", type=SEED, default=0, show_default=True, help="Of the crops."),
+    option("--seed", of="score", metavar="N", type=SEED, default=0, show_default=True, help="Of the crops."),
 )  # fmt: skip
 
 
@@ -94,6 +94,9 @@ def score(
         "crops": crops,
         "seed": seed,
     }
+    for name, owner in (("stride", "huggingface"), ("crops", "nanogpt")):
+        if convention != owner and is_from_variable(ctx, name):
+            windows[name] = None
     try:
         Windows(**windows)  # its errors before a model is loaded
     except SettingError as error:
@@ -134,13 +137,15 @@ def _prompt(ctx: click.Context, arguments: Sequence[str]) -> str:
     """Return the prompt before the choices; "-" is stdin, unless it stands after `--`."""
     if len(arguments) < 2:
         raise click.UsageError("--choices needs a PROMPT and at least one CHOICE")
+    for each in arguments:
+        TEXT.convert(each, None, ctx)
     is_literal = ctx.meta[LITERAL] == len(arguments)
     return join_stdin(arguments[:1], [arguments[0] == "-" and not is_literal])
 
 
 def _refuse(ctx: click.Context, names: Sequence[str], why: str) -> None:
     for name in names:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if is_typed(ctx, name):
             raise click.UsageError(f"--{name} {why}")
 
 

@@ -11,6 +11,7 @@ import click
 from gpt_xp.api import Model, load
 from gpt_xp.backend import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
+from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.errors import SettingError
 from gpt_xp.hub import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.quantization import quantized_backend
@@ -82,12 +83,15 @@ def load_model(
     **options: Any,
 ) -> tuple[str, Model]:
     """Return the model that is asked for, and its name."""
+    if (model_size, models_dir) != (None, None) and is_from_variable(click.get_current_context(silent=True), "model"):
+        model = None
     if model is not None and (model_size is not None or models_dir is not None):
         raise click.UsageError("give --model, or picoGPT's --model_size and --models_dir, not both")
     if (model, model_size, models_dir) == (None, None, None):
         tell_default()
     with waiting(f"loading {backend or default_backend()}"):
         chosen = get_backend(backend, **options)  # its errors before a model is fetched
+        chosen.keep_compiled()
         if quantize:
             chosen = quantized_backend(chosen)
     name, directory = locate(model, offline, model_size, models_dir)

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from gpt_xp.cli.interrupts import ignore_interrupt
-from gpt_xp.cli.options import CONTEXT
+from gpt_xp.cli.options import CONTEXT, TEXT
 from gpt_xp.cli.output import note, progress
 from gpt_xp.cli.prompts import sources
+from gpt_xp.cli.wording import Command, Option
 from gpt_xp.errors import CheckpointError
 from gpt_xp.text_stream import size_of, text_pieces
 from gpt_xp.tokenizer import EOS
@@ -22,15 +23,15 @@ def tokenizer() -> None:
     """Learn a vocabulary from text."""
 
 
-@tokenizer.command(context_settings=CONTEXT)
+@tokenizer.command(cls=Command, context_settings=CONTEXT)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--vocab-size", metavar="N", type=int, required=True, help="How many tokens: 257 or more.")
+@click.option("--vocab-size", cls=Option, metavar="N", type=int, required=True, help="How many tokens: 257 or more.")
 @click.option(
     "--out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True,
     help="Where vocab.json and merges.txt go.",
 )  # fmt: skip
 @click.option(
-    "--special", metavar="TOKEN", multiple=True,
+    "--special", metavar="TOKEN", multiple=True, type=TEXT,
     help=f"A special token beside {EOS}. May be given several times.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the tokenizer that is in DIR.")

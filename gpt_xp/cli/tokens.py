@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gpt_xp._text import table_lines
-from gpt_xp.cli.options import CONTEXT, flag, json_option, model_option
+from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option
 from gpt_xp.cli.output import write, write_json, write_json_list, write_many
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.session import locate, tell_default
@@ -15,7 +15,7 @@ from gpt_xp.tokenizer import Tokenizer
 
 
 @click.command(cls=PromptCommand, context_settings=CONTEXT)
-@click.argument("words", metavar="[TEXT]", nargs=-1)
+@click.argument("words", metavar="[TEXT]", nargs=-1, type=TEXT)
 @model_option
 @flag("--count", help="Print only how many tokens there are.")
 @json_option

@@ -6,18 +6,22 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import gpt_xp
+from gpt_xp.backend import Backend
 from gpt_xp.cli.interrupts import exit_now
-from gpt_xp.cli.options import CONTEXT, COUNT, Decorator, flag, json_option, option, together
+from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, Decorator, flag, json_option, option, together
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
+from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
 from gpt_xp.training import Evaluation, Settings, Watcher
+from gpt_xp.training.loop import CHANGEABLE
+from gpt_xp.training.settings import SHAPE
 from gpt_xp.training.state import is_begun
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ def setting(name: str, kind: Any, help: str, **more: Any) -> Decorator:
 
 
 model_settings = together(
-    setting("--from", str, "Start from a trained model: a name or a directory.", metavar="MODEL"),
+    setting("--from", str, "Start from a trained model: a name or a directory.", metavar="MODEL", setting="start"),
     setting("--freeze", click.IntRange(min=0), "Keep the N lower blocks and the embeddings as they are.", metavar="N"),
     setting("--n-layer", COUNT, "From scratch: blocks.  [default: 6]"),
     setting("--n-head", COUNT, "From scratch: attention heads.  [default: 6]"),
@@ -45,7 +49,7 @@ model_settings = together(
 )
 optimizer_settings = together(
     setting("--steps", COUNT, "Steps to take.  [default: 2000]"),
-    setting("--batch-size", COUNT, "Rows of text that are computed together.  [default: 4]"),
+    setting("--batch-size", COUNT, "Rows of text that are computed together.  [default: 4]", of="train"),
     setting("--accumulate", COUNT, "Batches in a step: they take turns, which saves memory.  [default: 4]"),
     setting("--seq-len", COUNT, "Tokens in a row.  [default: the context, at most 256]"),
     setting("--learning-rate", NUMBER, "The highest.  [default: 0.001]"),
@@ -57,7 +61,7 @@ optimizer_settings = together(
     setting("--clip", NUMBER, "Clip gradients to this norm.  [default: 1]"),
     setting("--weight-dropout", BELOW_ONE, "Zero a weight in a step with this probability.  [default: 0]", metavar="P"),
     setting("--average", BELOW_ONE, "Average the params, with this decay; 0 does not.  [default: 0]"),
-    setting("--seed", click.IntRange(min=0), "Of all random numbers.  [default: 0]", metavar="N"),
+    setting("--seed", click.IntRange(min=0), "Of all random numbers.  [default: 0]", metavar="N", of="train"),
 )
 evaluation_settings = together(
     setting("--val", FILE, "Validate on FILE.  [default: the end of the data]", metavar="FILE", multiple=True),
@@ -67,15 +71,19 @@ evaluation_settings = together(
     setting(
         "--patience", click.IntRange(min=0), "End after N evaluations without a better one; 0: never.  [default: 10]"
     ),
-    setting("--sample", str, "Continue this prompt at each evaluation.", metavar="PROMPT"),
+    setting("--sample", TEXT, "Continue this prompt at each evaluation.", metavar="PROMPT"),
     setting(
-        "--plot", click.Path(dir_okay=False, writable=True), "Draw the losses to FILE (png, svg, pdf).", metavar="FILE"
+        "--plot",
+        click.Path(dir_okay=False, writable=True),
+        "Draw the losses to FILE (png, svg, pdf).",
+        metavar="FILE",
+        of="train",
     ),
     setting("--save-dtype", click.Choice(["float32", "float16"]), "Of the checkpoint.  [default: float32]"),
 )
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @option("--data", metavar="FILE...", type=FILE, multiple=True, help="The text, UTF-8: one file or several.")
 @click.argument("more", metavar="", nargs=-1, type=FILE)
 @option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Where to keep the model.")
@@ -83,17 +91,35 @@ evaluation_settings = together(
 @model_settings
 @optimizer_settings
 @evaluation_settings
-@option("--dtype", metavar="DTYPE", type=click.Choice(["float32", "bfloat16"]), help="Of products.  [default: float32]")
-@option("--device", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
+@option(
+    "--dtype",
+    of="train",
+    metavar="DTYPE",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of products.  [default: float32]",
+)
+@option("--device", of="train", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: JAX's choice]")
 @json_option
-def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    data: tuple[str, ...],
+    more: tuple[str, ...],
+    out: str,
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train a GPT-2 on text, from scratch or from a trained one, on JAX.
 
     DIR then holds the model that predicted the validation text best (use it with --model DIR), the evaluations in
     train.jsonl, and what --resume needs in the folder `training`. Ctrl-C saves where the run is.
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
+    for name in inapplicable(ctx, given, resume):
+        del given[name]
     if "from" in given:
         given["start"] = given.pop("from")
     if given.get("patience") == 0:
@@ -114,6 +140,25 @@ def train(data: tuple[str, ...], more: tuple[str, ...], out: str, resume: bool, 
     write(f"{found.directory} has the model of step {best.step} of {found.steps}{early}: validation {_losses(best)}\n")
 
 
+def inapplicable(ctx: click.Context, given: Container[str], resume: bool) -> list[str]:
+    """Return the options that variables set, and that this run cannot take: they are meant for another one."""
+    from_scratch = ("tokenizer", "vocab_size", *SHAPE)
+    typed = {name for name in ctx.params if is_typed(ctx, name)}
+    if resume:
+        names = [name for name in ctx.params if name not in CHANGEABLE]
+    elif "from" in typed:
+        names = list(from_scratch)
+    elif typed.intersection(from_scratch):
+        names = [
+            "from",
+            "freeze",
+            "tokenizer" if "vocab_size" in typed else "vocab_size" if "tokenizer" in typed else "",
+        ]
+    else:
+        names = list(from_scratch) if "from" in given else ["freeze"]
+    return [name for name in names if name in given and is_from_variable(ctx, name)]
+
+
 class Bar(Watcher):
     """What a person sees on stderr: a bar on a terminal, and everywhere a line for each evaluation."""
 
@@ -123,6 +168,10 @@ class Bar(Watcher):
     def loading(self) -> AbstractContextManager[None]:
         """Show that JAX is being imported, where that takes long; Ctrl-C ends the process at once."""
         return waiting("loading jax")
+
+    def loaded(self, backend: Backend) -> None:
+        """Keep the programs that JAX compiles, for the next run."""
+        backend.keep_compiled()
 
     @contextmanager
     def reading(self, what: str, n_bytes: int | None) -> Iterator[Callable[[int], object]]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from gpt_xp import __version__, json_text
 from gpt_xp._processes import own_command, reason, thread_variables, usable_backends
+from gpt_xp._text import listed
 from gpt_xp._tree import finite
-from gpt_xp.backend import check_name
+from gpt_xp.backend import check_installed
 from gpt_xp.checkpoint import read_config
 from gpt_xp.comparison.figures import Figures, compare_layers, compare_logits, compare_tokens
 from gpt_xp.comparison.prompts import PROMPTS
@@ -87,11 +88,11 @@ class Comparison:
 
 
 def compare(
-    backends: Sequence[str] | None = None,
+    backends: str | Sequence[str] | None = None,
     model: str | Path | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     *,
-    dtypes: Sequence[str] = ("float32",),
+    dtypes: str | Sequence[str] = ("float32",),
     max_tokens: int = 32,
     seed: int = 0,
     threads: int | None = None,
@@ -102,16 +103,18 @@ def compare(
     `backends` are names, with a device behind "@" if need be ("jax@cpu"); None: all that can be used here. Each runs
     in a process of its own, with each of `dtypes` that it computes in. `model` is as for `load`; `prompts` None are
     those of `comparison.prompts`, and `max_tokens` are generated from each, greedily and at temperature 1 with `seed`.
-    `progress` is entered with the name of each run.
+    `progress` is entered with the name of each run. A list of one may be given as it is.
 
-    Raises `SettingError`, `BackendError`, `PromptError`, and the errors of `load`; what goes wrong in a backend's own
+    Raises `SettingError`, `BackendError` where a backend is unknown or not installed, `PromptError`, and the errors of
+    `load`; what goes wrong in a backend's own
     process is in its `Run`.
     """
-    names = usable_backends() if backends is None else [name.removesuffix("@") for name in backends]
+    names = usable_backends() if backends is None else [name.removesuffix("@") for name in listed(backends)]
+    dtypes = listed(dtypes)
     _check(names, dtypes, max_tokens, seed)
     folder = find_model(model)
     config = read_config(folder)
-    texts = tuple(PROMPTS if prompts is None else prompts)
+    texts = tuple(PROMPTS if prompts is None else listed(prompts))
     ids = _encode(texts, Tokenizer.from_directory(folder), config, max_tokens)
     job = {"model": str(folder), "prompts": ids, "max_tokens": max_tokens, "seed": seed, "threads": threads}
     with tempfile.TemporaryDirectory(prefix="gpt-xp-compare-") as temporary:
@@ -134,7 +137,7 @@ def _check(names: list[str], dtypes: Sequence[str], max_tokens: int, seed: int) 
     if not names:
         raise SettingError("no backend was named, and so there is nothing to compare")
     for name in names:
-        check_name(name.partition("@")[0])
+        check_installed(name.partition("@")[0])
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")

@@ -8,7 +8,7 @@ from gpt_xp.comparison.driver import Comparison
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` does, and `OSError`."""
+    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` and `save_figure` do."""
     check_plot(path)
     figure, (errors, *speeds) = new_figure(1, 3, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 1, 1]})
     _draw_errors(errors, comparison)

@@ -32,6 +32,7 @@ def work(job_file: Path) -> None:
     job = json_text.parse(job_file.read_bytes())
     folder = job_file.parent
     backend = get_backend(job["backend"], device=job["device"], dtype=job["dtype"], threads=job["threads"])
+    backend.keep_compiled()  # this process is the command's
     model = load(job["model"], backend=backend)
     prompts: list[list[int]] = job["prompts"]
     result: dict[str, Any] = {

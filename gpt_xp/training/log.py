@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpt_xp import json_text
 from gpt_xp._tree import finite
+from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
@@ -48,6 +49,9 @@ class Watcher:
     def loading(self) -> AbstractContextManager[None]:
         """Return a context in which JAX is imported, which takes a second or two."""
         return nullcontext()
+
+    def loaded(self, backend: Backend) -> None:
+        """Hear that JAX is imported, before it compiles anything."""
 
     def reading(self, what: str, n_bytes: int | None) -> AbstractContextManager[Advance]:
         """Return a context in which so many bytes of text are read; its value is called with numbers of bytes."""

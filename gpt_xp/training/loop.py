@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp._plots import check_plot
+from gpt_xp._text import listed
 from gpt_xp._tree import tree_map
 from gpt_xp.api import Model
 from gpt_xp.checkpoint import read_carried, save_checkpoint
@@ -75,20 +76,21 @@ def train(
     if not str(out):
         raise SettingError("there is nowhere to write to: name a directory (out)")
     directory, watcher = Path(out), watcher or Watcher()
-    files = [data] if isinstance(data, str | Path) else list(data)
+    files = listed(data)
     folder = directory / FOLDER
     if resume:
         chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
     else:
         chosen = Settings(data=tuple(map(str, files)), **settings)
+    if chosen.plot is not None:
+        check_plot(Path(chosen.plot))
+    with watcher.loading():
+        backend = jax_backend(chosen)
+    watcher.loaded(backend)
+    if not resume:
+        check_start(chosen)
     with locked(folder):
-        if chosen.plot is not None:
-            check_plot(Path(chosen.plot))
-        with watcher.loading():
-            backend = jax_backend(chosen)
-        backend.keep_compiled()
         if not resume:
-            check_start(chosen)
             begin(folder, chosen)
         remove_leftovers(folder)
         return _Run(chosen, directory, watcher, backend).go()

@@ -8,7 +8,7 @@ from gpt_xp.training.log import Evaluation
 
 
 def save_plot(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Draw the losses of training and of validation over the steps, and mark the best. Raises `OSError`."""
+    """Draw the losses of training and of validation over the steps, and mark the best. Raises as `save_figure` does."""
     figure, axes = new_figure(1, 1, figsize=(7, 4.5), layout="constrained")
     trained = [each for each in evaluations if each.train_loss is not None]
     axes.plot([each.step for each in trained], [each.train_loss for each in trained], label="training")

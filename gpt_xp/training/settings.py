@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from gpt_xp._text import listed
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 
@@ -60,7 +61,7 @@ class Settings:
     def __post_init__(self) -> None:
         # Absolute paths: a run may go on in another directory. Tuples: JSON has lists.
         for name in ("data", "val"):
-            object.__setattr__(self, name, tuple(os.path.abspath(str(file)) for file in getattr(self, name)))
+            object.__setattr__(self, name, tuple(os.path.abspath(str(file)) for file in listed(getattr(self, name))))
         if self.plot is not None:
             object.__setattr__(self, "plot", os.path.abspath(str(self.plot)))
         if not self.data:
@@ -72,12 +73,12 @@ class Settings:
         if self.save_dtype not in ("float32", "float16"):
             raise SettingError(f"save_dtype must be float32 or float16, not {self.save_dtype!r}")
         if self.start is None and self.freeze:
-            raise SettingError("freeze keeps blocks of a trained model as they are: it needs a model to start from")
+            raise SettingError("freeze keeps blocks of a trained model: name the model to start from (start)")
         given = [name for name in ("tokenizer", "vocab_size", *SHAPE) if getattr(self, name) is not None]
         if self.start is not None and given:
             raise SettingError(f"{given[0]} is that of the model to start from: leave it out, or train from scratch")
         if self.tokenizer is not None and self.vocab_size is not None:
-            raise SettingError("give a tokenizer, or the vocab_size of one to train, not both")
+            raise SettingError("tokenizer and vocab_size exclude each other: give one, or the size of one to train")
 
     @property
     def source(self) -> str | None:

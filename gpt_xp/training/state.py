@@ -7,7 +7,7 @@ a step changes.
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from gpt_xp import json_text
 from gpt_xp.checkpoint import SAVING, read_json, sync, write_json, written_aside
-from gpt_xp.errors import CheckpointError, SettingError
+from gpt_xp.errors import CheckpointError, SettingError, TextError, TokenizerError
 from gpt_xp.safetensors_file import open_safetensors
 from gpt_xp.training.corpus import COUNTS
 from gpt_xp.training.log import LOG
@@ -45,7 +45,11 @@ class Place:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder`, and keep a second process out of it. Raises `CheckpointError` where it is in use."""
+    """Make `folder`, and keep a second process out of it. Raises `CheckpointError` where it is in use.
+
+    Where a run fails at once, or has no text or settings to go on with, nothing is left: what this made is removed.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
@@ -53,6 +57,14 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         problem = f"another process is training in {folder.parent}: wait for it, or train in another directory"
         raise CheckpointError(problem) from None
+    except Exception as error:
+        hopeless = isinstance(error, SettingError | TextError | TokenizerError) and not (folder / STATE).exists()
+        if made and (hopeless or not (folder / RUN).exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # somebody has put something there
+                for each in made[1:]:
+                    each.rmdir()
+        raise
 
 
 def begin(folder: Path, settings: Settings) -> None:
