@@ -130,6 +130,16 @@ assert not {"jax", "optax", "matplotlib", "torch"} & sys.modules.keys()
     assert [name for name in sorted(expected) if f"--{name.replace('_', '-')} " not in done.out] == []
 
 
+@pytest.mark.parametrize("option", [(), ("--special-tokens",)])
+def test_special_tokens_in_the_text(option: tuple[str, ...], text: str, out: Path, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "separated.txt").write_text(Path(text).read_text(encoding="utf-8") + "<|endoftext|> " * 9)
+    done = call(*begin(str(tmp_path / "separated.txt"), out), *option)
+    assert done.code == 0
+    told = "<|endoftext|> in the text is read as plain text; --special-tokens reads it as one token\n" in done.err
+    assert told == (not option)
+    assert call("train", "--out", str(out), "--resume").code == 0  # it is a setting of the run
+
+
 def test_a_run_that_ends_early_says_so(text: str, out: Path, call: Call, monkeypatch: Any) -> None:
     losses = iter([5.0, 4.0, 4.5])
     monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))

@@ -15,7 +15,7 @@ from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write
 from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table, stats_line
-from gpt_xp.cli.session import Session, check_settings, load_model
+from gpt_xp.cli.session import Session, check_settings, load_model, tell_special_tokens
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.results import Generation, Piece, Stats
 
@@ -74,6 +74,8 @@ def generate(
     as_json = as_json or json_full
     tell_what_does_nothing(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
     session = Session(*load_model(**loading), settings)
+    prompts = [line.prompt for line in lines if line.prompt is not None] or [prompt]
+    tell_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
     if draw_seed and not as_json and not lines:
         note(f"seed {settings['seed']}")
 

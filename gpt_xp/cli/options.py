@@ -106,6 +106,8 @@ model_option = together(
     flag("--offline", help="Never use the network."),
 )  # fmt: skip
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
+SPECIAL_TOKENS = "Read what spells a special token, such as <|endoftext|>, as that token and not as plain text."
+special_tokens_option = flag("--special-tokens", help=SPECIAL_TOKENS)
 loading_options = together(
     model_option,
     click.option("--model_size", hidden=True),  # picoGPT's two
@@ -142,6 +144,7 @@ sampling_options = together(
     option("--seed", metavar="N", type=int, help="Same seed, same text.  [default: drawn, and told on stderr]"),
     option("--num-samples", metavar="N", type=COUNT, default=1, show_default=True, help="Continue the prompt N times."),
     flag("--ignore-eos", help="Go on after an end token such as <|endoftext|>."),
+    special_tokens_option,
     flag("--speculate", help="Guess from repeats in the text and check several tokens at once: same text, sooner."),
 )  # fmt: skip
 output_options = together(

@@ -11,10 +11,21 @@ import click
 from gpt_xp._text import table
 from gpt_xp._tree import finite
 from gpt_xp.api import Model
-from gpt_xp.cli.options import CONTEXT, COUNT, FILE, TEXT, flag, json_option, loading_options, option, together
+from gpt_xp.cli.options import (
+    CONTEXT,
+    COUNT,
+    FILE,
+    TEXT,
+    flag,
+    json_option,
+    loading_options,
+    option,
+    special_tokens_option,
+    together,
+)
 from gpt_xp.cli.output import progress, waiting, write, write_json
 from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, sources
-from gpt_xp.cli.session import load_model
+from gpt_xp.cli.session import load_model, tell_special_tokens
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.errors import SettingError, TokenizerError
 from gpt_xp.scoring import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
@@ -50,6 +61,7 @@ window_options = together(
 @click.argument("arguments", metavar="FILE | --choices PROMPT CHOICE...", nargs=-1)
 @loading_options
 @window_options
+@special_tokens_option
 @flag("--choices", help="Rank each CHOICE by how likely it is to follow PROMPT (-: stdin).")
 @option(
     "--by", metavar="WHAT", type=click.Choice(MEASURES), default=MEASURES[0], show_default=True,
@@ -68,6 +80,7 @@ def score(
     stride: int | None,
     crops: int | None,
     seed: int,
+    special_tokens: bool,
     choices: bool,
     by: str,
     batch_size: int,
@@ -79,8 +92,9 @@ def score(
         _refuse(ctx, OF_A_FILE, "says nothing to --choices")
         prompt = _prompt(ctx, arguments)
         name, model = load_model(**loading)
+        tell_special_tokens(model.tokenizer, [prompt, *arguments[1:]], special_tokens)
         with waiting("scoring", exit_at_once=False):
-            ranked = model.rank(prompt, arguments[1:], by=by, batch_size=batch_size)
+            ranked = model.rank(prompt, arguments[1:], by=by, batch_size=batch_size, special_tokens=special_tokens)
         if as_json:
             write_json({"prompt": prompt, "by": by, "choices": _choices(ranked, model), **_about(name, model)})
         else:
@@ -104,7 +118,9 @@ def score(
     file, text = _read(arguments)
     text = text[int((1 - last) * len(text)) :]
     name, model = load_model(**loading)
-    result, seconds = _score(model, text, {**windows, "batch_size": batch_size})
+    tell_special_tokens(model.tokenizer, [text], special_tokens)
+    settings = {**windows, "batch_size": batch_size, "special_tokens": special_tokens}
+    result, seconds = _score(model, text, settings)
     if as_json:
         write_json({"file": file, "last": last, **_record(result, seconds, model), **_about(name, model)})
     else:

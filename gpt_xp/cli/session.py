@@ -1,7 +1,7 @@
 """What stands between the options and the library: a model, what it is called, and how to generate."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gpt_xp.quantization import quantized_backend
 from gpt_xp.results import Generation, Piece
 from gpt_xp.sampling import Sampling
 from gpt_xp.streaming import check_stops
+from gpt_xp.tokenizer import Tokenizer
 
 PICOGPT_DEFAULT = "124M"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -61,6 +62,19 @@ def locate(
         return str(folder), folder
     model = model_size if model is None else model
     return default_model() if model is None else model, find_model(model, offline=offline)
+
+
+def tell_special_tokens(tokenizer: Tokenizer | None, texts: Iterable[str], special_tokens: bool) -> None:
+    """Say on stderr that a text spells a special token, where such tokens are plain text."""
+    if special_tokens or tokenizer is None:
+        return
+    if spelled := next(filter(None, map(tokenizer.first_special, texts)), None):
+        tell_spelled(spelled)
+
+
+def tell_spelled(token: str) -> None:
+    """Say on stderr that this special token was read as plain text."""
+    note(f"{token} in the text is read as plain text; --special-tokens reads it as one token")
 
 
 def tell_default() -> None:

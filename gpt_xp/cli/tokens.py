@@ -7,21 +7,28 @@ from typing import Any
 import click
 
 from gpt_xp._text import table_lines
-from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option
+from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option, special_tokens_option
 from gpt_xp.cli.output import write, write_json, write_json_list, write_many
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
-from gpt_xp.cli.session import locate, tell_default
+from gpt_xp.cli.session import locate, tell_default, tell_special_tokens
 from gpt_xp.tokenizer import Tokenizer
 
 
 @click.command(cls=PromptCommand, context_settings=CONTEXT)
 @click.argument("words", metavar="[TEXT]", nargs=-1, type=TEXT)
 @model_option
+@special_tokens_option
 @flag("--count", help="Print only how many tokens there are.")
 @json_option
 @click.pass_context
 def tokens(
-    ctx: click.Context, words: Sequence[str], model: str | None, offline: bool, count: bool, as_json: bool
+    ctx: click.Context,
+    words: Sequence[str],
+    model: str | None,
+    offline: bool,
+    special_tokens: bool,
+    count: bool,
+    as_json: bool,
 ) -> None:
     """Show the tokens of TEXT, or of stdin.
 
@@ -32,7 +39,8 @@ def tokens(
         tell_default()
     name, directory = locate(model, offline)
     tokenizer = Tokenizer.from_directory(directory)
-    ids = tokenizer.encode(text)
+    tell_special_tokens(tokenizer, [text], special_tokens)
+    ids = tokenizer.encode(text, special_tokens=special_tokens)
     # A text has far more tokens than different ones: only of these is anything held in memory.
     different = {id: (tokenizer.decoder[id], tokenizer.token_bytes(id)) for id in dict.fromkeys(ids)}
     if count and as_json:

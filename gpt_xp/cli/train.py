@@ -15,8 +15,19 @@ import click
 import gpt_xp
 from gpt_xp.backend import Backend
 from gpt_xp.cli.interrupts import exit_now
-from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, Decorator, flag, json_option, option, together
+from gpt_xp.cli.options import (
+    CONTEXT,
+    COUNT,
+    SPECIAL_TOKENS,
+    TEXT,
+    Decorator,
+    flag,
+    json_option,
+    option,
+    together,
+)
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
+from gpt_xp.cli.session import tell_spelled
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
 from gpt_xp.training import Evaluation, Settings, Watcher
@@ -46,6 +57,7 @@ model_settings = together(
     setting("--n-ctx", COUNT, "From scratch: tokens of context.  [default: 256]"),
     setting("--vocab-size", COUNT, "From scratch: train a tokenizer of N tokens on the text.  [default: 1024]"),
     setting("--tokenizer", str, "From scratch: take the tokenizer of a model or directory.", metavar="MODEL"),
+    flag("--special-tokens", default=None, help=SPECIAL_TOKENS),  # None: `--resume` must know what was given
 )
 optimizer_settings = together(
     setting("--steps", COUNT, "Steps to take.  [default: 2000]"),
@@ -181,6 +193,10 @@ class Bar(Watcher):
         hidden = not is_terminal(sys.stderr)
         with tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, disable=hidden, delay=1, leave=False) as bar:
             yield bar.update
+
+    def spelled(self, token: str) -> None:
+        """Say that a special token was read as plain text."""
+        tell_spelled(token)
 
     def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
         """Say what is trained, and begin the bar."""
