@@ -60,13 +60,17 @@ def reworded(message: str, ctx: click.Context) -> str:
     """Return a message of the library with the names of options, or of the variables that have set them.
 
     A name is known by an underscore in it (seq_len), by its place at the beginning, or by parentheses around it: the
-    others are words of English too.
+    others are words of English too. What is quoted, or a part of a path, is the user's.
     """
     options = [each for each in ctx.command.params if isinstance(each, Option)]
     for option in options:
         shown = str(option.envvar) if is_from_variable(ctx, option.name) else option.long
         name = re.escape(option.setting)
-        alone = rf"\b{name}\b" if "_" in name else rf"^{name}(?= )|(?<=\(){name}(?=\))|(?<=begun with ){name}(?= )"
+        alone = (
+            rf"(?<![\w/\\'\"-]){name}(?![\w/\\'\"-]|\.\w)"
+            if "_" in name
+            else rf"^{name}(?= )|(?<=\(){name}(?=\))|(?<=begun with ){name}(?= )"
+        )
         message = re.sub(rf"{alone}|(?<![\w-]){re.escape(option.long)}(?![\w-])", shown, message)
     variables = [
         str(each.envvar)
