@@ -107,7 +107,7 @@ class Tokenizer:
         self._added_words = AddedTokens(token for token in self.added_tokens if not token.special)
         self._all_added = AddedTokens(self.added_tokens)
         self._special = AddedTokens(token for token in self.added_tokens if token.special)
-        self._literal = added.keys() - BYTE_OF_CHARACTER.keys() - {left + right for left, right in self.merges}
+        self._literal = {token for token in added if not self._is_ordinary(token)}
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
@@ -225,18 +225,17 @@ class Tokenizer:
         added = self._all_added if special_tokens else self._added_words
         if self.add_bos_token and self.bos_token is not None:
             yield [self.encoder[self.bos_token]]
-        for index, piece in enumerate(added.uncut(map(check_text, pieces))):
-            yield self._encode_piece(piece, added, is_first=index == 0)
-
-    def _encode_piece(self, text: str, added: AddedTokens, is_first: bool) -> list[int]:
-        ids: list[int] = []
-        for place, (part, is_added) in enumerate(added.split(text)):
-            if is_added:
-                ids.append(self.encoder[part])
-                continue
-            add_space = self.add_prefix_space and (is_first or place > 0) and not part.startswith(" ")
-            ids += self._encode_ordinary(f" {part}" if add_space else part)
-        return ids
+        begins = True  # at the beginning of the text, or after an added token
+        for piece in added.uncut(map(check_text, pieces)):
+            ids: list[int] = []
+            for part, is_added in added.split(piece):
+                if is_added:
+                    ids.append(self.encoder[part])
+                else:
+                    needs_space = self.add_prefix_space and begins and not part.startswith(" ")
+                    ids += self._encode_ordinary(f" {part}" if needs_space else part)
+                begins = is_added
+            yield ids
 
     def first_special(self, text: str) -> str | None:
         """The first special token that `text` spells, or None."""
@@ -271,6 +270,11 @@ class Tokenizer:
         if token in self._literal or not BYTE_OF_CHARACTER.keys() >= set(token):
             return token.encode()
         return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
+
+    def _is_ordinary(self, token: str) -> bool:
+        """Whether ordinary text can become this token: it is a byte, or a merge makes it."""
+        splits = ((token[:place], token[place:]) for place in range(1, len(token)))
+        return token in BYTE_OF_CHARACTER or any(split in self._rank for split in splits)
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids: list[int] = []
