@@ -12,7 +12,7 @@ import regex
 # What counts as part of a word and as white space to tokenizers, which is Rust: Unicode's own definitions.
 _WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
 _WORD_BEFORE, _WORD_AFTER = regex.compile(rf"(?r){_WORD_CHARACTER}\Z"), regex.compile(_WORD_CHARACTER)
-_SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"\p{White_Space}*\Z"), regex.compile(r"\p{White_Space}*")
+_SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\p{White_Space}*\Z"), regex.compile(r"\p{White_Space}*")
 
 
 @dataclass(frozen=True)
