@@ -132,7 +132,7 @@ def test_json_has_everything_about_each_sample(call, shakespeare):
             "settings": {
                 "max_tokens": 6, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
                 "repetition_penalty": None, "stop": ["\n"], "num_samples": 2, "ignore_eos": False,
-                "speculate": False,
+                "special_tokens": False, "speculate": False,
             },
             "model": "shakespeare",
             "backend": "numpy",

@@ -75,6 +75,7 @@ def test_the_commands_that_share_a_variable() -> None:
             **{f"GPT_XP_{name}": ["generate", "score"] for name in ("BACKEND", "DEVICE", "DTYPE", "QUANTIZE")},
             "GPT_XP_BATCH_SIZE": ["generate", "score"],  # rows that are computed together: no result depends on it
             "GPT_XP_THREADS": ["bench", "compare", "generate", "score", "train"],
+            "GPT_XP_SPECIAL_TOKENS": ["generate", "score", "tokens", "train"],
             "GPT_XP_DTYPES": ["bench", "compare"],
             "GPT_XP_MARKDOWN": ["bench", "compare"],
             "GPT_XP_JSON": ["backends", *models[:3], "models", "score", "tokens", "train"],
