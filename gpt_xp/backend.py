@@ -225,12 +225,13 @@ def closest_first(word: str, known: Iterable[str]) -> list[str]:
 
 def import_library(module: str, fix: str) -> ModuleType:
     """Import an array library; `BackendError` with `fix` where it is missing. Other errors are let through."""
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:  # the library is there, and something that it needs is not
+        if error.name not in (module, package):  # the library is there, and something that it needs is not
             raise
-        raise BackendError(f"{module} is not installed", fix) from None
+        raise BackendError(f"{package} is not installed", fix) from None
 
 
 def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:

@@ -14,8 +14,9 @@ openai/gpt-2 `src/model.py`; Vaswani et al. 2017, "Attention Is All You Need"; J
 import math
 from collections.abc import Iterator
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
+from gpt_xp._arrays import device_of, namespace_of
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
@@ -153,7 +154,7 @@ def residual_stream(
     rows = xp.reshape(tokens, (-1,))  # [rows]: batch and sequence in one, for 2-D products are the fast ones
     if cache is None:
         config.check_length(n_seq)
-        slots = xp.arange(n_seq, dtype=xp.int32, device=device(tokens))
+        slots = xp.arange(n_seq, dtype=xp.int32, device=device_of(tokens))
         positions = xp.broadcast_to(slots, (rows.shape[0] // n_seq, n_seq))  # [batch, n_seq]
         visible = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
     else:
@@ -178,7 +179,7 @@ def hidden_states(
     xp: Namespace = None,
 ) -> tuple[Array, KVCache | None]:
     """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     for x, after in residual_stream(params, tokens, config, cache, window, xp):
         last, cache = x, after  # `comparison` looks at all of them; here the last one counts
     x = layer_norm(last, **params["ln_f"], xp=xp)
@@ -194,7 +195,7 @@ def gpt2(
     xp: Namespace = None,
 ) -> Array:
     """Logits for the token after each: [..., n_seq] -> [..., n_seq, n_vocab]; with a cache, `(logits, cache)`."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     x, cache = hidden_states(params, tokens, config, cache, window, xp)
     logits = unembed(x, params["wte"], xp)
     return logits if cache is None else (logits, cache)
@@ -202,7 +203,7 @@ def gpt2(
 
 def lm_loss(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None) -> Array:
     """Mean cross-entropy, in nats, of each token given those before it: [n_seq] or [batch, n_seq] -> a scalar."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     logits = at_least_float32(gpt2(params, tokens[..., :-1], config, xp=xp), xp)
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     label = xp.take_along_axis(shifted, tokens[..., 1:, None], axis=-1)[..., 0]  # [..., n_seq - 1]

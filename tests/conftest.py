@@ -41,7 +41,7 @@ cupy_kernels.address = lambda x: x.ctypes.data if isinstance(x, np.ndarray) else
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-BACKENDS = ("numpy", "jax", "torch", "array-api-strict", "array-api-strict:device1")
+BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
 ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
 # CI names here what must not be skipped: a skip looks too much like a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
