@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias, cast
@@ -30,6 +30,7 @@ import numpy as np
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
+from gpt_xp.parts import ReplacedParts
 from gpt_xp.sampling import Choice
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
@@ -193,6 +194,26 @@ def get_backend(
     if threads is not None and threads < 1:
         raise BackendError(f"threads must be at least 1, not {threads}")
     return cast(Backend, entry.load().create(device=device, dtype=dtype, threads=threads))
+
+
+def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]) -> Backend:
+    """Return a backend on which parts of the model are other functions: `with_parts("jax", gelu=mine)`.
+
+    The parts are the functions marked `@part` in `model.py`. A replacement is called with the arguments of the part.
+    With the `xp` that it is given, it may call the part itself. Give the backend to `load` or `Model`, or its `xp` to
+    `gpt2`. JAX compiles steps with replaced parts; NumPy and CuPy compute them one function at a time.
+
+    Raises `SettingError` for a name that is no part, and `BackendError` as `get_backend` does.
+    """
+    chosen = get_backend(backend)
+    xp = ReplacedParts(chosen.xp, parts)
+
+    def quantized(_: Backend) -> Backend:
+        from gpt_xp.quantization import quantized_backend
+
+        return with_parts(quantized_backend(chosen), **parts)
+
+    return replace(chosen, xp=xp, quantized=quantized)
 
 
 def check_name(name: str) -> EntryPoint:

@@ -164,7 +164,8 @@ def fake_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLX with a GPU, which computes nothing: as far as `create` asks for anything."""
     mx = SimpleNamespace(
         __version__="0.32", cpu="cpu", gpu="gpu", Device=lambda kind, index=0: (kind, index), device_count=lambda _: 1,
-        is_available=lambda kind: True, default_device=lambda: ("gpu", 0), get_peak_memory=lambda: 0, eval=None, stream=print,
+        is_available=lambda kind: True, default_device=lambda: ("gpu", 0), get_peak_memory=lambda: 0,
+        eval=None, stream=print,
         device_info=lambda device: {"device_name": "Apple M5", "memory_size": 2**34},
         **dict.fromkeys(("arange", "asarray", "full", "ones", "zeros")),
     )  # fmt: skip

@@ -10,7 +10,6 @@ from conftest import quantized
 from small_models import CONFIGS, leaves, small_params, small_tokens, tree_map
 from test_quantization import small
 
-import gpt_xp
 from gpt_xp import Backend, Model
 from gpt_xp.checkpoint import read_params
 from gpt_xp.errors import ConfigError
