@@ -23,7 +23,7 @@ def part(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        xp = args[place] if len(args) > place else kwargs.get("xp")
+        xp: Any = args[place] if len(args) > place else kwargs.get("xp")
         replacement = getattr(xp, "parts", {}).get(name)
         if replacement is None:
             return function(*args, **kwargs)

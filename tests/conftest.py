@@ -141,7 +141,8 @@ def tensorflow(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return FakeReader(fake.found)
 
     monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
-    monkeypatch.setattr(openai_checkpoint, "check_tensorflow", lambda: None)
+    monkeypatch.setattr(openai_checkpoint, "has_tensorflow", lambda: True)
+    monkeypatch.setattr("gpt_xp.hub.has_tensorflow", lambda: True)
     return fake
 
 
