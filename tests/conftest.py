@@ -15,6 +15,7 @@ import pytest
 import small_published
 from commands import Result
 from gpt_xp_backends import cupy_kernels
+from hypothesis import HealthCheck, settings
 from openai_files import FakeReader, make_tensors, variables
 from servers import HubServer
 
@@ -37,6 +38,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # In the tests of CuPy's kernels NumPy's arrays stand in for CuPy's, and have their address in another place.
 _on_the_device = cupy_kernels.address
 cupy_kernels.address = lambda x: x.ctypes.data if isinstance(x, np.ndarray) else _on_the_device(x)
+
+# How long an example takes says more of the machine than of gpt-xp.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

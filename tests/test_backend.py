@@ -12,6 +12,7 @@ from typing import Any
 import array_api_compat.numpy as numpy_namespace
 import numpy as np
 import pytest
+from commands import PATIENCE
 from comparison import TOLERANCE, assert_values
 from conftest import make_backend, skipping_what_is_missing
 from small_models import CONFIGS, small_params, small_tokens
@@ -31,7 +32,7 @@ def in_a_new_process(code: str, **environment: str) -> Any:
     """Run Python code that prints JSON, and return it."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120,
+        capture_output=True, text=True, check=False, env=os.environ | environment, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

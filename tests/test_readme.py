@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import posix, process
+from commands import PATIENCE, posix, process
 from conftest import skipping_what_is_missing
 from test_train_command import KILLED
 from test_training import story
@@ -28,7 +28,7 @@ def test_python_example(code: str, tmp_path: Path) -> None:
         pytest.importorskip("jax", reason="jax is not installed")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -43,7 +43,7 @@ def test_shell_example(line: str, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [bash, "-euo", "pipefail", "-c", line],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_the_same_text_with_numpy_and_jax(tmp_path: Path) -> None:
     texts = []
     for line in lines[:2]:
         arguments = [sys.executable, "-m", "gpt_xp", *line.partition("#")[0].split()[1:-1], "ROMEO:"]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=True, cwd=tmp_path)
         texts.append(done.stdout)
     assert texts[0] == texts[1]
     assert len(texts[0]) > 40
