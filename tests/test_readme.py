@@ -1,4 +1,4 @@
-"""README's examples run as they stand there."""
+"""The examples of README, and those in docs, run as they stand there."""
 
 import os
 import re
@@ -15,14 +15,28 @@ from conftest import skipping_what_is_missing
 from test_train_command import KILLED
 from test_training import story
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
+EXAMPLES = [
+    pytest.param(code, id=f"{name}: {code.strip().splitlines()[-1][:40]}")
+    for name, text in {"README.md": README, **PAGES}.items()
+    for code in blocks("python", text)
+]
+
+
+def test_there_are_pages() -> None:
+    assert "jax.md" in PAGES
+    assert len(EXAMPLES) > 8
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_python_example(code: str, tmp_path: Path) -> None:
     if "jax" in code:
         pytest.importorskip("jax", reason="jax is not installed")
