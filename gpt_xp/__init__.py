@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a
 
 if TYPE_CHECKING:
     from gpt_xp.api import Model, load, save
-    from gpt_xp.backend import Backend, BackendInfo, backends
+    from gpt_xp.backend import Backend, BackendInfo, backends, with_parts
     from gpt_xp.cache import KVCache, new_cache
     from gpt_xp.comparison import Comparison, compare
     from gpt_xp.config import SIZES, GPT2Config
@@ -59,13 +59,14 @@ __all__ = [
     "train",
     "train_tokenizer",
     "unembed",
+    "with_parts",
 ]
 
 # The modules of the public names. Each is imported when one of its names is first asked for: `import gpt_xp` takes a
 # few milliseconds, and the command can prepare for Ctrl-C before NumPy is imported.
 _NAMES_OF = {
     "api": ("Model", "load", "save"),
-    "backend": ("Backend", "BackendInfo", "backends"),
+    "backend": ("Backend", "BackendInfo", "backends", "with_parts"),
     "cache": ("KVCache", "new_cache"),
     "comparison": ("Comparison", "compare"),
     "config": ("SIZES", "GPT2Config"),

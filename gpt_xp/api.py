@@ -18,7 +18,7 @@ from gpt_xp._tree import leaves, tree_map
 from gpt_xp._typing import Params
 from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
 from gpt_xp.carried import Carried
-from gpt_xp.config import GPT2Config
+from gpt_xp.config import GPT2Config, check_config
 from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation import Engine
 from gpt_xp.hub import find_model
@@ -49,16 +49,39 @@ class Model:
         tokenizer: Tokenizer | None = None,
         backend: str | Backend | None = None,
     ) -> None:
+        check_config(config)
         self.config = config
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
+        self.params = params
+        self._carried: Carried | None = None  # what the checkpoint says besides, for `save`
+
+    @property
+    def params(self) -> Params:
+        """The weights, on the device. Others of the same shapes may be assigned: they are checked, and moved there.
+
+        Raises `ConfigError` where they do not fit the config, and `DeviceMemoryError` where they do not fit the device.
+        """
+        return self._engine.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        checkpoint.check_params(params, self.config)
         if quantization_of(params):
-            self.backend = quantized_backend(self.backend)
+            object.__setattr__(self, "backend", quantized_backend(self.backend))
         self._bytes = sum(map(self._leaf_bytes, leaves(params)))
         with self._memory_errors(batch=0):
-            self.params: Params = tree_map(self._move, params)
-        self._engine = Engine(self.params, config, tokenizer, self.backend)
-        self._carried: Carried | None = None  # what the checkpoint says besides, for `save`
+            moved: Params = tree_map(self._move, params)
+        self._engine = Engine(moved, self.config, self.tokenizer, self.backend)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse to replace a part that others were made for."""
+        if name in ("config", "tokenizer", "backend") and name in vars(self):
+            raise AttributeError(
+                f"a model's {name} cannot be replaced: "
+                "make another model by gpt_xp.Model(params, config, tokenizer, backend)"
+            )
+        super().__setattr__(name, value)
 
     def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
         """Return the logits after each token, a NumPy array [n_seq, n_vocab] or [batch, n_seq, n_vocab].

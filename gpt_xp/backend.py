@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias, cast
@@ -30,6 +30,7 @@ import numpy as np
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
+from gpt_xp.parts import ReplacedParts
 from gpt_xp.sampling import Choice
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
@@ -195,6 +196,26 @@ def get_backend(
     return cast(Backend, entry.load().create(device=device, dtype=dtype, threads=threads))
 
 
+def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]) -> Backend:
+    """Return a backend on which parts of the model are other functions: `with_parts("jax", gelu=mine)`.
+
+    The parts are the functions marked `@part` in `model.py`. A replacement is called with the arguments of the part.
+    With the `xp` that it is given, it may call the part itself. Give the backend to `load` or `Model`, or its `xp` to
+    `gpt2`. JAX compiles steps with replaced parts; NumPy and CuPy compute them one function at a time.
+
+    Raises `SettingError` for a name that is no part, and `BackendError` as `get_backend` does.
+    """
+    chosen = get_backend(backend)
+    xp = ReplacedParts(chosen.xp, parts)
+
+    def quantized(_: Backend) -> Backend:
+        from gpt_xp.quantization import quantized_backend
+
+        return with_parts(quantized_backend(chosen), **parts)
+
+    return replace(chosen, xp=xp, quantized=quantized)
+
+
 def check_name(name: str) -> EntryPoint:
     """Return where the backend of that name is, installed or not; `BackendError` if there is none of that name."""
     entries = _entries()
@@ -225,12 +246,13 @@ def closest_first(word: str, known: Iterable[str]) -> list[str]:
 
 def import_library(module: str, fix: str) -> ModuleType:
     """Import an array library; `BackendError` with `fix` where it is missing. Other errors are let through."""
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:  # the library is there, and something that it needs is not
+        if error.name not in (module, package):  # the library is there, and something that it needs is not
             raise
-        raise BackendError(f"{module} is not installed", fix) from None
+        raise BackendError(f"{package} is not installed", fix) from None
 
 
 def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:

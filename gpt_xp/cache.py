@@ -11,10 +11,11 @@ again. No row ever looks back further than its context, so `n_ctx` slots are eno
 from typing import Any, NamedTuple
 
 import array_api_extra as xpx
-from array_api_compat import array_namespace, device, is_writeable_array
+from array_api_compat import array_namespace, is_writeable_array
 
+from gpt_xp._arrays import device_of
 from gpt_xp._typing import Array, Namespace
-from gpt_xp.config import GPT2Config
+from gpt_xp.config import GPT2Config, check_config
 from gpt_xp.errors import PromptError
 
 
@@ -46,7 +47,7 @@ class KVCache(NamedTuple):
     def visible(self, n_seq: int, window: int | None, xp: Namespace) -> Array:
         """Which of the first `window` slots each of the next `n_seq` tokens may look at: [batch, 1, n_seq, window]."""
         query = self._slots(n_seq, xp)[:, None]  # [n_seq, 1]
-        slot = xp.arange(window or self.n_slots, dtype=xp.int32, device=device(self.start))  # [window]
+        slot = xp.arange(window or self.n_slots, dtype=xp.int32, device=device_of(self.start))  # [window]
         # A slot's content was written at the last turn of the ring that is not after the query.
         # In a ring of 8, query 9 finds tokens 8, 9 in slots 0, 1 and the older 2 .. 7 in slots 2 .. 7.
         written = query - (query - slot) % self.n_slots  # [n_seq, window]
@@ -87,7 +88,7 @@ class KVCache(NamedTuple):
         return KVCache(*(part if isinstance(part, int) else xp.asarray(part, copy=True) for part in self))
 
     def _slots(self, n_seq: int, xp: Namespace) -> Array:
-        return xp.arange(n_seq, dtype=xp.int32, device=device(self.start)) + self.position
+        return xp.arange(n_seq, dtype=xp.int32, device=device_of(self.start)) + self.position
 
 
 def _put(buffer: Array, index: tuple[Any, ...], new: Array) -> Array:
@@ -99,13 +100,18 @@ def _put(buffer: Array, index: tuple[Any, ...], new: Array) -> Array:
 
 
 def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace = None) -> KVCache:
-    """An empty cache of `n_slots` slots for the rows whose left padding ends at `start` [batch] int32.
+    """Return an empty cache of `n_slots` slots for rows whose left padding ends at `start` [batch], whole numbers.
 
-    Its dtype and device are those of `like` (a weight of the model).
+    Its library, dtype and device are those of `like` (a weight of the model); `start` may be of any library, or a list.
+    Raises `ConfigError` for another config, and `PromptError` for another shape of `start`.
     """
+    check_config(config)
     xp = xp or array_namespace(like)
+    start = xp.asarray(start, dtype=xp.int32, device=device_of(like))
+    if len(start.shape) != 1:
+        raise PromptError(f"start must have one whole number for each row, [batch], and its shape is {start.shape}")
     shape = (config.n_layer, start.shape[0], config.n_head, n_slots, config.n_embd // config.n_head)
     # Two calls: k and v must not share memory, or JAX cannot reuse it.
-    k = xp.zeros(shape, dtype=like.dtype, device=device(like))
-    v = xp.zeros(shape, dtype=like.dtype, device=device(like))
+    k = xp.zeros(shape, dtype=like.dtype, device=device_of(like))
+    v = xp.zeros(shape, dtype=like.dtype, device=device_of(like))
     return KVCache(k, v, 0, start)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpt_xp._text import size
+from gpt_xp._tree import tree_map
 from gpt_xp._typing import Params
 from gpt_xp.carried import CONFIG, GENERATION_CONFIG, Carried
 from gpt_xp.config import GPT2Config
@@ -302,6 +303,21 @@ def tensor_shapes(config: GPT2Config, n_tensors: int, quantization: str | None =
     shapes: dict[str, tuple[int, ...]] = {}
     _params(config, shapes.__setitem__, quantization)
     return shapes
+
+
+def check_params(params: Params, config: GPT2Config) -> None:
+    """Raise `ConfigError` unless `params` is a tree of arrays, quantized or not, of the shapes that `config` has."""
+    tree = tree_map(lambda leaf: leaf, params)  # tuples become lists
+    quantization = quantization_of(tree)
+    names = _params(config, lambda name, shape: (name, shape), quantization)
+    wanted = {path: list(shape) for path, (_, shape) in _leaves(names)}
+    found = {path: list(getattr(leaf, "shape", ())) for path, leaf in _leaves(tree) if path}
+    for path in (*wanted, *found):
+        if found.get(path) != wanted.get(path):
+            raise ConfigError(
+                f"params must be a tree of arrays like gpt_xp.load(...).params, in the shapes of the config: "
+                f"{path} must be {wanted.get(path, 'left out')}, not {found.get(path, 'missing')}"
+            )
 
 
 def check_tensors(

@@ -1,6 +1,7 @@
 """What shape a GPT-2 has, and the shapes that are known by name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from gpt_xp.errors import ConfigError, PromptError
 
@@ -54,6 +55,15 @@ class GPT2Config:
         """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp a bad position silently."""
         if not 1 <= n_seq <= self.n_ctx:
             raise PromptError(f"{n_seq} tokens were given, and this model takes 1 to {self.n_ctx} (n_ctx) at a time")
+
+
+def check_config(config: Any) -> None:
+    """Raise `ConfigError` unless this is a `GPT2Config`: hparams are easily given in its place."""
+    if not isinstance(config, GPT2Config):
+        raise ConfigError(
+            f"config must be a gpt_xp.GPT2Config, not {type(config).__name__}: "
+            "make one by gpt_xp.GPT2Config(n_vocab=..., n_ctx=..., n_embd=..., n_head=..., n_layer=...)"
+        )
 
 
 # Radford et al. 2019, table 2; the parameter counts in the names are those OpenAI corrected later.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from array_api_compat import device as device_of
 
+from gpt_xp._arrays import device_of
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.backend import ITEM_SIZE, Backend, BackendInfo, DeviceInfo, get_backend
 from gpt_xp.config import GPT2Config

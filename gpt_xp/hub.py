@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt_xp import store
 from gpt_xp.backend import closest_first
 from gpt_xp.errors import CheckpointError, ModelNotFoundError
-from gpt_xp.openai_checkpoint import convert, has_index, is_openai_layout
+from gpt_xp.openai_checkpoint import convert, has_index, has_tensorflow, is_openai_layout
 from gpt_xp.published import MODELS, Published, find_published
 
 BUNDLED = Path(__file__).parent / "models"
@@ -80,21 +80,28 @@ def get_published(name: str) -> Published:
 
 
 def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = False) -> Path:
-    """Return picoGPT's folder `models_dir/size`; where no model is there, OpenAI's files are fetched into it.
+    """Return picoGPT's folder `models_dir/size`, or that of a bundled model of the name `size`.
 
-    Raises as `find_model` does.
+    Where neither is there, a published model is fetched into the folder: OpenAI's files, or the Hub's where OpenAI has
+    none or TensorFlow, which reads them, is not installed. Raises as `find_model` does.
     """
     model = find_published(size)
     if "\0" in os.fspath(models_dir) + size:
         raise ModelNotFoundError("the name of a folder of models holds a NUL, which no name does; correct it")
     for folder in (os.path.join(models_dir, size), os.path.join(models_dir, model.name if model else size)):
         # An index without the rest is somebody's checkpoint too: nothing is fetched over it.
-        if os.path.exists(os.path.join(folder, "config.json")) or has_index(folder):
+        is_there = os.path.exists(os.path.join(folder, "config.json")) and not store.is_begun(Path(folder))
+        if is_there or has_index(folder):
             return find_model(folder)
+    if size in bundled():
+        return BUNDLED / size
     if model is None:
-        known = ", ".join(closest_first(size, _published_names()))
-        raise ModelNotFoundError(f"there is no model in {str(folder)!r:.200}; these can be fetched: {known}")
-    return store.pull(model, "openai", Path(models_dir) / model.name, offline=offline)
+        known = ", ".join(closest_first(size, names()))
+        raise ModelNotFoundError(f"there is no model in {str(folder)!r:.200}, and no other of that name: take {known}")
+    if model.in_bucket and has_tensorflow():
+        return store.pull(model, "openai", Path(models_dir) / model.name, offline=offline)
+    here = store.copies(model)  # the Hub's files need not be in picoGPT's folder
+    return here[0].folder if here else store.pull(model, "hub", Path(models_dir) / model.name, offline=offline)
 
 
 def bundled() -> list[str]:

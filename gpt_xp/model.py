@@ -5,7 +5,8 @@ CuPy, JAX (`jit`, `grad` and `vmap` included) and any other library that follows
 library's namespace; leave it out and it is inferred from the arrays.
 
 Read from the bottom up: `gpt2` is embeddings, a stack of `transformer_block`s, a last layer norm, and a product
-with the token table. Names of weights are those of OpenAI's checkpoints, so `**block` fits the arguments.
+with the token table. Names of weights are those of OpenAI's checkpoints, so `**block` fits the arguments. A function
+marked `@part` can be replaced for an experiment, by `gpt_xp.with_parts`.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (section 2.3);
 openai/gpt-2 `src/model.py`; Vaswani et al. 2017, "Attention Is All You Need"; Jay Mody, "GPT in 60 Lines of NumPy".
@@ -14,11 +15,13 @@ openai/gpt-2 `src/model.py`; Vaswani et al. 2017, "Attention Is All You Need"; J
 import math
 from collections.abc import Iterator
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
+from gpt_xp._arrays import device_of, namespace_of
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
+from gpt_xp.parts import part
 
 
 def at_least_float32(x: Array, xp: Namespace) -> Array:
@@ -26,6 +29,7 @@ def at_least_float32(x: Array, xp: Namespace) -> Array:
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
+@part
 def gelu(x: Array, xp: Namespace = None) -> Array:
     """Gaussian error linear unit, in its tanh form (Hendrycks & Gimpel 2016)."""
     xp = xp or array_namespace(x)
@@ -40,6 +44,7 @@ def softmax(x: Array, xp: Namespace = None) -> Array:
     return exp_x / xp.sum(exp_x, axis=-1, keepdims=True)
 
 
+@part
 def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5, xp: Namespace = None) -> Array:
     """Mean 0 and (biased) variance 1 over the last axis, then scale `g` and shift `b` (Ba et al. 2016)."""
     xp = xp or array_namespace(x, g, b)
@@ -49,6 +54,7 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5, xp: Namespace = 
     return xp.astype(g * (centered / xp.sqrt(variance + eps)) + b, x.dtype, copy=False)
 
 
+@part
 def linear(x: Array, w: Array, b: Array, xp: Namespace = None) -> Array:
     """Matrix product and shift: [rows, n_in] @ [n_in, n_out] + [n_out] -> [rows, n_out]."""
     xp = xp or array_namespace(x, w, b)
@@ -62,6 +68,7 @@ def mask_of(visible: Array, xp: Namespace) -> Array:
     return lowest * xp.astype(~visible, xp.float32)
 
 
+@part
 def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -> Array:
     """Mix the rows of `v` by how well each `q` matches each `k`; `mask` forbids where to look."""
     xp = xp or array_namespace(q, k, v)
@@ -71,6 +78,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -
     return xp.matmul(xp.astype(weights, v.dtype, copy=False), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
 
 
+@part
 def mha(
     x: Array,
     c_attn: Params,
@@ -97,6 +105,7 @@ def mha(
     return linear(merged, **c_proj, xp=xp), cache  # [rows, n_embd] -> [rows, n_embd]
 
 
+@part
 def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace = None) -> Array:
     """Position-wise feed-forward network: up to four times the width, GELU, and down again."""
     xp = xp or array_namespace(x)
@@ -104,6 +113,7 @@ def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace = None) -> Array:
     return linear(x, **c_proj, xp=xp)  # [rows, 4 * n_embd] -> [rows, n_embd]
 
 
+@part
 def transformer_block(
     x: Array,
     ln_1: Params,
@@ -126,12 +136,14 @@ def transformer_block(
     return x, cache
 
 
+@part
 def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace = None) -> Array:
     """Token embeddings plus position embeddings: [rows] and [rows] -> [rows, n_embd]."""
     xp = xp or array_namespace(tokens, wte, wpe)
     return xp.take(wte, tokens, axis=0) + xp.take(wpe, positions, axis=0)
 
 
+@part
 def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
     """Logits over the vocabulary, by the token table itself: [..., n_embd] -> [..., n_vocab]."""
     xp = xp or array_namespace(x, wte)
@@ -153,7 +165,7 @@ def residual_stream(
     rows = xp.reshape(tokens, (-1,))  # [rows]: batch and sequence in one, for 2-D products are the fast ones
     if cache is None:
         config.check_length(n_seq)
-        slots = xp.arange(n_seq, dtype=xp.int32, device=device(tokens))
+        slots = xp.arange(n_seq, dtype=xp.int32, device=device_of(tokens))
         positions = xp.broadcast_to(slots, (rows.shape[0] // n_seq, n_seq))  # [batch, n_seq]
         visible = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
     else:
@@ -178,7 +190,7 @@ def hidden_states(
     xp: Namespace = None,
 ) -> tuple[Array, KVCache | None]:
     """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     for x, after in residual_stream(params, tokens, config, cache, window, xp):
         last, cache = x, after  # `comparison` looks at all of them; here the last one counts
     x = layer_norm(last, **params["ln_f"], xp=xp)
@@ -194,7 +206,7 @@ def gpt2(
     xp: Namespace = None,
 ) -> Array:
     """Logits for the token after each: [..., n_seq] -> [..., n_seq, n_vocab]; with a cache, `(logits, cache)`."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     x, cache = hidden_states(params, tokens, config, cache, window, xp)
     logits = unembed(x, params["wte"], xp)
     return logits if cache is None else (logits, cache)
@@ -202,7 +214,7 @@ def gpt2(
 
 def lm_loss(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None) -> Array:
     """Mean cross-entropy, in nats, of each token given those before it: [n_seq] or [batch, n_seq] -> a scalar."""
-    xp = xp or array_namespace(tokens, params["wte"])
+    xp = namespace_of(params, tokens, config, xp)
     logits = at_least_float32(gpt2(params, tokens[..., :-1], config, xp=xp), xp)
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     label = xp.take_along_axis(shifted, tokens[..., 1:, None], axis=-1)[..., 0]  # [..., n_seq - 1]

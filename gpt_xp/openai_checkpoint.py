@@ -82,12 +82,17 @@ def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:
     return sizes
 
 
+def has_tensorflow() -> bool:
+    """Whether TensorFlow is installed; it is not imported."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
 def check_tensorflow() -> None:
     """Raise `CheckpointError`, with the pip command that mends it, where TensorFlow is not installed.
 
     TensorFlow is not imported.
     """
-    if importlib.util.find_spec("tensorflow") is None:
+    if not has_tensorflow():
         newest = " (with Python 3.13 or older)" if sys.version_info >= (3, 14) else ""
         raise CheckpointError(
             f"OpenAI's own checkpoints are read by TensorFlow, once each, and it is not installed: "

@@ -1,6 +1,5 @@
 """What someone who comes from Jay Mody's "GPT in 60 Lines of NumPy" (picoGPT) looks for, under the names used there."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,11 @@ import numpy as np
 
 from gpt_xp._tree import tree_map
 from gpt_xp._typing import Params
-from gpt_xp.checkpoint import read_config, read_params
+from gpt_xp.backend import get_backend
+from gpt_xp.checkpoint import read_config, read_params, read_quantization
 from gpt_xp.errors import SettingError
 from gpt_xp.hub import find_in_models_dir
+from gpt_xp.quantization import Quantized, QuantizedTable, dequantize
 from gpt_xp.tokenizer import Tokenizer
 
 
@@ -20,17 +21,25 @@ def load_encoder_hparams_and_params(
     """Return what picoGPT's function of that name (`utils.py`) returns, from its folder `models_dir/model_size`.
 
     That is a tokenizer with `encode` and `decode`; n_vocab, n_ctx, n_embd, n_head, n_layer; and the params as NumPy
-    arrays of one's own, float32 as OpenAI stored them, for `gpt2(token_ids, **params, n_head=hparams["n_head"])`. Where
-    the folder has no model, OpenAI's files are fetched into it; TensorFlow reads them, the first time only.
+    arrays of one's own, float32 however they are stored, for `gpt2(token_ids, **params, n_head=hparams["n_head"])`.
+    `model_size` may be a bundled model, too ("shakespeare"). Where the folder has no model, OpenAI's files are fetched
+    into it, which TensorFlow reads the first time; without TensorFlow, the Hub's files are fetched.
 
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`.
     """
     folder = find_in_models_dir(model_size, models_dir)
-    config = read_config(folder)
-    params = read_params(folder, config, dtype=None)
-    hparams = dataclasses.asdict(config)
-    del hparams["eos_token_id"], hparams["bos_token_id"]
-    return Tokenizer.from_directory(folder), hparams, tree_map(np.array, params)
+    config, quantization = read_config(folder), read_quantization(folder)
+    params = read_params(folder, config, None if quantization else "float32", quantization)
+    hparams = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    return Tokenizer.from_directory(folder), hparams, tree_map(_own_float32, params)
+
+
+def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":
+    """Return a copy of an array, or of the weight that a quantized one stands for."""
+    if isinstance(leaf, Quantized):
+        table = dequantize(leaf, np.float32, get_backend("numpy").xp)
+        leaf = table if isinstance(leaf, QuantizedTable) else table.T
+    return np.array(leaf, dtype=np.float32, order="C")
 
 
 def shape_tree(params: Any) -> Any:

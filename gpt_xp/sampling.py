@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
+from gpt_xp._arrays import device_of
 from gpt_xp._typing import Array, Namespace
 from gpt_xp.errors import SettingError
 from gpt_xp.model import at_least_float32, softmax
@@ -131,7 +132,7 @@ def _masked(scores: Array, allowed: Array | None, xp: Namespace) -> Array:
 def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Array, Array]:
     """The place of the largest score of each row [batch], and its margin over the second in units of logits."""
     token = xp.argmax(scores, axis=-1)
-    ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device(token))
+    ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device_of(token))
     chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
     best = xp.max(scores, axis=-1)
     second = xp.max(xp.where(chosen, lowest(scores, xp), scores), axis=-1)
@@ -145,7 +146,7 @@ def clip_margin(difference: Array, xp: Namespace) -> Array:
 
 def lowest(x: Array, xp: Namespace) -> Array:
     """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
-    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device(x))
+    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device_of(x))
 
 
 def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
@@ -163,7 +164,7 @@ def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p:
         # Values alone have no order among equals to keep, and NumPy sorts 30 times faster without.
         n_most = min(top_k or scores.shape[-1], scores.shape[-1])
         ordered = xp.sort(scores, axis=-1, descending=True, stable=False)[:, :n_most]
-        count = xp.full((scores.shape[0], 1), n_most, dtype=xp.int32, device=device(scores))
+        count = xp.full((scores.shape[0], 1), n_most, dtype=xp.int32, device=device_of(scores))
         if top_p is not None:
             probs = softmax(ordered, xp)
             needed = xp.cumulative_sum(probs, axis=-1) - probs < top_p

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from array_api_compat import device
-
+from gpt_xp._arrays import device_of
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.backend import DecodeBlock
 from gpt_xp.cache import KVCache
@@ -72,7 +71,7 @@ def decode_steps(
         choice = choose(logits, drawn, seen, allowed, xp=xp, **numbers)
         token = xp.astype(choice.token, xp.int32)
         if seen is not None:
-            ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device(seen))
+            ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device_of(seen))
             seen = seen | (ids == token[:, None])
         return (token, cache, seen), choice
 

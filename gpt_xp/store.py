@@ -91,6 +91,11 @@ def is_whole(copy: Copy) -> bool:
     return copy.source == HUB_CACHE or _is_whole(copy.folder, copy.source)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether the Hub's files are being fetched into the folder, and are not all here yet."""
+    return Manifest(folder).knows(CONFIG) and not _is_whole(folder, "hub")
+
+
 def pull(
     model: Published,
     source: str = "hub",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+PATIENCE = 600  # seconds until something counts as hung: far more than it takes, on however busy a machine
 COMMAND = [sys.executable, "-m", "gpt_xp"]
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, pipes and terminals")
 
@@ -21,7 +22,7 @@ class Result(NamedTuple):
 def process(*args: str, command: list[str] = COMMAND, **settings: object) -> Result:
     """Run the command in a process of its own."""
     settings = {"stdin": subprocess.DEVNULL, **settings}
-    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=60, check=False, **settings)
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -48,7 +49,7 @@ class Terminal:
     def read(self, until: str | None = None) -> str:
         """Return all that was seen, when `until` is there or the process has ended."""
         while until is None or until not in self.seen:
-            if not select.select([self.mine], [], [], 30)[0]:
+            if not select.select([self.mine], [], [], PATIENCE)[0]:
                 self.process.kill()
                 pytest.fail(f"no more output, after {self.seen!r}")
             try:
@@ -63,4 +64,4 @@ class Terminal:
     def end(self) -> int:
         self.read()
         os.close(self.mine)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=PATIENCE)

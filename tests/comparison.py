@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from array_api_compat import device as device_of
 
 from gpt_xp import Backend
+from gpt_xp._arrays import device_of
 from gpt_xp.tolerances import TOLERANCE
 
 
@@ -19,6 +19,14 @@ def assert_close(actual: Any, expected: Any, backend: Backend, kind: str, dtype:
     assert device_of(actual) == device_of(backend.asarray(np.zeros(1, dtype=np.float32))), "another device"
     values = backend.to_numpy(backend.xp.astype(actual, getattr(backend.xp, widened(dtype))))
     assert_values(values, expected, TOLERANCE[kind, dtype])
+
+
+def xp_of(backend: Backend) -> Any:
+    """Return the `xp` to pass to a function of arrays: None where it can be inferred from them.
+
+    The namespace that an MLX array tells lacks some of the standard's arguments.
+    """
+    return backend.xp if backend.name == "mlx" else None
 
 
 def assert_values(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:

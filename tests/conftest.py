@@ -15,6 +15,7 @@ import pytest
 import small_published
 from commands import Result
 from gpt_xp_backends import cupy_kernels
+from hypothesis import HealthCheck, settings
 from openai_files import FakeReader, make_tensors, variables
 from servers import HubServer
 
@@ -38,10 +39,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 _on_the_device = cupy_kernels.address
 cupy_kernels.address = lambda x: x.ctypes.data if isinstance(x, np.ndarray) else _on_the_device(x)
 
+# How long an example takes says more of the machine than of gpt-xp.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-BACKENDS = ("numpy", "jax", "torch", "array-api-strict", "array-api-strict:device1")
+BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
 ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
 # CI names here what must not be skipped: a skip looks too much like a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
@@ -141,7 +146,8 @@ def tensorflow(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return FakeReader(fake.found)
 
     monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
-    monkeypatch.setattr(openai_checkpoint, "check_tensorflow", lambda: None)
+    monkeypatch.setattr(openai_checkpoint, "has_tensorflow", lambda: True)
+    monkeypatch.setattr("gpt_xp.hub.has_tensorflow", lambda: True)
     return fake
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import array_api_compat.numpy as numpy_namespace
 import numpy as np
 import pytest
+from commands import PATIENCE
 from comparison import TOLERANCE, assert_values
 from conftest import make_backend, skipping_what_is_missing
 from small_models import CONFIGS, small_params, small_tokens
@@ -31,7 +32,7 @@ def in_a_new_process(code: str, **environment: str) -> Any:
     """Run Python code that prints JSON, and return it."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120,
+        capture_output=True, text=True, check=False, env=os.environ | environment, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -103,7 +104,7 @@ def test_a_cache_of_the_users_own_is_left_alone(tmp_path: Any) -> None:
 
 def test_what_backends_there_are() -> None:
     found = {info.name: info for info in gpt_xp.backends()}
-    assert found.keys() >= {"numpy", "jax", "cupy", "torch", "array-api-strict"}
+    assert found.keys() >= {"numpy", "jax", "cupy", "torch", "mlx", "array-api-strict"}
     assert found["numpy"].version == np.__version__
     assert found["numpy"].devices[0].name == "cpu"
     for info in found.values():
@@ -141,6 +142,9 @@ def test_a_wrong_name_lists_the_right_ones_closest_first() -> None:
         ("torch", {"device": "cpu:1"}, "torch has no device 'cpu:1' here"),
         ("torch", {"device": "nonsense"}, "torch has no device 'nonsense' here, only cpu"),
         ("torch", {"dtype": "int8"}, "torch does not compute in int8"),
+        ("mlx", {"device": "gpu:7"}, "mlx has no device 'gpu:7' here, only cpu"),
+        ("mlx", {"dtype": "float64"}, "mlx does not compute in float64 on cpu, only in float32, bfloat16, float16"),
+        ("mlx", {"threads": 2}, "mlx has no threads to set"),
         (
             "array-api-strict",
             {"device": "device9"},
@@ -157,11 +161,45 @@ def test_what_a_backend_refuses(name: str, options: dict[str, Any], message: str
         get_backend(name, **options)
 
 
+def fake_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLX with a GPU, which computes nothing: as far as `create` asks for anything."""
+    mx = SimpleNamespace(
+        __version__="0.32", cpu="cpu", gpu="gpu", Device=lambda kind, index=0: (kind, index), device_count=lambda _: 1,
+        is_available=lambda kind: True, default_device=lambda: ("gpu", 0), get_peak_memory=lambda: 0,
+        eval=None, stream=print,
+        device_info=lambda device: {"device_name": "Apple M5", "memory_size": 2**34},
+        **dict.fromkeys(("arange", "asarray", "full", "ones", "zeros")),
+    )  # fmt: skip
+    monkeypatch.setattr("gpt_xp_backends.mlx_backend.import_library", lambda name, fix: mx)
+
+
+def test_mlx_on_a_gpu_is_refused_where_it_may_round_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_mlx(monkeypatch)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    with pytest.raises(BackendError, match="TF32 on some GPUs: set MLX_ENABLE_TF32=0 before Python starts"):
+        get_backend("mlx")
+    assert get_backend("mlx", device="cpu").device == "cpu"
+    assert get_backend("mlx", dtype="bfloat16").device == "gpu"
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert get_backend("mlx").device_memory == 2**34
+
+
+def test_mlx_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, fix: str) -> None:
+        raise ImportError("libmlx.so: cannot open shared object file")
+
+    monkeypatch.setattr("gpt_xp_backends.mlx_backend.import_library", fail)
+    with pytest.raises(BackendError, match=r"mlx cannot be loaded \(libmlx.so: .*\): pip install 'gpt-xp\[mlx\]'"):
+        get_backend("mlx")
+
+
 def test_a_missing_library_is_one_clear_error_and_others_are_let_through(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     with pytest.raises(BackendError, match="no_such_library is not installed: pip install it"):
         import_library("no_such_library", "pip install it")
+    with pytest.raises(BackendError, match="no_such_library is not installed"):
+        import_library("no_such_library.core", "pip install it")
     (tmp_path / "half_a_library.py").write_text("import what_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
@@ -175,15 +213,17 @@ def test_a_missing_library_is_one_clear_error_and_others_are_let_through(
         ("array-api-strict", "array_api_strict", "pip install 'gpt-xp[strict]'"),
         ("jax", "jax", "pip install 'gpt-xp[jax]'"),
         ("cupy", "cupy", "pip install 'gpt-xp[cupy-cuda13x]'"),
+        ("mlx", "mlx.core", "pip install 'gpt-xp[mlx]'"),
     ],
 )
 def test_how_to_get_what_is_missing(name: str, module: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(BackendError) as error:
         get_backend(name)
-    assert str(error.value).startswith(f"{module} is not installed: {fix}")
+    package = module.partition(".")[0]
+    assert str(error.value).startswith(f"{package} is not installed: {fix}")
     [info] = [info for info in gpt_xp.backends() if info.name == name]
-    assert (info.version, info.problem) == (None, f"{module} is not installed")
+    assert (info.version, info.problem) == (None, f"{package} is not installed")
     assert str(info.fix).startswith(fix)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import posix, process, start
+from commands import PATIENCE, posix, process, start
 from conftest import make_backend
 from gpt_xp_backends import jax_backend
 from hypothesis import given
@@ -522,17 +522,17 @@ def children(parent: int) -> list[int]:
 def test_an_end_leaves_no_process_behind(tmp_path, monkeypatch, how):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = start("bench", "-m", "shakespeare", "--backends", "numpy", "--rounds", "1000")
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while len(workers := children(running.pid)) < 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert len(workers) == 2
     time.sleep(0.4)
     running.send_signal(how)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == (130 if how == signal.SIGINT else -how)
     assert out == b""
     assert b"Traceback" not in err
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -1,25 +1,27 @@
 """The key/value cache: whatever way the tokens are cut into pieces, the logits are those of the full forward pass."""
 
+import dataclasses
+import functools
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from comparison import TOLERANCE, assert_close, assert_values
+from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 
 import gpt_xp
 from gpt_xp import Backend, KVCache
-from gpt_xp.errors import PromptError
+from gpt_xp.errors import ConfigError, PromptError
 
 CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")
 
 
 def forward(backend: Backend) -> Any:
     """`gpt2` as the backend runs it: jitted on JAX."""
-    return backend.compile(gpt_xp.gpt2, static=("config", "window"))
+    return functools.partial(backend.compile(gpt_xp.gpt2, static=("config", "window", "xp")), xp=xp_of(backend))
 
 
 def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0)) -> tuple[Any, KVCache]:
@@ -110,10 +112,28 @@ def test_a_copy_is_another_cache(backend: Backend) -> None:
         assert_close(run_on[name], backend.to_numpy(full)[:, 11:], backend, "same")
 
 
+@pytest.mark.parametrize("start", [np.array([0.0, 5.0, 11.0]), np.array([0, 5, 11]), [0, 5, 11]], ids=str)
+def test_start_may_come_from_anywhere(backend: Backend, start: Any) -> None:
+    params, cache = setup(backend, start=(0, 5, 11))
+    expected, _ = run(backend, params, cache, TOKENS, [31])
+    fresh = gpt_xp.new_cache(CONFIG, params["wte"], 37, start, xp_of(backend))
+    assert fresh.start.dtype == backend.xp.int32
+    assert_values(run(backend, params, fresh, TOKENS, [31])[0], expected, TOLERANCE["same", "float32"])
+
+
+def test_a_start_of_another_shape_or_another_config_is_refused(backend: Backend) -> None:
+    like = setup(backend)[0]["wte"]
+    with pytest.raises(PromptError, match=r"start must have one whole number for each row, \[batch\]"):
+        gpt_xp.new_cache(CONFIG, like, 37, 0, xp_of(backend))
+    with pytest.raises(ConfigError, match="config must be"):
+        gpt_xp.new_cache(dataclasses.asdict(CONFIG), like, 37, [0], xp_of(backend))
+
+
 def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
     params, cache = setup(backend, n_slots=19)
+    xp = xp_of(backend)
     with pytest.raises(PromptError, match="20 tokens were given, and the cache has room for 19"):
-        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache)
-    _, cache = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache)
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache, xp=xp)
+    _, cache = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache, xp=xp)
     with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
-        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache)
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache, xp=xp)

@@ -48,6 +48,8 @@ from gpt_xp.safetensors_file import open_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
 
+UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
 
 def prefixed(tensors):
     return {f"transformer.{name}": array for name, array in tensors.items()}
@@ -499,7 +501,7 @@ def damaged(draw):
     return bytes(file[: len(file) - draw(st.sampled_from([0, 0, 0, 1, 4, 12, 500]))])
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600, deadline=None, suppress_health_check=UNCHECKED)
 @given(damaged(), st.sampled_from(["float16", "float32", None]))
 def test_damage_gives_a_checkpoint_error_or_the_right_shapes(scratch, file, dtype):
     (scratch / WEIGHTS).write_bytes(file)
@@ -513,7 +515,7 @@ def test_damage_gives_a_checkpoint_error_or_the_right_shapes(scratch, file, dtyp
         np.sum(array.astype(np.float64) > 0)  # every value can be touched
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=UNCHECKED)
 @given(st.binary(max_size=200))
 def test_random_bytes_give_a_checkpoint_error(scratch, file):
     (scratch / WEIGHTS).write_bytes(file)
@@ -1193,7 +1195,7 @@ KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uin
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=UNCHECKED)
 @given(
     entries=st.dictionaries(
         texts.filter(lambda name: name != "__metadata__"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import COMMAND, Result, Terminal, posix, process, start
+from commands import COMMAND, PATIENCE, Result, Terminal, posix, process, start
 from safetensors.numpy import load_file, save_file
 
 import gpt_xp
@@ -252,7 +252,7 @@ def test_other_prompts_get_no_hint(call):
 def test_a_prompt_does_not_wait_for_an_open_pipe():
     running = start("A", "-n", "2", stdin=subprocess.PIPE)
     try:
-        assert running.wait(timeout=30) == 0
+        assert running.wait(timeout=PATIENCE) == 0
     finally:
         running.communicate()
 
@@ -541,7 +541,7 @@ def test_ctrl_c_keeps_the_text_that_a_pipe_has_not_seen_yet(shakespeare, samples
     for _ in range(8):
         assert running.stderr.readline() == b"a token\n"
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130
     assert b"Traceback" not in err
     whole = shakespeare.generate("A", temperature=1.0, seed=5, num_samples=2, max_tokens=250, ignore_eos=True)
@@ -647,7 +647,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(tmp_path):
         assert running.stdout is not None
         running.stdout.close()
         running.stdout = None
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=PATIENCE)
         assert (running.returncode, err) == (0, b"")
 
 
@@ -656,7 +656,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(tmp_path):
 def test_a_full_disk_is_one_line(args):
     with open("/dev/full", "wb") as full:
         running = start(*args, stdout=full)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 1
     assert b"No space left on device" in err
     assert err.count(b"\n") == 1
@@ -688,5 +688,7 @@ def test_waiting_is_shown_after_a_while(monkeypatch: pytest.MonkeyPatch):
         screen = Screen()
         monkeypatch.setattr(sys, "stderr", screen)
         with waiting("loading 124M", delay=delay):
-            time.sleep(0.2)
+            end = time.monotonic() + (PATIENCE if is_shown else 0.2)
+            while not screen.getvalue() and time.monotonic() < end:
+                time.sleep(0.01)
         assert ("loading 124M 00:00" in screen.getvalue()) is is_shown

@@ -12,7 +12,7 @@ from pathlib import Path
 import naive_gpt2
 import numpy as np
 import pytest
-from commands import posix, process, start
+from commands import PATIENCE, posix, process, start
 from conftest import make_backend
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 from third_party import WRONG_BACKENDS, installed, with_large_scores
@@ -181,7 +181,7 @@ assert found.is_ok, found
 print(json.dumps(found.as_dict(), allow_nan=False))
 assert not {{"jax", "torch", "cupy"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert content["is_ok"]
@@ -316,12 +316,12 @@ def test_exit_codes(third_party):
 def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = start("compare", "-m", "shakespeare", "--backends", "numpy", "-n", "60")
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("*/reference/job.json")) and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130
     assert out == b""
     assert b"Traceback" not in err

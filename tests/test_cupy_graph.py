@@ -222,6 +222,28 @@ def test_the_first_graph_is_compared_and_all_later_steps_are_replayed(cupy: Fake
     assert set(cupy.RawKernel.launched) == {"thin_product", "fused"}
 
 
+@pytest.mark.parametrize(
+    "gelu",
+    [
+        lambda x, xp: 0.5 * x * (1 + xp.tanh(0.79788456 * (x + 0.044715 * x**3))),
+        lambda x, xp: 0 * np.asarray(x) + x,  # as a hook that collects numbers
+    ],
+    ids=["a power", "its numbers"],
+)
+def test_a_step_that_cannot_be_captured_is_taken_as_it_stands(
+    cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch, gelu: Any
+) -> None:
+    monkeypatch.setattr("gpt_xp.model.gelu", gelu)
+    monkeypatch.setenv("GPT_XP_NUMPY_CAPTURE", "0")
+    model = small(cupy_backend.create())
+    with pytest.warns(RuntimeWarning, match=r"goes on without a CUDA graph.*GPT_XP_CUPY_GRAPH=0") as warned:
+        found = model.generate(TOKENS[:5], max_tokens=9)
+    same(found, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
+    assert len(warned) == 1
+    assert "begin" not in cupy.log
+    assert cupy.log[-8:] == 8 * STEP
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5, "top_k": 20}], ids=["greedy", "sampled"])
 def test_the_text_is_the_plain_one(cupy: FakeCuPy, options: dict[str, Any]) -> None:
     actual = small(cupy_backend.create()).generate(UNEVEN, max_tokens=None, ignore_eos=True, **options)

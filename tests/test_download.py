@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+from commands import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import (
@@ -891,7 +892,7 @@ def start_child(server: FileServer, target: Path, limit: int = 0) -> "subprocess
 
 
 def wait_for_part(target: Path, n_bytes: int) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE
     while not part_of(target).exists() or part_of(target).stat().st_size < n_bytes:
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -904,7 +905,7 @@ def test_a_process_that_is_ended_leaves_what_has_come(server, target, number, co
     with start_child(server, target) as child:
         wait_for_part(target, 40_009)
         child.send_signal(number)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == code
     assert b"Traceback" not in err
     assert not target.exists()
@@ -919,7 +920,7 @@ def test_a_process_that_is_killed_while_bytes_come(server, target):
     with start_child(server, target) as child:
         wait_for_part(target, 10_007)
         child.kill()
-        child.communicate(timeout=30)
+        child.communicate(timeout=PATIENCE)
     size = part_of(target).stat().st_size
     assert 10_007 <= size < len(CONTENT)
     server.rate = None
@@ -932,7 +933,7 @@ def test_a_process_that_is_killed_while_bytes_come(server, target):
 @posix
 def test_a_limit_of_the_system(server, target):
     with start_child(server, target, limit=40_009) as child:
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 1
     assert b"Traceback" not in err
     assert b"DownloadError: cannot write weights" in err

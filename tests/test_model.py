@@ -1,19 +1,21 @@
 """The mathematics, on every backend, against transformers in float64 (goldens) and against published formulas."""
 
+import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from comparison import TOLERANCE, assert_close, assert_values
+from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from conftest import make_backend
 from small_models import CONFIGS, leaves, small_params, small_tokens, tree_map
 
 import gpt_xp
 from gpt_xp import Backend, model
-from gpt_xp.errors import PromptError
+from gpt_xp.errors import ConfigError, PromptError
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "logits.npz"))
 
@@ -55,7 +57,10 @@ HALVES += [("torch:cuda", "bfloat16"), ("torch:cuda", "float16")]
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("torch", "bfloat16"), ("torch", "float16"), *(pytest.param(*half, marks=pytest.mark.gpu) for half in HALVES)],
+    [
+        *itertools.product(("torch", "mlx"), ("bfloat16", "float16")),
+        *(pytest.param(*half, marks=pytest.mark.gpu) for half in HALVES),
+    ],
 )
 @pytest.mark.parametrize("shape", ["124M-ratios", "planted"])
 def test_half_precision(name: str, dtype: str, shape: str) -> None:
@@ -90,18 +95,18 @@ def test_loss_is_that_of_transformers(backend: Backend, name: str) -> None:
 
 def test_one_row_without_a_batch(backend: Backend) -> None:
     config, params, tokens = CONFIGS["prime"], on(backend, small_params("prime")), small_tokens("prime")
-    single = gpt_xp.gpt2(params, backend.asarray(tokens[1]), config)
-    batch = gpt_xp.gpt2(params, backend.asarray(tokens), config)
+    single = gpt_xp.gpt2(params, backend.asarray(tokens[1]), config, xp=xp_of(backend))
+    batch = gpt_xp.gpt2(params, backend.asarray(tokens), config, xp=xp_of(backend))
     assert_close(single, backend.to_numpy(batch)[1], backend, "same")
 
 
 def test_hidden_states_stop_before_the_vocabulary(backend: Backend) -> None:
     config, params, tokens = CONFIGS["prime"], on(backend, small_params("prime")), small_tokens("prime")
-    x, cache = gpt_xp.hidden_states(params, backend.asarray(tokens), config)
+    x, cache = gpt_xp.hidden_states(params, backend.asarray(tokens), config, xp=xp_of(backend))
     assert cache is None
     assert x.shape == (*tokens.shape, config.n_embd)
-    last = gpt_xp.unembed(x[:, -1, :], params["wte"])
-    full = gpt_xp.gpt2(params, backend.asarray(tokens), config)
+    last = gpt_xp.unembed(x[:, -1, :], params["wte"], xp=xp_of(backend))
+    full = gpt_xp.gpt2(params, backend.asarray(tokens), config, xp=xp_of(backend))
     assert_close(last, backend.to_numpy(full)[:, -1], backend, "same")
 
 
@@ -109,7 +114,10 @@ def test_a_token_sees_no_later_token(backend: Backend) -> None:
     config, params, tokens = CONFIGS["prime"], on(backend, small_params("prime")), small_tokens("prime")
     changed = tokens.copy()
     changed[:, 17:] = (changed[:, 17:] + 1) % config.n_vocab
-    before, after = (backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(ids), config)) for ids in (tokens, changed))
+    before, after = (
+        backend.to_numpy(gpt_xp.gpt2(params, backend.asarray(ids), config, xp=xp_of(backend)))
+        for ids in (tokens, changed)
+    )
     assert_values(after[:, :17], before[:, :17], TOLERANCE["same", "float32"])
     assert np.abs(after[:, 17:] - before[:, 17:]).min(axis=-1).max() > 0
 
@@ -117,7 +125,36 @@ def test_a_token_sees_no_later_token(backend: Backend) -> None:
 def test_too_many_tokens_are_refused(backend: Backend) -> None:
     config, params = CONFIGS["prime"], on(backend, small_params("prime"))
     with pytest.raises(PromptError, match="38 tokens were given, and this model takes 1 to 37"):
-        gpt_xp.gpt2(params, backend.asarray(np.zeros((1, 38), dtype=np.int32)), config)
+        gpt_xp.gpt2(params, backend.asarray(np.zeros((1, 38), dtype=np.int32)), config, xp=xp_of(backend))
+
+
+# Arguments of another kind.
+
+
+def test_what_is_no_array_of_tokens_is_refused(backend: Backend) -> None:
+    config, params, xp = CONFIGS["prime"], on(backend, small_params("prime")), xp_of(backend)
+    for tokens in ([1, 2, 3], "To be", None, backend.asarray(np.ones(3), "float32")):
+        for function in (gpt_xp.gpt2, gpt_xp.hidden_states, gpt_xp.lm_loss):
+            with pytest.raises(PromptError, match="tokens must be an array of whole numbers"):
+                function(params, tokens, config, xp=xp)
+
+
+def test_what_is_no_config_or_no_params_is_refused(backend: Backend) -> None:
+    config, params, xp = CONFIGS["prime"], on(backend, small_params("prime")), xp_of(backend)
+    tokens = backend.asarray(small_tokens("prime"))
+    for function in (gpt_xp.gpt2, gpt_xp.hidden_states, gpt_xp.lm_loss):
+        with pytest.raises(ConfigError, match=r"config must be a gpt_xp.GPT2Config, not dict: make one by"):
+            function(params, tokens, dataclasses.asdict(config), xp=xp)
+        for wrong in (None, [params], {"wpe": 1}, config):
+            with pytest.raises(ConfigError, match="params must be a dict of arrays with wte, wpe, blocks and ln_f"):
+                function(wrong, tokens, config, xp=xp)
+    with pytest.raises(ConfigError, match="config must be"):
+        gpt_xp.Model(params, dataclasses.asdict(config), backend=backend)
+
+
+def test_tokens_of_another_library_are_refused(jax_params: Any) -> None:
+    with pytest.raises(PromptError, match=r"of the same library as the params, not numpy.ndarray int32 beside .*jax"):
+        gpt_xp.gpt2(jax_params, small_tokens("prime"), CONFIGS["prime"])
 
 
 # One function at a time, against its published formula in float64.
@@ -126,7 +163,7 @@ def test_too_many_tokens_are_refused(backend: Backend) -> None:
 def test_gelu(backend: Backend) -> None:
     x = np.linspace(-7, 7, 211)
     expected = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x]
-    assert_close(model.gelu(backend.asarray(x, "float32")), np.array(expected), backend, "function")
+    assert_close(model.gelu(backend.asarray(x, "float32"), xp_of(backend)), np.array(expected), backend, "function")
     # Hendrycks & Gimpel 2016: x * Phi(x), which the tanh form meets to three digits.
     exact = np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
     assert 1e-5 < np.abs(np.array(expected) - exact).max() < 1e-3
@@ -136,7 +173,7 @@ def test_softmax(backend: Backend) -> None:
     x = np.random.RandomState(0).standard_normal((3, 5, 7)) * 300  # exp would overflow without the maximum
     expected = np.exp(x - x.max(-1, keepdims=True))
     expected /= expected.sum(-1, keepdims=True)
-    assert_close(model.softmax(backend.asarray(x, "float32")), expected, backend, "gradient", "float32")
+    assert_close(model.softmax(backend.asarray(x, "float32"), xp_of(backend)), expected, backend, "gradient", "float32")
 
 
 def test_layer_norm(backend: Backend) -> None:
@@ -144,21 +181,21 @@ def test_layer_norm(backend: Backend) -> None:
     x, g, b = random.standard_normal((3, 5, 7)) * 2 + 1, random.standard_normal(7), random.standard_normal(7)
     deviation = np.sqrt(((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True) + 1e-5)
     expected = (x - x.mean(-1, keepdims=True)) / deviation * g + b
-    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)))
+    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=xp_of(backend))
     assert_close(actual, expected, backend, "function")
 
 
 def test_layer_norm_of_a_constant_is_its_shift(backend: Backend) -> None:
     # Powers of two, so that their mean is exact and no rounding error is blown up by the division.
     x, g, b = np.full((2, 8), 4.0), np.ones(8), np.arange(8.0)
-    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)))
+    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=xp_of(backend))
     assert_close(actual, np.stack([b, b]), backend, "function")
 
 
 def test_attention_that_may_look_nowhere_is_finite(backend: Backend) -> None:
     q, k, v = (backend.asarray(np.ones((3, 5)), "float32") for _ in range(3))
     mask = model.mask_of(backend.asarray(np.zeros((3, 3), dtype=bool)), backend.xp)
-    assert_close(model.attention(q, k, v, mask), np.ones((3, 5)), backend, "function")
+    assert_close(model.attention(q, k, v, mask, xp_of(backend)), np.ones((3, 5)), backend, "function")
 
 
 # JAX's transformations, on the functions as they stand.
@@ -201,6 +238,19 @@ def test_gradient_is_that_of_torch(name: str) -> None:
     c_attn = gradient["blocks"][0]["attn"]["c_attn"]["w"]
     assert_close(c_attn[:, ::3], GOLDENS[f"{name}/gradient"], backend, "gradient")
     assert all(np.isfinite(leaf).all() for leaf in leaves(gradient))
+
+
+def test_gradient_on_mlx_is_that_of_torch() -> None:
+    backend = make_backend("mlx")
+    import mlx.core as mx
+
+    def loss_of(params: Any) -> Any:
+        return gpt_xp.lm_loss(params, backend.asarray(small_tokens("prime")), CONFIGS["prime"], xp=backend.xp)
+
+    loss, gradient = mx.value_and_grad(loss_of)(on(backend, small_params("prime")))
+    assert_close(loss, GOLDENS["prime/loss"], backend, "logits")
+    c_attn = gradient["blocks"][0]["attn"]["c_attn"]["w"]
+    assert_close(c_attn[:, ::3], GOLDENS["prime/gradient"], backend, "gradient")
 
 
 def test_vmap_over_rows_is_a_batch(jax_params: Any) -> None:

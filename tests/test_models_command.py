@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import small_published
-from commands import Result, Terminal, posix, process, start
+from commands import PATIENCE, Result, Terminal, posix, process, start
 from servers import reset, status
 from small_published import path_of
 
@@ -29,12 +29,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def finished(running: subprocess.Popen[bytes]) -> Result:
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=PATIENCE)
     return Result(running.returncode, out.decode(), err.decode())
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -149,7 +149,7 @@ def test_a_reader_that_goes_away_does_not_end_a_download(server, folder):
     running = start("models", "pull", "124M", command=GPT_XP)
     assert running.stderr is not None
     running.stderr.close()
-    assert running.wait(timeout=60) == 0
+    assert running.wait(timeout=PATIENCE) == 0
     assert (folder / WEIGHTS).exists()
     running.communicate()
 

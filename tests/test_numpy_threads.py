@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import PATIENCE
 from gpt_xp_backends import numpy_blocks
 from gpt_xp_backends.numpy_blocks import Threads
 from test_backend import in_a_new_process
@@ -17,7 +18,7 @@ from test_backend import in_a_new_process
 
 def run_places(pool: Threads) -> list[int]:
     """Which places were run; all at once, or this waits for ever."""
-    barrier, places = threading.Barrier(pool.n, timeout=20), []
+    barrier, places = threading.Barrier(pool.n, timeout=PATIENCE), []
 
     def place_of(place: int) -> None:
         barrier.wait()
@@ -69,7 +70,7 @@ def test_results_that_nobody_waited_for_are_not_those_of_the_next_call() -> None
 
     def slow(place: int) -> None:
         if place:
-            go.wait(20)
+            go.wait(PATIENCE)
             late.append(place)
 
     assert run_places(pool) == [0, 1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_files import PUBLISHED_HEADER, assert_same, file_bytes, leaves, nested
+from commands import PATIENCE
 from comparison import TOLERANCE, assert_values
 from naive_gpt2 import gpt2 as naive_gpt2
 from openai_files import CONFIG, FakeReader, make_tensors, variables, write_texts
@@ -493,7 +494,7 @@ def test_files_reach_the_disk_before_they_take_their_names(folder, tensorflow, m
 
 
 def test_two_at_once_do_each_other_no_harm(folder, tensorflow, monkeypatch):
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=PATIENCE)
     errors = []
 
     def read(self, name):
@@ -541,7 +542,7 @@ def run_python(code, path=None, **environment):
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env=kept | {"PYTHONPATH": str(path or "")} | environment,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import pytest
 import small_published
 from checkpoint_files import TINY, assert_same, leaves, make_tensors, nested
 from comparison import TOLERANCE, assert_values
-from servers import BucketServer, reset, status
+from servers import BucketServer, HubServer, reset, status
 
 import gpt_xp
 from gpt_xp import hub, store
+from gpt_xp.checkpoint import save_checkpoint
 from gpt_xp.errors import CheckpointError, DownloadError, ModelNotFoundError, SettingError
 from gpt_xp.published import MODELS, OPENAI_FILES, OPENAI_WEIGHTS
 
@@ -128,11 +129,88 @@ def test_a_folder_that_cannot_be_is_one_error(tensorflow, bucket, models_dir):
 
 
 def test_a_wrong_size_lists_the_right_ones(models):
-    with pytest.raises(ModelNotFoundError, match="these can be fetched: 124M, "):
+    with pytest.raises(ModelNotFoundError, match="no other of that name: take 124M, "):
         gpt_xp.load_encoder_hparams_and_params("124", models)
-    with pytest.raises(ModelNotFoundError, match="not in OpenAI's bucket"):
-        gpt_xp.load_encoder_hparams_and_params("distilgpt2", models)
+    with pytest.raises(ModelNotFoundError, match="take shakespeare, "):
+        gpt_xp.load_encoder_hparams_and_params("shakespear", models)
     assert not models.exists()
+
+
+def test_the_bundled_model_is_found_and_is_float32(models):
+    """It is stored in float16, in which the article's own functions give NaN."""
+    encoder, hparams, params = gpt_xp.load_encoder_hparams_and_params("shakespeare", models)
+    assert {str(leaf.dtype) for leaf in leaves(params)} == {"float32"}
+    assert not models.exists()
+    ids = encoder.encode("O Romeo, Romeo! wherefore art thou")
+    logits = naive_gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    assert_values(gpt_xp.load("shakespeare", backend="numpy").logits(ids), logits, TOLERANCE["logits", "float32"])
+
+
+def test_a_folder_of_the_bundled_models_name_comes_first(tensorflow, models):
+    shutil.copytree(GOLDEN, models / "shakespeare")
+    assert_same(gpt_xp.load_encoder_hparams_and_params("shakespeare", models)[2], TENSORS)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8"])
+def test_params_are_float32_however_they_are_stored(models, dtype, shakespeare):
+    params = gpt_xp._tree.tree_map(lambda leaf: np.asarray(leaf, "float32"), shakespeare.params)
+    if dtype == "int8":
+        stored, tolerance = gpt_xp.quantize(params, "int8"), 1 / 127
+    else:
+        stored, tolerance = gpt_xp._tree.tree_map(lambda leaf: leaf.astype(dtype), params), 2**-11
+    save_checkpoint(models / "mine", stored, shakespeare.config, shakespeare.tokenizer)
+    found = gpt_xp.load_encoder_hparams_and_params("mine", models)[2]
+    for ours, expected in zip(leaves(found), leaves(params), strict=True):
+        assert ours.dtype == np.float32
+        assert ours.flags.writeable
+        assert_values(ours, expected, tolerance)
+
+
+# --- without TensorFlow -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def test_without_tensorflow_the_hubs_files_are_fetched(no_tensorflow, models, server):
+    expected = gpt_xp.load("124M", backend="numpy").params
+    n_requests = len(server.requests)
+    for _ in range(2):  # the copy that is here is used, and nothing is fetched twice
+        encoder, hparams, params = gpt_xp.load_encoder_hparams_and_params("124M", models)
+        for ours, right in zip(leaves(params), leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours, right)
+        assert encoder.decode(encoder.encode("the")) == "the"
+        assert hparams["n_vocab"] == MODELS["124M"].config.n_vocab
+    assert len(server.requests) == n_requests
+    assert not models.exists()
+
+
+def test_without_tensorflow_the_hubs_files_come_into_the_folder_even_if_they_break_off(
+    no_tensorflow, models, server, monkeypatch
+):
+    monkeypatch.setattr("gpt_xp.download.TRIES", 1)
+    server.faults[small_published.path_of("model.safetensors")] = [status(404)]
+    with pytest.raises(DownloadError, match="404"):
+        gpt_xp.load_encoder_hparams_and_params("124M", models)
+    assert (models / "124M" / "config.json").exists()
+    params = gpt_xp.load_encoder_hparams_and_params("124M", models)[2]
+    n_requests = len(server.requests)
+    again = gpt_xp.load_encoder_hparams_and_params("124M", models)[2]
+    for ours, right in zip(leaves(again), leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, right)
+    assert len(server.requests) == n_requests
+
+
+def test_a_model_that_openai_has_not_comes_from_the_hub(tensorflow, models, home, monkeypatch):
+    small_published.install(monkeypatch, "distilgpt2")
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        small_published.on_hub(server, MODELS["distilgpt2"])
+        hparams = gpt_xp.load_encoder_hparams_and_params("distilgpt2", models)[1]
+    assert hparams["n_layer"] == MODELS["distilgpt2"].config.n_layer
+    assert (models / "distilgpt2" / "model.safetensors").exists()
 
 
 def test_offline_nothing_is_fetched(tensorflow, models, bucket, monkeypatch):
@@ -203,8 +281,6 @@ def test_a_damaged_conversion_is_made_again(tensorflow, bucket):
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")  # warnings of TensorFlow about itself
 def test_both_sources_give_bit_equal_params(bucket, monkeypatch):
-    from servers import HubServer
-
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         small_published.on_hub(server, MODELS["124M"])

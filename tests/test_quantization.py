@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Result
+from commands import PATIENCE, Result
 from comparison import assert_values
 from conftest import make_backend, quantized, skipping_what_is_missing
 from hypothesis import given, settings
@@ -72,7 +72,7 @@ def test_import_of_numba_is_not_on_spec() -> None:
     import sys
 
     code = "import gpt_xp, sys; gpt_xp.load(backend='numpy'); assert 'numba' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 # Quantizing.

@@ -1,4 +1,4 @@
-"""README's examples run as they stand there."""
+"""The examples of README, and those in docs, run as they stand there."""
 
 import os
 import re
@@ -10,25 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import posix, process
+from commands import PATIENCE, posix, process
 from conftest import skipping_what_is_missing
 from test_train_command import KILLED
 from test_training import story
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
+EXAMPLES = [
+    pytest.param(code, id=f"{name}: {code.strip().splitlines()[-1][:40]}")
+    for name, text in {"README.md": README, **PAGES}.items()
+    for code in blocks("python", text)
+]
+
+
+def test_there_are_pages() -> None:
+    assert "jax.md" in PAGES
+    assert len(EXAMPLES) > 8
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_python_example(code: str, tmp_path: Path) -> None:
     if "jax" in code:
         pytest.importorskip("jax", reason="jax is not installed")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -43,7 +57,7 @@ def test_shell_example(line: str, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [bash, "-euo", "pipefail", "-c", line],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -57,7 +71,7 @@ def test_the_same_text_with_numpy_and_jax(tmp_path: Path) -> None:
     texts = []
     for line in lines[:2]:
         arguments = [sys.executable, "-m", "gpt_xp", *line.partition("#")[0].split()[1:-1], "ROMEO:"]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=True, cwd=tmp_path)
         texts.append(done.stdout)
     assert texts[0] == texts[1]
     assert len(texts[0]) > 40

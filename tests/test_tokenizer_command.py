@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, posix, start
+from commands import COMMAND, PATIENCE, posix, start
 
 from gpt_xp import Tokenizer, train_tokenizer
 from gpt_xp.tokenizer import EOS
@@ -111,7 +111,7 @@ def test_what_cannot_be_is_one_clear_error(call, text, out, args, stdin, code, m
 def test_a_closed_stdin_is_an_error(out):
     closing = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND]
     running = start(*TRAIN, "--out", str(out), "-", command=closing)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=PATIENCE)
     assert (running.returncode, err) == (1, b"gpt-xp: error: stdin is closed: expected text\n")
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_leaves_nothing(out):
     running.stdin.write(bytes(300_000))  # more than a pipe holds: so when this returns, the command is reading
     running.stdin.flush()
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130
     assert b"Traceback" not in err
     assert not out.exists()

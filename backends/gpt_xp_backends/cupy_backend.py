@@ -25,9 +25,10 @@ from gpt_xp.backend import (
 )
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
+from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_attention import AppendingCache, Attending, attend
 from gpt_xp_backends.cupy_fusion import append, fused
-from gpt_xp_backends.cupy_graph import GraphedStep, KeptCache, Trust
+from gpt_xp_backends.cupy_graph import GraphedStep, KeptCache
 from gpt_xp_backends.cupy_greedy import greedy
 from gpt_xp_backends.cupy_kernels import split_matmul, thin_matmul
 from gpt_xp_backends.jax_backend import window
@@ -65,7 +66,11 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     if os.environ.get("CUPY_TF32", "0") != "0":
         raise BackendError("CUPY_TF32 makes CuPy round float32 products to 10 bits: unset it to compute in float32")
     xp = _namespace(cupy)
-    trust = Trust(None if says_yes("GPT_XP_CUPY_GRAPH", default=True) else "GPT_XP_CUPY_GRAPH=0")
+    trust = Trust(
+        None if says_yes("GPT_XP_CUPY_GRAPH", default=True) else "GPT_XP_CUPY_GRAPH=0",
+        "decoding on CuPy goes on without a CUDA graph, and slower",
+        "GPT_XP_CUPY_GRAPH=0",
+    )
 
     def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
         with cupy.cuda.Device(index):

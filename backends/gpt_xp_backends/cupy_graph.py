@@ -12,7 +12,6 @@ cache are kept for the next generation, which then finds its graphs.
 
 import contextlib
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,31 +20,10 @@ from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
 from gpt_xp.tolerances import TOLERANCE
+from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_kernels import ROWS, address
 
 Step = Callable[..., tuple[Array, KVCache]]
-
-
-class Trust:
-    """Whether steps are captured, for all functions of a backend; `problem` says why they are not."""
-
-    def __init__(self, problem: str | None = None) -> None:
-        self.problem = problem
-        self.agreed: set[Any] = set()  # kinds of graphs whose logits were right
-
-    @property
-    def verdict(self) -> str:
-        """Return "yes" once a graph was right, "no" with the reason, or "not yet"."""
-        return f"no ({self.problem})" if self.problem else "yes" if self.agreed else "not yet"
-
-    def lose(self, problem: str, error: Exception | None = None) -> None:
-        """Capture and replay no more. The warning has the error as its cause, with the traceback."""
-        self.problem = problem = problem.partition("\n")[0]  # a compiler has more to say
-        warning = RuntimeWarning(
-            f"decoding on CuPy goes on without a CUDA graph, and slower: {problem} (GPT_XP_CUPY_GRAPH=0 does not try)"
-        )
-        warning.__cause__ = error
-        warnings.warn(warning, stacklevel=2)
 
 
 class KeptCache:

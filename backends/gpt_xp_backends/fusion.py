@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import numpy as np
 
 from gpt_xp._typing import Array, Namespace
+from gpt_xp_backends.capture import StandIn
 
 
 class Step(NamedTuple):
@@ -62,11 +63,10 @@ class Node:
         return self.handle() is not None
 
 
-class Lazy:
+class Lazy(StandIn):
     """What `model.py` sees of a node: an array of the standard, as far as the model asks for one."""
 
     __slots__ = ("__weakref__", "_fusing", "_node")
-    __array_ufunc__ = None  # NumPy and CuPy leave `array + lazy` to the lazy one
 
     def __init__(self, node: Node, fusing: "Fusing") -> None:
         self._node, self._fusing = node, fusing

@@ -161,9 +161,13 @@ def _namespace_for_cpus() -> Namespace:
 
 @contextlib.contextmanager
 def _scope(jax: Any, dtype: str) -> Iterator[None]:
-    """float32 means float32 (the default on GPUs is TF32), and float64 is allowed where it was asked for."""
+    """float32 means float32 (the default on GPUs is TF32), and float64 is allowed where it was asked for.
+
+    So is rank promotion, by which a bias [n] is added to rows [rows, n], whatever the program has set.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision("highest"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
         if dtype == "float64":
             stack.enter_context(jax.enable_x64(True))
         yield

@@ -1,4 +1,7 @@
-"""NumPy, on the CPU."""
+"""NumPy, on the CPU.
+
+Steps are captured (see `numpy_blocks` and `numpy_replay`), unless `GPT_XP_NUMPY_CAPTURE=0`.
+"""
 
 import contextlib
 import functools
@@ -7,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import threadpoolctl
@@ -25,6 +28,7 @@ from gpt_xp.backend import (
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace
 from gpt_xp_backends import numpy_replay
+from gpt_xp_backends.capture import Trust
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 NEEDS_QUANTIZED = {"numba": QUANTIZED_FIX}
@@ -53,6 +57,8 @@ class NumPy(SimpleNamespace):
 
     That loads every corner of NumPy, its Fortran compiler too, which takes longer than NumPy itself.
     """
+
+    parts: ClassVar[dict[str, Any]] = {}  # no part of the model is replaced, and none is to be looked for
 
     def __getattr__(self, name: str) -> Any:
         import array_api_compat.numpy
@@ -229,6 +235,12 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
     `widening` where weights are quantized. Those with few tokens of each row are recorded and played; see
     `numpy_replay`, whose products are `writing`.
     """
+    is_off = os.environ.get("GPT_XP_NUMPY_CAPTURE", "1") in ("", "0")
+    trust = Trust(
+        "GPT_XP_NUMPY_CAPTURE=0" if is_off else None,
+        "each step on NumPy is computed as it stands from now on, and slower",
+        "GPT_XP_NUMPY_CAPTURE=0",
+    )
 
     @functools.cache
     def in_blocks() -> tuple[Any, Any]:
@@ -250,16 +262,31 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
         def has_many(tokens: Any, window: int) -> bool:
             return bool(tokens.size >= MANY["quantized" if widening else "long" if window >= LONG else "plain"])
 
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Another namespace that somebody put in the place of this one is used as it is.
-            if step and kwargs.get("xp") is xp and has_many(args[1], kwargs["window"]):
+        def captured(*args: Any, **kwargs: Any) -> Any:
+            if has_many(args[1], kwargs["window"]):
                 fusing, blas = in_blocks()
                 with LIMITS(blas, 1):
                     return function(*args, **kwargs | {"xp": fusing})
-            is_later = step and kwargs.get("xp") is xp and args[1].ndim == 2 and args[1].shape[1] <= LATER
+            is_later = args[1].ndim == 2 and args[1].shape[1] <= LATER
             with scope():
                 return replayed(*args, **kwargs) if is_later else function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # BLAS computes on lanes that nobody reads, and their flags are no news: the logits are checked.
+            with np.errstate(all="ignore"):
+                failed = None
+                # Another namespace that somebody put in the place of this one is used as it is.
+                if step and kwargs.get("xp") is xp and not trust.problem:
+                    try:
+                        return captured(*args, **kwargs)
+                    except Exception as error:  # whatever it is: the step can still be taken as it stands
+                        failed = error
+                with scope():
+                    result = function(*args, **kwargs)
+                if failed:  # and the step itself has not: it cannot be captured
+                    trust.lose(f"{type(failed).__name__}: {failed}", failed)
+                return result
 
         return call
 

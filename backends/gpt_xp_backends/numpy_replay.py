@@ -21,6 +21,7 @@ import numpy as np
 
 from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.cache import KVCache
+from gpt_xp_backends.capture import StandIn
 
 NumPyArray: TypeAlias = np.ndarray[Any, Any]
 Step: TypeAlias = Callable[..., tuple[Any, KVCache]]
@@ -38,11 +39,10 @@ class Memory:
         self._free.append(self.array)
 
 
-class Recorded:
+class Recorded(StandIn):
     """What `model.py` sees of an array whose numbers change from step to step, and whose place does not."""
 
     __slots__ = ("_memory", "_tape", "array")
-    __array_ufunc__ = None  # NumPy leaves `array + recorded` to the recorded one
 
     def __init__(self, array: NumPyArray, tape: "Tape", memory: object = None) -> None:
         self.array, self._tape, self._memory = array, tape, memory

@@ -1,0 +1,149 @@
+"""MLX, on CPUs and on GPUs of Apple and NVIDIA. Run on CPUs of Linux only so far: see README.
+
+MLX computes nothing until it is asked to. `compile` asks at the end of each step, for a step writes into the cache of
+the step before.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from gpt_xp._typing import Array
+from gpt_xp.backend import (
+    Backend,
+    BackendInfo,
+    DeviceInfo,
+    check_dtype,
+    import_library,
+    peak_process_memory,
+    physical_memory,
+    piece_on_gpu,
+)
+from gpt_xp.errors import BackendError
+
+FIX = "pip install 'gpt-xp[mlx]', with an NVIDIA GPU 'mlx[cuda13]' or 'mlx[cuda12]'"
+DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32
+
+
+def info() -> BackendInfo:
+    """Return MLX's version and devices; raises `BackendError` where it is not installed."""
+    mx = _import()
+    return BackendInfo("mlx", mx.__version__, _devices(mx))
+
+
+def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
+    """Return the MLX backend on `device` ("cpu", "gpu"; default: MLX's own)."""
+    mx = _import()
+    where = _find_device(mx, device)
+    on_cpu = where.name == "cpu"
+    check_dtype("mlx", where.name, dtype, DTYPES)
+    if threads is not None:
+        raise BackendError("mlx has no threads to set: leave --threads out")
+    if not on_cpu and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32") != "0":
+        raise BackendError(
+            "mlx rounds float32 products to TF32 on some GPUs", "set MLX_ENABLE_TF32=0 before Python starts"
+        )
+    computing = functools.partial(mx.stream, _device(mx, where.name))
+
+    def asarray(array: Any, dtype: str | None = None) -> Array:
+        with computing():
+            if isinstance(array, mx.array):
+                return array.astype(getattr(mx, dtype)) if dtype else array
+            array = np.ascontiguousarray(array).reshape(np.shape(array))  # without axes it gets one
+            return mx.array(array, dtype=getattr(mx, dtype or array.dtype.name.replace("bool", "bool_")))
+
+    return Backend(
+        name="mlx",
+        version=mx.__version__,
+        device=where.name,
+        dtype=dtype,
+        xp=_namespace(mx),
+        asarray=asarray,
+        to_numpy=lambda array: np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array),
+        compile=functools.partial(_compile, mx, computing),
+        synchronize=mx.eval,
+        piece=Backend.piece if on_cpu else piece_on_gpu,
+        samples_on_host=True,  # the host reads the same memory
+        is_out_of_memory=lambda error: isinstance(error, MemoryError) or "[malloc]" in str(error),
+        device_memory=where.memory,
+        peak_memory=peak_process_memory if on_cpu else mx.get_peak_memory,
+        settings=lambda: {"tf32": os.environ.get("MLX_ENABLE_TF32", "MLX's choice")},
+    )
+
+
+def _import() -> Any:
+    try:
+        return import_library("mlx.core", FIX)
+    except ImportError as error:  # on Linux the package alone has no library to compute with
+        raise BackendError(f"mlx cannot be loaded ({error})", FIX) from None
+
+
+def _devices(mx: Any) -> tuple[DeviceInfo, ...]:
+    """Return MLX's devices, its default first."""
+    found = [DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory())]
+    for index in range(mx.device_count(mx.gpu) if mx.is_available(mx.gpu) else 0):
+        about = mx.device_info(mx.Device(mx.gpu, index))
+        name = f"gpu:{index}" if index else "gpu"
+        found.append(DeviceInfo(name, about.get("device_name", "GPU"), about.get("memory_size")))
+    return tuple(sorted(found, key=lambda each: _device(mx, each.name) != mx.default_device()))
+
+
+def _find_device(mx: Any, name: str | None) -> DeviceInfo:
+    devices = {device.name: device for device in _devices(mx)}
+    name = name or next(iter(devices))
+    try:
+        return devices[name.removesuffix(":0")]
+    except KeyError:
+        raise BackendError(f"mlx has no device {name!r} here, only {', '.join(devices)}", FIX) from None
+
+
+def _device(mx: Any, name: str) -> Any:
+    kind, _, index = name.partition(":")
+    return mx.Device(getattr(mx, kind), int(index or 0))
+
+
+def _namespace(mx: Any) -> SimpleNamespace:
+    """Return MLX with the standard's arguments where its own are others; `device` is the one of `_compile`."""
+
+    def without_device(function: Callable[..., Array]) -> Callable[..., Array]:
+        def call(*args: Any, device: None = None, **options: Any) -> Array:
+            return function(*args, **options)
+
+        return call
+
+    def astype(x: Array, dtype: Any, /, *, copy: bool = True) -> Array:
+        return mx.astype(x, dtype)
+
+    def sort(x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> Array:
+        ordered = mx.sort(x, axis=axis)
+        return mx.flip(ordered, axis) if descending else ordered
+
+    def total(x: Array, /, *, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> Array:
+        return mx.sum(x if dtype is None else mx.astype(x, dtype), axis=axis, keepdims=keepdims)
+
+    names = {name: getattr(mx, name) for name in dir(mx) if not name.startswith("_")}
+    made = {name: without_device(names[name]) for name in ("arange", "asarray", "full", "ones", "zeros")}
+    return SimpleNamespace(**names | made | {"astype": astype, "sort": sort, "sum": total})
+
+
+def _compile(
+    mx: Any,
+    computing: Callable[[], Any],
+    function: Callable[..., Any],
+    static: tuple[str, ...] = (),
+    donate: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """Return a function that computes on the device, and at once."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with computing():
+            result = function(*args, **kwargs)
+            mx.eval(result)
+        return result
+
+    return call

@@ -1,0 +1,50 @@
+"""Parts of the model that an experiment can replace, without a line of `model.py` being changed.
+
+A replacement is found in the namespace `xp`, which every function is given. A backend that compiles or captures a step
+does so for one namespace, so another one is never mistaken for it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from gpt_xp._typing import Namespace
+from gpt_xp.errors import SettingError
+
+F = TypeVar("F", bound=Callable[..., Any])
+NAMES: list[str] = []  # of the parts
+
+
+def part(function: F) -> F:
+    """Call what the namespace has in place of the function, if it has something."""
+    name, place = function.__name__, [*inspect.signature(function).parameters].index("xp")
+    NAMES.append(name)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        xp: Any = args[place] if len(args) > place else kwargs.get("xp")
+        replacement = getattr(xp, "parts", {}).get(name)
+        if replacement is None:
+            return function(*args, **kwargs)
+        # Without this part: the replacement may call the function that it replaces.
+        return replacement(*args[:place], *args[place + 1 :], **kwargs | {"xp": xp.without(name)})
+
+    return cast(F, call)
+
+
+class ReplacedParts:
+    """The namespace `xp`, in which parts of the model are replaced."""
+
+    def __init__(self, xp: Namespace, parts: dict[str, Callable[..., Any]]) -> None:
+        for name, function in parts.items():
+            if name not in NAMES or not callable(function):
+                raise SettingError(f"{name}={function!r:.80} replaces no part; these are functions: {', '.join(NAMES)}")
+        self._xp, self.parts = xp, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._xp, name)
+
+    def without(self, name: str) -> "ReplacedParts":
+        """Return the namespace with that part as it is in `model.py`."""
+        return ReplacedParts(self._xp, {each: part for each, part in self.parts.items() if each != name})

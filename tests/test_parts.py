@@ -1,0 +1,201 @@
+"""Parts of the model that are replaced for an experiment, on every backend; the oracle is the same maths by hand."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+from comparison import TOLERANCE, assert_close, assert_values
+from conftest import quantized
+from naive_gpt2 import gpt2 as naive_gpt2
+from small_models import CONFIGS, small_params, small_tokens, tree_map
+from test_quantization import small
+
+import gpt_xp
+from gpt_xp import Backend, Model, model
+from gpt_xp.errors import SettingError
+
+CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")[0].tolist()
+MORE = {"max_tokens": 9, "speculate": True}
+
+
+def no_mlp(x: Any, c_fc: Any, c_proj: Any, xp: Any) -> Any:
+    """The feed-forward network adds nothing."""
+    return 0 * x
+
+
+def cube(x: Any, xp: Any) -> Any:
+    """The article's own GELU, whose power no captured step knows."""
+    return 0.5 * x * (1 + xp.tanh(np.sqrt(2 / np.pi).item() * (x + 0.044715 * x**3)))
+
+
+def without_mlp() -> Any:
+    """Params of the model in which `no_mlp` stands: its products give zeros."""
+
+    def block(each: Any) -> Any:
+        return each | {"mlp": each["mlp"] | {"c_proj": tree_map(np.zeros_like, each["mlp"]["c_proj"])}}
+
+    return PARAMS | {"blocks": list(map(block, PARAMS["blocks"]))}
+
+
+def test_a_replaced_part_counts_everywhere(backend: Backend) -> None:
+    ours = Model(PARAMS, CONFIG, backend=gpt_xp.with_parts(backend, ffn=no_mlp))
+    expected = Model(without_mlp(), CONFIG, backend=backend)
+    assert_values(ours.logits(TOKENS), expected.logits(TOKENS), TOLERANCE["same", "float32"])
+    assert ours.generate(TOKENS[:5], **MORE).token_ids == expected.generate(TOKENS[:5], **MORE).token_ids
+    assert ours.score(TOKENS).perplexity == pytest.approx(expected.score(TOKENS).perplexity, rel=1e-5)
+    params, tokens = ours.params, backend.asarray(np.array([TOKENS], np.int32))
+    logits = gpt_xp.gpt2(params, tokens, CONFIG, xp=ours.backend.xp)
+    assert_close(logits, expected.logits([TOKENS]), backend, "same")
+    plain = Model(PARAMS, CONFIG, backend=backend).logits(TOKENS)  # after those: nothing of them is left
+    assert_values(plain, naive_gpt2(TOKENS, **PARAMS, n_head=3), TOLERANCE["logits", "float32"])
+    assert np.abs(plain - ours.logits(TOKENS)).max() > 0.1
+
+
+def test_a_part_of_the_same_maths_is_the_same_model(backend: Backend) -> None:
+    ours = Model(PARAMS, CONFIG, backend=gpt_xp.with_parts(backend, gelu=cube))
+    expected = Model(PARAMS, CONFIG, backend=backend)
+    assert_values(ours.logits(TOKENS), expected.logits(TOKENS), TOLERANCE["same", "float32"])
+    assert ours.generate(TOKENS[:5], **MORE).token_ids == expected.generate(TOKENS[:5], **MORE).token_ids
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "layer_norm", "linear", "attention", "mha", "ffn", "transformer_block", "embed", "unembed"]
+)
+def test_each_part_may_call_the_one_that_it_replaces(name: str) -> None:
+    calls = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return getattr(model, name)(*args, **kwargs)
+
+    ours = Model(PARAMS, CONFIG, backend=gpt_xp.with_parts("numpy", **{name: watched}))
+    expected = Model(PARAMS, CONFIG, backend="numpy")
+    assert_values(ours.logits(TOKENS), expected.logits(TOKENS), TOLERANCE["same", "float32"])
+    assert calls
+
+
+def test_several_parts_are_replaced_one_inside_the_other() -> None:
+    seen: list[Any] = []
+
+    def block(x: Any, *args: Any, xp: Any, **kwargs: Any) -> Any:
+        return model.transformer_block(x, *args, xp=xp, **kwargs)
+
+    def attention(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
+        seen.append(np.asarray(model.attention(q, k, v, mask, xp)))
+        return seen[-1]
+
+    ours = Model(PARAMS, CONFIG, backend=gpt_xp.with_parts("numpy", transformer_block=block, attention=attention))
+    out = ours.generate(TOKENS[:5], max_tokens=4)
+    assert out.token_ids == Model(PARAMS, CONFIG, backend="numpy").generate(TOKENS[:5], max_tokens=4).token_ids
+    assert [each.shape for each in seen] == [(1, 3, 5, 13)] * 2 + [(1, 3, 1, 13)] * 6  # prefill, and three steps
+
+
+def test_quantized_weights_with_replaced_parts(backend: Backend) -> None:
+    quantized(backend)  # or the test is skipped
+    params, config = small("int8")
+    ours = Model(params, config, backend=gpt_xp.with_parts(backend, gelu=cube))
+    expected = Model(params, config, backend=backend)
+    assert_values(ours.logits(TOKENS), expected.logits(TOKENS), TOLERANCE["same", "float32"])
+    assert ours.generate(TOKENS[:5], **MORE).token_ids == expected.generate(TOKENS[:5], **MORE).token_ids
+
+
+def test_jit_sees_the_replaced_part() -> None:
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    params = tree_map(lambda leaf: jax.numpy.asarray(leaf, "float32"), PARAMS)
+    tokens = jax.numpy.asarray(TOKENS)
+    forward = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window", "xp"))
+    before = forward(params, tokens, CONFIG, xp=jax.numpy)
+    after = forward(params, tokens, CONFIG, xp=gpt_xp.with_parts("jax", ffn=no_mlp).xp)
+    assert_values(np.asarray(after), naive_gpt2(TOKENS, **without_mlp(), n_head=3), TOLERANCE["logits", "float32"])
+    assert np.abs(np.asarray(after - before)).max() > 0.1
+
+
+@pytest.mark.parametrize("parts", [{"glu": cube}, {"gelu": 3}, {"softmax": cube}])
+def test_what_replaces_no_part_is_refused(parts: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="replaces no part; these are functions: gelu, layer_norm, linear"):
+        gpt_xp.with_parts("numpy", **parts)
+
+
+# Functions of `model.py` that are replaced in the module itself: what a learner does first.
+
+
+def hooked(collected: list[np.ndarray]) -> Any:
+    original = model.attention
+
+    def attention(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
+        heads = original(q, k, v, mask, xp)
+        collected.append(np.asarray(heads))
+        return heads
+
+    return attention
+
+
+REPLACED = {
+    "a power": ("gelu", cube),
+    "NumPy's own function": ("gelu", lambda x, xp: 0.5 * x * (1 + np.tanh(0.79788456 * (x + 0.044715 * x * x * x)))),
+    "a comparison": ("gelu", lambda x, xp: xp.where(x > 0, x, 0 * x)),
+    "an equality": ("gelu", lambda x, xp: xp.where(x == 0, x, x)),
+    "a method": ("gelu", lambda x, xp: x.clip(0, None)),
+    "in place": ("gelu", lambda x, xp: np.maximum(x, 0, out=x)),
+    "a truth": ("gelu", lambda x, xp: x if x[0, 0] else 0 * x),
+    "a number": ("gelu", lambda x, xp: x * float(x[0, 0])),
+}
+
+
+def generations(few_tokens: int, name: str = "prime") -> Any:
+    model_ = Model(small_params(name), CONFIGS[name], backend="numpy")
+    prompt = small_tokens(name)[0].tolist()
+    return [model_.generate(prompt[:few_tokens], max_tokens=9).token_ids for _ in range(2)]
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_step_that_cannot_be_captured_is_taken_as_it_stands(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    name, function = REPLACED[what]
+    monkeypatch.setattr(model, name, function)
+    with monkeypatch.context() as patch:
+        patch.setenv("GPT_XP_NUMPY_CAPTURE", "0")
+        expected = generations(5)
+    with pytest.warns(RuntimeWarning, match=r"computed as it stands .*GPT_XP_NUMPY_CAPTURE=0") as warned:
+        found = generations(5)
+    assert found == expected
+    assert len(warned) == 1
+
+
+# In a long prompt, an element of an array that is captured has its number.
+@pytest.mark.parametrize("what", [what for what in REPLACED if what not in ("a truth", "a number")])
+def test_a_long_prompt_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    name, function = REPLACED[what]
+    monkeypatch.setattr(model, name, function)
+    config, params = CONFIGS["long"], small_params("long")
+    ids = small_tokens("long")[0].tolist()
+    with monkeypatch.context() as patch:
+        patch.setenv("GPT_XP_NUMPY_CAPTURE", "0")
+        expected = Model(params, config, backend="numpy").logits(ids)
+    with pytest.warns(RuntimeWarning, match="computed as it stands") as warned:
+        found = Model(params, config, backend="numpy").logits(ids)
+    assert_values(found, expected, TOLERANCE["same", "float32"])
+    assert len(warned) == 1
+
+
+def test_a_hook_that_collects_numbers_has_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, expected = [], []
+    for switch, collected in (("0", expected), ("1", found)):
+        with monkeypatch.context() as patch:
+            patch.setenv("GPT_XP_NUMPY_CAPTURE", switch)
+            patch.setattr(model, "attention", hooked(collected))
+            warns = pytest.warns(RuntimeWarning, match="stands for one of a step that is captured")
+            with warns if switch == "1" else contextlib.nullcontext():
+                Model(PARAMS, CONFIG, backend="numpy").generate(TOKENS[:5], max_tokens=9)
+    assert [each.shape for each in found] == [(1, 3, 5, 13)] * 2 + [(1, 3, 1, 13)] * 16
+    for ours, right in zip(found, expected, strict=True):
+        assert_values(ours, right, TOLERANCE["same", "float32"])
+
+
+def test_an_error_of_the_step_itself_is_no_reason_to_stop_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Model(PARAMS, CONFIG, backend="numpy")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "gelu", lambda x, xp: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ours.generate(TOKENS[:5], max_tokens=9)
+    ours.generate(TOKENS[:5], max_tokens=9)  # a warning would be an error here
