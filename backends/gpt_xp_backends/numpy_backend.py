@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import threadpoolctl
 
+from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -235,9 +236,8 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
     `widening` where weights are quantized. Those with few tokens of each row are recorded and played; see
     `numpy_replay`, whose products are `writing`.
     """
-    is_off = os.environ.get("GPT_XP_NUMPY_CAPTURE", "1") in ("", "0")
     trust = Trust(
-        "GPT_XP_NUMPY_CAPTURE=0" if is_off else None,
+        None if says_yes("GPT_XP_NUMPY_CAPTURE", default=True) else "GPT_XP_NUMPY_CAPTURE=0",
         "each step on NumPy is computed as it stands from now on, and slower",
         "GPT_XP_NUMPY_CAPTURE=0",
     )
