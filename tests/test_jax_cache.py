@@ -9,6 +9,7 @@ from conftest import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 from test_cache import CONFIG, TOKENS, forward, run, setup
 
+import gpt_xp
 from gpt_xp import KVCache, Model, generation
 from gpt_xp.tolerances import TOLERANCE
 
@@ -87,7 +88,7 @@ def test_a_copy_is_another_cache(public: bool) -> None:
         params, cache = setup(backend)
     _, cache = run(backend, params, cache, TOKENS, [11])
     fork = cache.copy()
-    step = backend.compile(forward(backend).__wrapped__, static=("config", "window"), donate=("cache",))
+    step = backend.compile(gpt_xp.gpt2, static=("config", "window"), donate=("cache",))
     step(params, backend.asarray(TOKENS[:, 17:22]), CONFIG, cache=cache)  # what it held may be overwritten
     logits, _ = forward(backend)(params, backend.asarray(TOKENS[:, 11:16]), CONFIG, cache=fork)
     assert_values(backend.to_numpy(logits), full(backend, params, TOKENS[:, :16])[:, 11:], TOLERANCE["same", "float32"])

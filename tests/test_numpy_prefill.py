@@ -126,7 +126,7 @@ def test_another_namespace_is_used_as_it_is(calls: list[int], dtype: str) -> Non
     assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1
 
 
-def test_a_step_that_fails_leaves_blas_its_threads(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_fail_leave_blas_its_threads(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, before = make(threads=2), blas_threads()
 
     def fail(*_: Any) -> None:
@@ -134,7 +134,7 @@ def test_a_step_that_fails_leaves_blas_its_threads(calls: list[int], monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(numpy_blocks, "compute", fail)
-        with pytest.raises(PromptError, match="a step that fails"):
+        with pytest.warns(RuntimeWarning, match="computed as it stands from now on, and slower: .*a step that fails"):
             model.logits([5, 3])
     assert blas_threads() == before
     assert get_backend("numpy").settings()["threads"] == str(before)
