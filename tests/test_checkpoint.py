@@ -1077,7 +1077,7 @@ def transformers_model(dtype="float32"):
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = TheirConfig(vocab_size=101, n_positions=37, n_embd=39, n_head=3, n_layer=2, bos_token_id=5, eos_token_id=5)
+    config = TheirConfig(vocab_size=101, n_positions=37, n_embd=39, n_head=3, n_layer=2, bos_token_id=3, eos_token_id=5)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases begin as zeros, which would hide mistakes
