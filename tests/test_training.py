@@ -91,6 +91,16 @@ def log(directory: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
+def save_start(directory: Path, seed: int) -> None:
+    """Write a model to start from, of random params."""
+    tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
+    config = gpt_xp.GPT2Config(n_vocab=277, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=276)
+    save_checkpoint(directory, random_params(config, seed), config, tokenizer)
+
+
+FROZEN = {name: value for name, value in SMALL.items() if name not in SHAPE} | {"freeze": 1}
+
+
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
@@ -359,25 +369,24 @@ def test_a_first_token_begins_each_file(tmp_path: Path) -> None:
 
 def test_an_id_beyond_the_table_is_refused_before_a_step(tmp_path: Path) -> None:
     # JAX clamps it without a word. [PAD] was added to the tokenizer, and the table was not resized.
-    model = gpt_xp.load("shakespeare")
-    padded = gpt_xp.Tokenizer(model.tokenizer.encoder | {"[PAD]": 1024}, model.tokenizer.merges, ["[PAD]"])
-    save_checkpoint(tmp_path / "start", model.params, model.config, padded)
+    save_start(tmp_path / "start", seed=1)
+    there = gpt_xp.Tokenizer.from_directory(tmp_path / "start")
+    gpt_xp.Tokenizer(there.encoder | {"[PAD]": 277}, there.merges, ["[PAD]"]).save(tmp_path / "start")
     (tmp_path / "text.txt").write_text((story(30) + "[PAD]") * 30)
-    options = {"start": str(tmp_path / "start"), "steps": 1, "seq_len": 37, "batch_size": 2}
-    with pytest.raises(TextError, match=r"has '\[PAD\]', token 1024, and the table of this model ends at 1023"):
+    options = {**FROZEN, "start": str(tmp_path / "start"), "steps": 1}
+    with pytest.raises(TextError, match=r"has '\[PAD\]', token 277, and the table of this model ends at 276"):
         gpt_xp.train(tmp_path / "text.txt", tmp_path / "special", special_tokens=True, **options)
     gpt_xp.train(tmp_path / "text.txt", tmp_path / "plain", **options)
 
 
 def test_a_fine_tuned_model_keeps_what_its_start_says(tmp_path: Path, text: Path) -> None:
-    model = gpt_xp.load("shakespeare")
-    model.save(tmp_path / "start")
+    save_start(tmp_path / "start", seed=1)
     entries = json.loads((tmp_path / "start" / "config.json").read_text())
     stated = {"eos_token_id": [0, 24], "pad_token_id": 7, "task_specific_params": {"x": 1}}
     (tmp_path / "start" / "config.json").write_text(json.dumps(entries | stated))
     (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 24, "max_length": 50}')
     (tmp_path / "start" / "chat_template.jinja").write_text("{{ x }}")
-    gpt_xp.train(text, tmp_path / "out", start=str(tmp_path / "start"), steps=1, seq_len=37, batch_size=2)
+    gpt_xp.train(text, tmp_path / "out", **FROZEN | {"start": str(tmp_path / "start"), "steps": 1})
     entries = json.loads((tmp_path / "out" / "config.json").read_text())
     assert entries | stated == entries
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -482,16 +491,6 @@ def test_a_write_that_fails_loses_nothing(
     assert bits(out) == bits(undisturbed)
     assert log(out) == log(undisturbed)
     assert not [path for path in out.rglob("*") if path.name.endswith((".part", ".tmp"))]
-
-
-def save_start(directory: Path, seed: int) -> None:
-    """Write a model to start from, of random params."""
-    tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
-    config = gpt_xp.GPT2Config(n_vocab=277, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=276)
-    save_checkpoint(directory, random_params(config, seed), config, tokenizer)
-
-
-FROZEN = {name: value for name, value in SMALL.items() if name not in SHAPE} | {"freeze": 1}
 
 
 @pytest.fixture(scope="module")
