@@ -357,12 +357,11 @@ class Engine:
 
     def _allowed_ids(self) -> Array | None:
         """Return which ids have a token [n_vocab], and may be chosen; None if all have. It is where they are chosen."""
-        if self.tokenizer is None:
+        tokenizer, n_vocab = self.tokenizer, self.config.n_vocab
+        if tokenizer is None or len(tokenizer) == tokenizer.n_vocab >= n_vocab:
             return None
-        allowed = np.zeros(self.config.n_vocab, dtype=np.bool_)
-        allowed[[id for id in self.tokenizer.ids if id < self.config.n_vocab]] = True
-        if allowed.all():
-            return None
+        allowed = np.zeros(n_vocab, dtype=np.bool_)
+        allowed[[id for id in tokenizer.ids if id < n_vocab]] = True
         return allowed if self.backend.samples_on_host else self.backend.asarray(allowed)
 
 
