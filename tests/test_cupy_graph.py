@@ -603,7 +603,7 @@ class SizedTokenizer:
     eos_token_id = None
 
     def __init__(self, ids: range) -> None:
-        self.ids = ids
+        self.ids, self.n_vocab = ids, max(ids) + 1
 
     def __len__(self) -> int:
         return len(self.ids)
