@@ -54,7 +54,7 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.params = params
-        self._carried: Carried | None = None  # what the checkpoint says besides, for `save`
+        self._carried: Carried | None = None  # `save` writes these entries and files again
 
     @property
     def params(self) -> Params:

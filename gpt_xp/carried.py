@@ -1,4 +1,4 @@
-"""All that a checkpoint's directory says and gpt-xp does not use, so that `save` writes it down again."""
+"""Entries and files of a checkpoint that gpt-xp does not use. `save` writes them again, so that none is lost."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _TOKENIZER = {"tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "voc
     "special_tokens_map.json",
 }
 _WRITTEN_BY_GPT_XP = {CONFIG, GENERATION_CONFIG, "gpt-xp.json", "train.jsonl"}
-_MOST_BYTES = 100_000_000  # of one file; larger ones are data, and no part of a model
+_MOST_BYTES = 100_000_000  # larger files are data, not part of a model
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from gpt_xp._typing import Namespace
 from gpt_xp.errors import SettingError
 
 F = TypeVar("F", bound=Callable[..., Any])
-NAMES: list[str] = []  # of the parts
+NAMES: list[str] = []  # all parts, filled by `part`
 
 
 def part(function: F) -> F:

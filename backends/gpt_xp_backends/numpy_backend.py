@@ -59,7 +59,7 @@ class NumPy(SimpleNamespace):
     That loads every corner of NumPy, its Fortran compiler too, which takes longer than NumPy itself.
     """
 
-    parts: ClassVar[dict[str, Any]] = {}  # no part of the model is replaced, and none is to be looked for
+    parts: ClassVar[dict[str, Any]] = {}  # no part of the model is replaced; `__getattr__` need not look for any
 
     def __getattr__(self, name: str) -> Any:
         import array_api_compat.numpy
@@ -273,7 +273,7 @@ def _compiler(xp: Any, threads: int | None, scope: Scope, writing: Any = _writin
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            # BLAS computes on lanes that nobody reads, and their flags are no news: the logits are checked.
+            # BLAS may raise flags for lanes of a register that hold no result. The logits are checked instead.
             with np.errstate(all="ignore"):
                 failed = None
                 # Another namespace that somebody put in the place of this one is used as it is.
