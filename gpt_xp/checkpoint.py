@@ -35,7 +35,7 @@ from gpt_xp.errors import (
     GptXpWarning,
     ModelNotFoundError,
 )
-from gpt_xp.hf_config import config_entries, config_from, quantization_from
+from gpt_xp.hf_config import check_roles, config_entries, config_from, quantization_from
 from gpt_xp.quantization import Quantized, QuantizedTable, QuantizedWeight, quantization_of, stored_shapes
 from gpt_xp.safetensors_file import (
     FLOATS,
@@ -91,10 +91,19 @@ def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
 
 def config_of(carried: Carried) -> GPT2Config:
     """The config that the entries of a checkpoint describe. Raises `ConfigError` for another model."""
-    try:
+    with _naming(carried.directory / GENERATION_CONFIG):
+        check_roles(carried.generation)
+    with _naming(carried.directory / CONFIG):
         return config_from(carried.config, carried.generation)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let a `ConfigError` name the file that has the entries."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{carried.directory / CONFIG}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def read_carried(directory: str | os.PathLike[str]) -> Carried:
@@ -106,6 +115,11 @@ def read_carried(directory: str | os.PathLike[str]) -> Carried:
     path, generation = os.path.join(directory, CONFIG), os.path.join(directory, GENERATION_CONFIG)
     with reading(directory):
         if not exists(path):
+            if exists(os.path.join(directory, "adapter_config.json")):
+                raise CheckpointError(
+                    f"{directory} has an adapter (PEFT), and not the model that it belongs to: merge the two with "
+                    f"merge_and_unload(), and save the result with save_pretrained"
+                )
             raise CheckpointError(
                 f"{directory} has no config.json: a checkpoint is a directory with config.json and {WEIGHTS}, "
                 f"as transformers' save_pretrained writes it"
@@ -121,10 +135,8 @@ def read_quantization(directory: str | os.PathLike[str]) -> str | None:
     path = os.path.join(directory, "config.json")
     with reading(directory):
         entries = read_json(path)
-    try:
+    with _naming(path):
         return quantization_from(entries)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def read_params(

@@ -28,6 +28,7 @@ def config_from(entries: dict[str, Any], generation: dict[str, Any] | None = Non
     `config.json`. Raises `ConfigError` where that is not GPT-2's mathematics.
     """
     _check_model_type(entries)
+    check_roles(entries)
     for key, allowed in _MATHEMATICS.items():
         _require(key, entries.get(key, allowed[0]), allowed)
     n_vocab = size_in(entries, "vocab_size")
@@ -46,17 +47,26 @@ def config_from(entries: dict[str, Any], generation: dict[str, Any] | None = Non
 def roles_from(entries: dict[str, Any], generation: dict[str, Any], n_vocab: int) -> dict[str, Any]:
     """Return `eos_token_id` and `bos_token_id` as `GPT2Config` has them, by the first source that names them.
 
-    Ids outside the vocabulary, which no model can choose, are left out. Raises `ConfigError` for what is no id.
+    Ids outside the vocabulary, which no model can choose, are left out.
     """
     found: dict[str, Any] = {}
     for key in ROLES:
-        entry = next((source[key] for source in (generation, entries) if source.get(key) is not None), None)
-        ids: list[Any] = entry if isinstance(entry, list) else [] if entry is None else [entry]
-        if any(type(i) is not int for i in ids):
-            raise ConfigError(f"{key} is {json.dumps(entry):.80}; a token id, a list of them or null was expected")
+        ids = next((named for source in (generation, entries) if (named := _ids(source.get(key)))), [])
         known = [i for i in ids if 0 <= i < n_vocab]
         found[key] = None if not known else known[0] if len(known) == 1 or key == "bos_token_id" else tuple(known)
     return found
+
+
+def check_roles(entries: dict[str, Any]) -> None:
+    """Raise `ConfigError` where `eos_token_id` or `bos_token_id` is neither a token id, a list of them, nor null."""
+    for key in ROLES:
+        if any(type(i) is not int for i in _ids(entries.get(key))):
+            shown = json.dumps(entries[key])
+            raise ConfigError(f"{key} is {shown:.80}; a token id, a list of them or null was expected")
+
+
+def _ids(entry: Any) -> list[Any]:
+    return entry if isinstance(entry, list) else [] if entry is None else [entry]
 
 
 def _check_model_type(entries: dict[str, Any]) -> None:

@@ -621,7 +621,7 @@ def test_generation_config_comes_before_config(tmp_path):
         config = read_config(tmp_path)
         assert (config.eos_token_id, config.bos_token_id) == (eos, bos)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ConfigError, match="eos_token_id is"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is"):
         read_config(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
@@ -877,6 +877,12 @@ def test_the_names_are_those_of_transformers(tmp_path):
 def test_no_eos_token_stays_none(tmp_path):
     save_checkpoint(tmp_path, nested(make_tensors(TINY)), TINY)
     assert read_config(tmp_path) == TINY
+
+
+def test_an_adapter_alone_is_told(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has an adapter \(PEFT\).* merge_and_unload"):
+        read_config(tmp_path)
 
 
 # --- what is carried along ------------------------------------------------------------------------------------------

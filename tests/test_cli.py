@@ -658,7 +658,7 @@ def test_a_full_disk_is_one_line(args):
         running = start(*args, stdout=full)
         _, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 1
-    assert b"No space left on device" in err
+    assert b"gpt-xp: error: cannot write to stdout: No space left on device" in err
     assert err.count(b"\n") == 1
 
 

@@ -7,6 +7,7 @@ to stderr.
 Nothing is imported here but what Python has loaded already, so that Ctrl-C is handled before NumPy is imported.
 """
 
+import errno
 import os
 import sys
 
@@ -56,5 +57,6 @@ def run() -> int:
         note(f"error: {error}")
     except OSError as error:  # of a disk that is full, or a file that cannot be read
         discard_stdout()
-        note(f"error: {error}")
+        what = error if error.filename or error.errno != errno.ENOSPC else f"cannot write to stdout: {error.strerror}"
+        note(f"error: {what}")
     return 1

@@ -64,6 +64,8 @@ def reworded(message: str, ctx: click.Context) -> str:
     """
     options = [each for each in ctx.command.params if isinstance(each, Option)]
     for option in options:
+        if str(option.envvar) in message:  # it is named already
+            continue
         shown = str(option.envvar) if is_from_variable(ctx, option.name) else option.long
         name = re.escape(option.setting)
         alone = (
