@@ -185,11 +185,17 @@ class Tokenizer:
                 there = type(self).from_directory(directory)
             except TokenizerError:
                 there = None
-            if there is None or (there.encoder, there.merges) != (self.encoder, self.merges):
+            if there is None or there._meaning != self._meaning:
                 raise CheckpointError(
                     f"{path} would be read in place of the tokenizer to be saved there, and is another: "
                     "remove it, or choose another directory"
                 )
+
+    @property
+    def _meaning(self) -> tuple[Any, ...]:
+        """All that decides about ids."""
+        roles = (self.bos_token, self.eos_token, self.add_bos_token, self.add_prefix_space)
+        return self.encoder, self.merges, set(self.added_tokens), *roles
 
     @property
     def bos_token_id(self) -> int | None:

@@ -21,16 +21,16 @@ from gpt_xp.noise import gumbel_noise
 
 CONFIG = GPT2Config(n_vocab=50257, n_ctx=199, n_embd=28, n_head=4, n_layer=2)
 NAMES = ("numpy:float64", "numpy:float32", "jax:float32", "array-api-strict:float32")
-MAX_TOKENS = 59
+MAX_TOKENS = 37
 
 # The largest error of a logit that is allowed here; float32 keeps seven digits of logits up to 19, and loses one
 # (measured: 2e-5). A margin is the difference of two logits, so below twice the error rounding may turn a choice round.
 ERROR = 5e-5
 TIE = 2 * ERROR
-# Margins are spread about evenly near zero, so of 2,300 tokens a quarter of one is expected to be below TIE. (A token
+# Margins are spread about evenly near zero, so of 1,400 tokens a sixth of one is expected to be below TIE. (A token
 # on the edge of a filter may come or go by rounding too, whatever its margin. That is far rarer, and not allowed for.)
 MOST_TIES = 2
-LEAST_TOKENS = 2000
+LEAST_TOKENS = 1200
 
 
 class Case(NamedTuple):
@@ -180,7 +180,7 @@ def test_the_draws_are_neither_flat_nor_a_spike() -> None:
     drawn = {
         token for where, out in continuations_on(NAMES[0]).items() if "unfiltered" in where for token in out.token_ids
     }
-    assert len(drawn) > 400
+    assert len(drawn) > 250
 
 
 def made_up(token_ids: list[int], margins: list[float]) -> Generation:

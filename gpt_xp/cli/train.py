@@ -234,9 +234,9 @@ class Bar(Watcher):
 
     def interrupted(self) -> None:
         """Say what happens now, and let a second Ctrl-C end the process: an exception has crashed JAX here."""
+        signal.signal(signal.SIGINT, exit_now)  # first: a second one may come as soon as the line is read
         with suppress(OSError):
             os.write(2, b"\ngpt-xp: saving after this step; Ctrl-C again ends at once\n")  # print is not for handlers
-        signal.signal(signal.SIGINT, exit_now)
 
     def ends(self) -> None:
         """Take the bar away."""
