@@ -91,7 +91,8 @@ class AddedTokens:
             return False
         tail = before[-self._reach :]
         around = tail + after[: self._reach]
-        return any(match.start() < len(tail) <= match.end() for match in self._over.finditer(around, overlapped=True))
+        # At the very place too: what `single_word` asks for stands on the other side of it.
+        return any(match.start() <= len(tail) <= match.end() for match in self._over.finditer(around, overlapped=True))
 
 
 def _any_of(contents: Iterable[str]) -> Any:

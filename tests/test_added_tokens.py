@@ -118,6 +118,13 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(added, parts, special, prefix
     assert ids == tokenizer.encode(text, special_tokens=special)
 
 
+def test_a_single_word_is_cut_off_with_what_stands_before_it():
+    token = AddedToken(" <b>", special=False, single_word=True)
+    tokenizer = Tokenizer(make.VOCABULARY | {" <b>": make.END}, [], added_tokens=[token])
+    for text in ("a <b>", "_ <b>", ", <b>"):
+        assert [id for ids in tokenizer.encode_pieces([text[0], text[1:]]) for id in ids] == tokenizer.encode(text)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
