@@ -133,7 +133,8 @@ def test_the_command_keeps_what_jax_compiles_by_cpu_and_versions(
     assert folder.name.startswith(f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-")
     kept = {path.name for path in folder.iterdir()}
     assert kept
-    assert process("A", "-n", "2", "-b", "jax").err == ""
+    again = process("A", "-n", "2", "-b", "jax")
+    assert again.code == 0  # jaxlib 0.10.0 writes to stderr which features of this CPU its programs were made for
     assert {path.name for path in folder.iterdir()} >= kept
 
 

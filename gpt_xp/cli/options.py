@@ -5,6 +5,7 @@ between, where other commands have an option of that name that means something e
 calls: where it does not apply to one, it is left aside without a word, unlike an option that is typed.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,8 +68,8 @@ class Flag(Option):
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return "1" or "0", or None where the variable is not set."""
-        value = super().resolve_envvar_value(ctx)
-        return value and str(int(is_yes(value)))
+        value = os.environ.get(str(self.envvar))  # click 8.2.0 gives "True" for every value
+        return str(int(is_yes(value))) if value else None
 
 
 def option(*names: str, of: str | None = None, cls: type[Option] = Option, **settings: Any) -> Decorator:
