@@ -237,7 +237,7 @@ def _peak_memory(device: Any) -> int | None:
     return stats.get("peak_bytes_in_use") if stats else peak_process_memory()
 
 
-_threads_at_start: list[int] = []  # what XLA was started with, where gpt-xp has started it with a number of threads
+_threads_at_start: list[int] = []  # the number of threads, if gpt-xp has started XLA with one
 
 
 @contextlib.contextmanager

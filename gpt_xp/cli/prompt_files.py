@@ -24,7 +24,7 @@ class Line:
 
     @property
     def place(self) -> str:
-        """How messages call it: "prompts.txt, line 3"."""
+        """Return the place as messages show it: "prompts.txt, line 3"."""
         return f"{_name(self.file)}, line {self.number}"
 
 
