@@ -12,8 +12,8 @@ import argparse
 
 import common
 
-from gpt_xp.bench import Benchmark, Standing, Workload
-from gpt_xp.bench.figures import Spread, spread
+from gpt_xp.benchmark import Benchmark, Standing, Workload
+from gpt_xp.benchmark.figures import Spread, spread
 
 TARGET_BATCH, TARGET = 8, 4.0
 

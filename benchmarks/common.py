@@ -16,15 +16,15 @@ from typing import Any
 from shapes import write_published
 
 import gpt_xp
-from gpt_xp._plots import check_plot
-from gpt_xp._processes import reason, usable_backends
-from gpt_xp._text import markdown_table, table
-from gpt_xp.bench import Benchmark, Entry, Standing, Workload, floor_entry, own_entry, race
-from gpt_xp.bench.figures import Spread, spread
-from gpt_xp.bench.machine import usable_cores
-from gpt_xp.bench.plot import save_plot
-from gpt_xp.bench.report import as_markdown, as_text
+from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload, floor_entry, own_entry, race
+from gpt_xp.benchmark.figures import Spread, spread
+from gpt_xp.benchmark.machine import usable_cores
+from gpt_xp.benchmark.plot import save_plot
+from gpt_xp.benchmark.report import as_markdown, as_text
 from gpt_xp.errors import GptXpError
+from gpt_xp.processes import reason, usable_backends
+from gpt_xp.reporting.plots import check_plot
+from gpt_xp.reporting.text import markdown_table, table
 
 # By name: the module in `contenders`, its dtype, and by how much its logits may differ from float32's, relative to the
 # largest of them (None: `gpt_xp.tolerances` knows).

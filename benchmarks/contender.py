@@ -1,4 +1,4 @@
-"""The process of one contender that is not gpt-xp: `gpt_xp.bench` starts it and talks to it through pipes.
+"""The process of one contender that is not gpt-xp: `gpt_xp.benchmark` starts it and talks to it through pipes.
 
     python benchmarks/contender.py llama_cpp FOLDER --dtype Q8_0 --threads 2 [--prepare]
 
@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.bench.worker import serve
+from gpt_xp.benchmark.worker import serve
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import common
 
 import gpt_xp
-from gpt_xp.bench import Benchmark, Workload
+from gpt_xp.benchmark import Benchmark, Workload
 
 GRAPH, EAGER, TRANSFORMERS = "gpt-xp cupy", "gpt-xp cupy without a graph", "transformers cuda float32"
 TARGETS = {EAGER: None, TRANSFORMERS: 3.0}  # how many times as fast a graph shall be

@@ -22,8 +22,8 @@ from pathlib import Path
 CHILD = """
 import sys, time
 from pathlib import Path
-from gpt_xp.download import Remote, download
-from gpt_xp.progress import StderrProgress
+from gpt_xp.hub.download import Remote, download
+from gpt_xp.hub.progress import StderrProgress
 import requests
 begin = time.perf_counter()
 download(Remote(sys.argv[1], "file"), Path(sys.argv[2]), StderrProgress())
@@ -105,7 +105,7 @@ def curl(url: str, target: Path) -> float:
 
 
 def gpt_xp(url: str, target: Path) -> float:
-    """Return the time of `gpt_xp.download.download`."""
+    """Return the time of `gpt_xp.hub.download.download`."""
     done = subprocess.run([sys.executable, "-c", CHILD, url, str(target)], capture_output=True, text=True, check=True)
     target.unlink()
     return float(done.stdout)

@@ -20,7 +20,7 @@ import numpy as np
 from gpt_xp_backends.cupy_kernels import split_matmul, thin_matmul
 
 import gpt_xp
-from gpt_xp._text import table
+from gpt_xp.reporting.text import table
 from gpt_xp.tolerances import TOLERANCE
 
 REPLAYS = 15

@@ -20,8 +20,8 @@ import argparse
 
 import common
 
-from gpt_xp.bench import Benchmark, Entry, Standing, Workload
-from gpt_xp.bench.figures import Spread
+from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload
+from gpt_xp.benchmark.figures import Spread
 
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")

@@ -9,7 +9,7 @@ published shape, read from a file laid out as the published ones. They take turn
 
 import common
 
-from gpt_xp.bench import Workload
+from gpt_xp.benchmark import Workload
 
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32 flash")
 

@@ -171,7 +171,7 @@ def first_difference(plain: Any, ours: Any) -> str | None:
 @contextmanager
 def guesses(future: list[int], right: float | None) -> Iterator[None]:
     """Make proposals of which the part `right` is what follows; None leaves them as they are."""
-    from gpt_xp import speculation
+    from gpt_xp.generation import speculation
 
     original = speculation.NGrams
     wrong = {place for place, x in enumerate(random.Random(2).choices([False, True], [right or 0, 1 - (right or 0)],

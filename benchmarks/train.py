@@ -26,13 +26,13 @@ import common
 import shapes
 
 import gpt_xp
-from gpt_xp._processes import thread_variables
-from gpt_xp._text import size, wrapped
-from gpt_xp.bench.figures import Spread, spread
-from gpt_xp.bench.machine import environment, usable_cores
-from gpt_xp.bench.process import Worker, WorkerError
-from gpt_xp.bench.report import number, ratio
+from gpt_xp.benchmark.figures import Spread, spread
+from gpt_xp.benchmark.machine import environment, usable_cores
+from gpt_xp.benchmark.process import Worker, WorkerError
+from gpt_xp.benchmark.report import number, ratio
 from gpt_xp.errors import GptXpError
+from gpt_xp.processes import thread_variables
+from gpt_xp.reporting.text import size, wrapped
 
 CHECKED = 4  # steps whose losses are compared
 ALLOWED = 1e-4  # nats between the losses of two trainers

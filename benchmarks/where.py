@@ -41,8 +41,10 @@ def main() -> None:
     from shapes import published_params
 
     import gpt_xp
-    from gpt_xp import generation, model, steps
-    from gpt_xp.cache import KVCache
+    from gpt_xp import transformer as model
+    from gpt_xp.generation import decoder as generation
+    from gpt_xp.generation import step_functions as steps
+    from gpt_xp.kv_cache import KVCache
 
     config = gpt_xp.SIZES["124M"]
     params = published_params(config)

@@ -6,27 +6,27 @@
 `gpt_xp.gpt2` and `gpt_xp.lm_loss` are the model as pure functions, for any array library.
 """
 
-__version__ = "0.1.0"
-
 from importlib import import_module
+
+from gpt_xp.version import __version__ as __version__
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a while to import
 
 if TYPE_CHECKING:
-    from gpt_xp.api import Model, load, save
     from gpt_xp.backend import Backend, BackendInfo, backends, with_parts
-    from gpt_xp.cache import KVCache, new_cache
     from gpt_xp.comparison import Comparison, compare
     from gpt_xp.config import SIZES, GPT2Config
     from gpt_xp.errors import GptXpError
-    from gpt_xp.model import gpt2, hidden_states, lm_loss, unembed
+    from gpt_xp.generation.results import Generation, Piece, Stats
+    from gpt_xp.kv_cache import KVCache, new_cache
+    from gpt_xp.model import Model, load, save
     from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
     from gpt_xp.quantization import quantize
-    from gpt_xp.results import Generation, Piece, Stats
-    from gpt_xp.scoring import RankedChoice, Score
-    from gpt_xp.tokenizer import Tokenizer
-    from gpt_xp.tokenizer_training import train_tokenizer
+    from gpt_xp.scoring.score import RankedChoice, Score
+    from gpt_xp.tokenizer.bpe import Tokenizer
+    from gpt_xp.tokenizer.training import train_tokenizer
     from gpt_xp.training import Evaluation, Training, train
+    from gpt_xp.transformer import gpt2, hidden_states, lm_loss, unembed
 
 __all__ = [
     "SIZES",
@@ -65,19 +65,19 @@ __all__ = [
 # The modules of the public names. Each is imported when one of its names is first asked for: `import gpt_xp` takes a
 # few milliseconds, and the command can prepare for Ctrl-C before NumPy is imported.
 _NAMES_OF = {
-    "api": ("Model", "load", "save"),
+    "model": ("Model", "load", "save"),
     "backend": ("Backend", "BackendInfo", "backends", "with_parts"),
-    "cache": ("KVCache", "new_cache"),
+    "kv_cache": ("KVCache", "new_cache"),
     "comparison": ("Comparison", "compare"),
     "config": ("SIZES", "GPT2Config"),
     "errors": ("GptXpError",),
-    "model": ("gpt2", "hidden_states", "lm_loss", "unembed"),
+    "transformer": ("gpt2", "hidden_states", "lm_loss", "unembed"),
     "picogpt": ("load_encoder_hparams_and_params", "shape_tree"),
     "quantization": ("quantize",),
-    "results": ("Generation", "Piece", "Stats"),
-    "scoring": ("RankedChoice", "Score"),
-    "tokenizer": ("Tokenizer",),
-    "tokenizer_training": ("train_tokenizer",),
+    "generation.results": ("Generation", "Piece", "Stats"),
+    "scoring.score": ("RankedChoice", "Score"),
+    "tokenizer.bpe": ("Tokenizer",),
+    "tokenizer.training": ("train_tokenizer",),
     "training": ("Evaluation", "Training", "train"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

@@ -27,11 +27,11 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from gpt_xp._typing import Array, Namespace
-from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.errors import BackendError
+from gpt_xp.generation.sampling import Choice
+from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.parts import ReplacedParts
-from gpt_xp.sampling import Choice
+from gpt_xp.types import Array, Namespace
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
 DecodeBlock: TypeAlias = Callable[[Step, Any, int], tuple[Any, Any]]

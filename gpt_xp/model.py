@@ -1,221 +1,397 @@
-"""GPT-2's forward pass: all the mathematics, and nothing else.
+"""The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
 
-Every function is pure and is written in the Python array API standard alone, so it runs unchanged on NumPy,
-CuPy, JAX (`jit`, `grad` and `vmap` included) and any other library that follows the standard. `xp` is that
-library's namespace; leave it out and it is inferred from the arrays.
-
-Read from the bottom up: `gpt2` is embeddings, a stack of `transformer_block`s, a last layer norm, and a product
-with the token table. Names of weights are those of OpenAI's checkpoints, so `**block` fits the arguments. A function
-marked `@part` can be replaced for an experiment, by `gpt_xp.with_parts`.
-
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (section 2.3);
-openai/gpt-2 `src/model.py`; Vaswani et al. 2017, "Attention Is All You Need"; Jay Mody, "GPT in 60 Lines of NumPy".
-"""
-
+import contextlib
+import functools
 import math
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from numbers import Integral, Number
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from array_api_compat import array_namespace
+import numpy as np
 
-from gpt_xp._arrays import device_of, namespace_of
-from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.cache import KVCache
-from gpt_xp.config import GPT2Config
-from gpt_xp.parts import part
+from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.carried import Carried
+from gpt_xp.config import GPT2Config, check_config
+from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
+from gpt_xp.generation.decoder import Engine
+from gpt_xp.generation.results import Piece, Prompt
+from gpt_xp.generation.sampling import Sampling
+from gpt_xp.generation.stop_strings import check_stops
+from gpt_xp.hub.find import find_model
+from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
+from gpt_xp.quantization import quantize as quantize_params
+from gpt_xp.reporting.text import size
+from gpt_xp.scoring import score as scoring
+from gpt_xp.scoring.score import Progress, RankedChoice, Score, Windows
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tree import leaves, tree_map
+from gpt_xp.types import Params
 
-
-def at_least_float32(x: Array, xp: Namespace) -> Array:
-    """Widen half precision, in which sums and squares lose digits or overflow; leave float32 and float64 alone."""
-    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
-
-
-@part
-def gelu(x: Array, xp: Namespace = None) -> Array:
-    """Gaussian error linear unit, in its tanh form (Hendrycks & Gimpel 2016)."""
-    xp = xp or array_namespace(x)
-    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-
-
-def softmax(x: Array, xp: Namespace = None) -> Array:
-    """Exponentials that sum to one over the last axis; the maximum is taken off first, so that none overflows."""
-    xp = xp or array_namespace(x)
-    x = at_least_float32(x, xp)
-    exp_x = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
-    return exp_x / xp.sum(exp_x, axis=-1, keepdims=True)
-
-
-@part
-def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5, xp: Namespace = None) -> Array:
-    """Mean 0 and (biased) variance 1 over the last axis, then scale `g` and shift `b` (Ba et al. 2016)."""
-    xp = xp or array_namespace(x, g, b)
-    wide = at_least_float32(x, xp)
-    centered = wide - xp.mean(wide, axis=-1, keepdims=True)
-    variance = xp.mean(centered * centered, axis=-1, keepdims=True)
-    return xp.astype(g * (centered / xp.sqrt(variance + eps)) + b, x.dtype, copy=False)
+Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
 
 
-@part
-def linear(x: Array, w: Array, b: Array, xp: Namespace = None) -> Array:
-    """Matrix product and shift: [rows, n_in] @ [n_in, n_out] + [n_out] -> [rows, n_out]."""
-    xp = xp or array_namespace(x, w, b)
-    return xp.matmul(x, w) + b
+class Model:
+    """GPT-2 on one backend.
+
+    `params` is a nested dict of arrays (NumPy's, or the backend's own), which `gpt_xp.quantize` may have made smaller,
+    and `backend` a name or a `Backend`. Without a tokenizer, prompts are token ids and there is no text. Raises
+    `ConfigError` where the parts do not fit each other, `BackendError` where the backend cannot be used,
+    `DeviceMemoryError` where the params do not fit the device.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: GPT2Config,
+        tokenizer: Tokenizer | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
+        check_config(config)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.backend = get_backend(backend)
+        self.params = params
+        self._carried: Carried | None = None  # `save` writes these entries and files again
+
+    @property
+    def params(self) -> Params:
+        """The weights, on the device. Others of the same shapes may be assigned: they are checked, and moved there.
+
+        Raises `ConfigError` where they do not fit the config, and `DeviceMemoryError` where they do not fit the device.
+        """
+        return self._engine.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        checkpoint.check_params(params, self.config)
+        if quantization_of(params):
+            object.__setattr__(self, "backend", quantized_backend(self.backend))
+        self._bytes = sum(map(self._leaf_bytes, leaves(params)))
+        with self._memory_errors(batch=0):
+            moved: Params = tree_map(self._move, params)
+        self._engine = Engine(moved, self.config, self.tokenizer, self.backend)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse to replace a part that others were made for."""
+        if name in ("config", "tokenizer", "backend") and name in vars(self):
+            raise AttributeError(
+                f"a model's {name} cannot be replaced: "
+                "make another model by gpt_xp.Model(params, config, tokenizer, backend)"
+            )
+        super().__setattr__(name, value)
+
+    def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
+        """Return the logits after each token, a NumPy array [n_seq, n_vocab] or [batch, n_seq, n_vocab].
+
+        `token_ids` is [n_seq] or [batch, n_seq] of ints. float32, or float64 for a float64 model. Raises `PromptError`
+        for ids outside the vocabulary and more than `n_ctx` of them.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise PromptError(
+                f"token_ids must be whole numbers in an array [n_seq] or [batch, n_seq], not {ids.dtype} {ids.shape}"
+            )
+        self._check_ids(ids)
+        self.config.check_length(ids.shape[-1])
+        rows = ids[None] if ids.ndim == 1 else ids
+        with self._memory_errors(batch=len(rows)):
+            logits = np.concatenate(list(self._engine.logits(rows)), axis=1)
+        return logits[0] if ids.ndim == 1 else logits
+
+    def generate(
+        self,
+        prompt: Text | Sequence[Text],
+        *,
+        max_tokens: int | None = 40,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        num_samples: int = 1,
+        speculate: bool = False,
+        special_tokens: bool = False,
+    ) -> Any:
+        """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
+
+        A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). In text, the
+        spelling of a special token such as `<|endoftext|>` is plain text, unless `special_tokens` reads it as that
+        token. With `num_samples`, the samples of the first prompt come first, then those of the second. `max_tokens`
+        None goes on to the end of the context. `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos`
+        goes on after an end token, and keeps it. See `sampling.Sampling` for the filters. `speculate` guesses tokens
+        from repeats in the text and checks several at once, while that saves time: the same text, but for choices whose
+        margin is within rounding.
+
+        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for other
+        arguments that make no sense, `DeviceMemoryError`.
+        """
+        pieces = self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, ignore_eos=ignore_eos, num_samples=num_samples,
+            speculate=speculate, special_tokens=special_tokens,
+        )  # fmt: skip
+        results = [piece.result for piece in pieces if piece.result is not None]
+        return results[0] if _is_one(prompt) and num_samples == 1 else results
+
+    def stream(
+        self,
+        prompt: Text | Sequence[Text],
+        *,
+        max_tokens: int | None = 40,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        num_samples: int = 1,
+        speculate: bool = False,
+        special_tokens: bool = False,
+    ) -> Iterator[Piece]:
+        """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
+
+        The last piece of each row has no text and carries the `result`. Arguments and errors are those of `generate`,
+        and are checked before this returns.
+        """
+        called = time.perf_counter()
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(32) if seed is None else seed,
+        )  # fmt: skip
+        stops = check_stops(stop)
+        if stops and self.tokenizer is None:
+            raise SettingError("a stop string needs a tokenizer, and this model has none")
+        _check_count("max_tokens", max_tokens)
+        _check_count("num_samples", num_samples)
+        texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
+        encoded = [self._encode(text, special_tokens) for text in texts]
+        self._check_memory(encoded, num_samples, max_tokens)
+        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
+        return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
+
+    def score(
+        self,
+        text: Text,
+        *,
+        convention: str = "huggingface",
+        window: int | None = None,
+        stride: int | None = None,
+        crops: int | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+        special_tokens: bool = False,
+    ) -> Score:
+        """Return the log-probability of each token of `text`, and perplexities: a `Score`.
+
+        `text` is text or token ids of any length. It is read in windows of `window` tokens (default: the context), laid
+        as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `gpt_xp.scoring`. `stride` (default: half a
+        window) belongs to the first, and `crops` (how many, default 1000) with their `seed` to the last. `batch_size`
+        windows are computed at a time, and `progress(done, total)` is told how many tokens are done. `special_tokens`
+        is that of `generate`.
+
+        Raises `PromptError` where there is nothing to score, or an id outside the vocabulary; `SettingError` for other
+        arguments that make no sense; `NumericalError`, `DeviceMemoryError`.
+        """
+        windows = Windows(convention, window, stride, crops, seed)
+        ids = self._token_ids(text, special_tokens)
+        with self._memory_errors(batch=batch_size):
+            return scoring.score(
+                self._engine, ids, windows, batch_size, progress, text if isinstance(text, str) else None
+            )
+
+    def rank(
+        self,
+        prompt: Text,
+        choices: Sequence[Text],
+        *,
+        by: str = "total",
+        batch_size: int = 8,
+        special_tokens: bool = False,
+    ) -> list[RankedChoice]:
+        """Return the continuations `choices` of `prompt`, the likeliest first: a `RankedChoice` each.
+
+        `by` is "total" (log-probability), "token" or "byte" (the same divided by the choice's tokens or bytes). The
+        choices are text where the prompt is, else token ids; a choice that is a word of its own begins with a space. An
+        empty prompt is the token that begins a text. `special_tokens` is that of `generate`. Raises as `score` does;
+        `PromptError` where prompt and choice do not fit the context.
+        """
+        if isinstance(choices, str) or len({isinstance(each, str) for each in (prompt, *choices)}) > 1:
+            raise PromptError("choices must be a list, of texts where the prompt is text, else of lists of token ids")
+        given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
+        encode = functools.partial(self._token_ids, special_tokens=special_tokens)
+        with self._memory_errors(batch=batch_size):
+            return scoring.rank(self._engine, given[0], given[1:], by, batch_size, encode)
+
+    def _move(self, leaf: Any) -> Any:
+        """Return an array, or a quantized weight, on the device."""
+        if isinstance(leaf, Quantized):
+            return type(leaf)(*map(self.backend.asarray, leaf))
+        return self.backend.asarray(leaf, self.backend.dtype)
+
+    def _leaf_bytes(self, leaf: Any) -> int:
+        return n_bytes(leaf) if isinstance(leaf, Quantized) else math.prod(leaf.shape) * ITEM_SIZE[self.backend.dtype]
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
+        save(self, directory)
+
+    def _guarded(self, prompts: list[Prompt], *arguments: Any) -> Iterator[Piece]:
+        if prompts:
+            with self._memory_errors(batch=len(prompts)):
+                yield from self._engine.run(prompts, *arguments)
+
+    def _token_ids(self, prompt: Text, special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a prompt. Raises `PromptError` for those that the model does not have."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PromptError("this model has no tokenizer: give token ids instead of text")
+            ids: list[Any] = self.tokenizer.encode(prompt, special_tokens=special_tokens)
+        else:
+            ids = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
+            if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+                raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
+        self._check_ids(np.asarray(ids))
+        return ids
+
+    def _encode(self, prompt: Text, special_tokens: bool) -> list[int]:
+        ids = self._token_ids(prompt, special_tokens)
+        if not ids:
+            if self._engine.first_token is None:
+                raise PromptError("an empty prompt begins with the model's bos_token_id, and this model has none")
+            ids = [self._engine.first_token]
+        if len(ids) > self.config.n_ctx:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, and the context of this model holds {self.config.n_ctx}: "
+                f"shorten it by {len(ids) - self.config.n_ctx}"
+            )
+        return ids
+
+    def _check_memory(self, prompts: list[list[int]], num_samples: int, max_tokens: int | None) -> None:
+        """Raise `DeviceMemoryError` for a cache that can never fit, before memory runs out on the way there."""
+        rows, n_ctx = len(prompts) * num_samples, self.config.n_ctx
+        longest = max(map(len, prompts), default=0)
+        n_slots = self.backend.slots(min(longest + (max_tokens or n_ctx), n_ctx), n_ctx)
+        if self.backend.device_memory and self._cache_bytes(rows, n_slots) > self.backend.device_memory:
+            raise self._memory_error(rows, n_slots)
+
+    def _cache_bytes(self, rows: int, n_slots: int) -> int:
+        config = self.config
+        return 2 * rows * n_slots * config.n_layer * config.n_embd * ITEM_SIZE[self.backend.dtype]
+
+    def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
+        # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
+        wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
+        if wrong.size:
+            token = None if self.tokenizer is None else self.tokenizer.decoder.get(int(wrong[0]))
+            spelled = "" if token is None else f", {token!r} in the tokenizer,"
+            raise PromptError(
+                f"token id {wrong[0]}{spelled} is not in the model's vocabulary: ids go from 0 to "
+                f"{self.config.n_vocab - 1}"
+            )
+
+    @contextlib.contextmanager
+    def _memory_errors(self, batch: int) -> Iterator[None]:
+        """Say what was too large when the device runs out of memory."""
+        try:
+            yield
+        except Exception as error:
+            if not self.backend.is_out_of_memory(error):
+                raise
+            raise self._memory_error(batch, self.config.n_ctx) from error
+
+    def _memory_error(self, rows: int, n_slots: int) -> DeviceMemoryError:
+        backend = self.backend
+        needs = f"the params take {size(self._bytes)} in {backend.dtype}"
+        if rows:
+            needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
+            needs += size(self._cache_bytes(rows, n_slots))
+        has = f", and the device has {size(backend.device_memory)} in all" if backend.device_memory else ""
+        return DeviceMemoryError(
+            f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
+            "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
+        )
 
 
-def mask_of(visible: Array, xp: Namespace) -> Array:
-    """What to add to attention's scores: 0 where a token may look, and the smallest float32 where it may not."""
-    # Finite: a row that may look nowhere (padding) stays free of NaN.
-    lowest = float(xp.finfo(xp.float32).min)
-    return lowest * xp.astype(~visible, xp.float32)
+def load(
+    name: str | Path | None = None,
+    *,
+    backend: str | Backend | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    threads: int | None = None,
+    quantize: str | None = None,
+) -> Model:
+    """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
+
+    A published model that is not on this machine is fetched, unless `GPT_XP_OFFLINE` is set; `gpt-xp models` lists
+    them. None is `GPT_XP_MODEL`, else 124M if it is here, else the bundled model "shakespeare".
+
+    `backend` is a name of `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), `device` one of its devices,
+    `dtype` "float32", "float64", or where the backend computes in it "float16" or "bfloat16"; `threads` limits those
+    of the CPU. On NumPy the params are mapped from the file, not copied, where it is stored in `dtype`.
+
+    `quantize` "int8" or "int4" keeps the weights in so many bits (see `gpt_xp.quantize`): faster, smaller, and a little
+    less exact. A model that was saved so needs no `quantize`.
+
+    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
+    `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized so.
+    """
+    check_kind(quantize)
+    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
+    if quantize:
+        chosen = quantized_backend(chosen)
+    directory = find_model(name)
+    carried = checkpoint.read_carried(directory)
+    config = checkpoint.config_of(carried)
+    tokenizer = Tokenizer.from_directory(directory)
+    # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
+    params = checkpoint.read_params(directory, config, None, checkpoint.read_quantization(directory))
+    if quantize:
+        params = quantize_params(params, quantize)
+    model = Model(params, config, tokenizer, chosen)
+    model._carried = carried
+    return model
 
 
-@part
-def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace = None) -> Array:
-    """Mix the rows of `v` by how well each `q` matches each `k`; `mask` forbids where to look."""
-    xp = xp or array_namespace(q, k, v)
-    q = q / math.sqrt(q.shape[-1])  # before the product: fewer numbers, and half precision does not overflow
-    # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k], in float32 at least, which is the mask's dtype
-    weights = softmax(xp.matmul(q, xp.matrix_transpose(k)) + mask, xp)
-    return xp.matmul(xp.astype(weights, v.dtype, copy=False), v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
+def save(model: Model, directory: str | Path) -> None:
+    """Write `model` to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
+
+    This is the layout that transformers reads, and `gpt_xp.load`. bfloat16 is written as float32. For a model that was
+    loaded, the entries of its configs and the files of its directory that gpt-xp does not use are written again; files
+    that are there already stay. All are written aside and renamed at the end. Raises `CheckpointError` where they
+    cannot be.
+    """
+    to_numpy, xp = model.backend.to_numpy, model.backend.xp
+
+    def fetch(leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return type(leaf)(*map(to_numpy, leaf))
+        # NumPy has no bfloat16, and float32 holds it exactly
+        return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
+
+    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
 
 
-@part
-def mha(
-    x: Array,
-    c_attn: Params,
-    c_proj: Params,
-    n_head: int,
-    mask: Array,
-    cache: KVCache | None = None,
-    layer: int = 0,
-    window: int | None = None,
-    xp: Namespace = None,
-) -> tuple[Array, KVCache | None]:
-    """Multi-head causal self-attention; with a cache, over all the tokens that it remembers."""
-    xp = xp or array_namespace(x)
-    (rows, n_embd), n_seq = x.shape, mask.shape[-2]  # rows = batch * n_seq
-    qkv = linear(x, **c_attn, xp=xp)  # [rows, n_embd] -> [rows, 3 * n_embd]
-    qkv = xp.reshape(qkv, (-1, n_seq, 3, n_head, n_embd // n_head))  # [batch, n_seq, 3, n_head, d_head]
-    qkv = xp.permute_dims(qkv, (2, 0, 3, 1, 4))  # [3, batch, n_head, n_seq, d_head]
-    q, k, v = qkv[0, ...], qkv[1, ...], qkv[2, ...]  # each [batch, n_head, n_seq, d_head]
-    if cache is not None:
-        cache = cache.write(layer, k, v, xp)
-        k, v = cache.read(layer, window)  # each [batch, n_head, window, d_head]
-    heads = attention(q, k, v, mask, xp)  # [batch, n_head, n_seq, d_head]
-    merged = xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (rows, n_embd))  # [rows, n_embd]
-    return linear(merged, **c_proj, xp=xp), cache  # [rows, n_embd] -> [rows, n_embd]
+def _is_one(prompt: Any) -> bool:
+    """Whether this is one prompt (text, or token ids), not a list of prompts. Raises `PromptError` for neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
+        raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
+    return len(prompt) > 0 and isinstance(prompt[0], Number)
 
 
-@part
-def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace = None) -> Array:
-    """Position-wise feed-forward network: up to four times the width, GELU, and down again."""
-    xp = xp or array_namespace(x)
-    x = gelu(linear(x, **c_fc, xp=xp), xp)  # [rows, n_embd] -> [rows, 4 * n_embd]
-    return linear(x, **c_proj, xp=xp)  # [rows, 4 * n_embd] -> [rows, n_embd]
-
-
-@part
-def transformer_block(
-    x: Array,
-    ln_1: Params,
-    attn: Params,
-    ln_2: Params,
-    mlp: Params,
-    n_head: int,
-    mask: Array,
-    cache: KVCache | None = None,
-    layer: int = 0,
-    window: int | None = None,
-    xp: Namespace = None,
-) -> tuple[Array, KVCache | None]:
-    """Attention, then feed-forward, each on a normalized copy and added to `x` [rows, n_embd]."""
-    xp = xp or array_namespace(x)
-    looked, cache = mha(layer_norm(x, **ln_1, xp=xp), **attn, n_head=n_head, mask=mask,
-                        cache=cache, layer=layer, window=window, xp=xp)  # fmt: skip
-    x = x + looked
-    x = x + ffn(layer_norm(x, **ln_2, xp=xp), **mlp, xp=xp)
-    return x, cache
-
-
-@part
-def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace = None) -> Array:
-    """Token embeddings plus position embeddings: [rows] and [rows] -> [rows, n_embd]."""
-    xp = xp or array_namespace(tokens, wte, wpe)
-    return xp.take(wte, tokens, axis=0) + xp.take(wpe, positions, axis=0)
-
-
-@part
-def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
-    """Logits over the vocabulary, by the token table itself: [..., n_embd] -> [..., n_vocab]."""
-    xp = xp or array_namespace(x, wte)
-    rows = xp.reshape(x, (-1, x.shape[-1]))  # [..., n_embd] -> [rows, n_embd]
-    logits = xp.matmul(rows, xp.matrix_transpose(wte))  # [rows, n_embd] @ [n_embd, n_vocab] -> [rows, n_vocab]
-    return xp.reshape(logits, (*x.shape[:-1], logits.shape[-1]))
-
-
-def residual_stream(
-    params: Params,
-    tokens: Array,
-    config: GPT2Config,
-    cache: KVCache | None,
-    window: int | None,
-    xp: Namespace,
-) -> Iterator[tuple[Array, KVCache | None]]:
-    """The embedding and then the output of each block, [rows, n_embd], with the cache as it is by then."""
-    n_seq = tokens.shape[-1]
-    rows = xp.reshape(tokens, (-1,))  # [rows]: batch and sequence in one, for 2-D products are the fast ones
-    if cache is None:
-        config.check_length(n_seq)
-        slots = xp.arange(n_seq, dtype=xp.int32, device=device_of(tokens))
-        positions = xp.broadcast_to(slots, (rows.shape[0] // n_seq, n_seq))  # [batch, n_seq]
-        visible = slots[None, :] <= slots[:, None]  # [n_seq, n_seq]: each looks at itself and back
-    else:
-        positions = cache.positions(n_seq, config.n_ctx, xp)  # [batch, n_seq]
-        visible = cache.visible(n_seq, window, xp)  # [batch, 1, n_seq, window]
-    mask = mask_of(visible, xp)
-
-    x = embed(rows, xp.reshape(positions, (-1,)), params["wte"], params["wpe"], xp)  # [rows, n_embd]
-    yield x, cache
-    for layer, block in enumerate(params["blocks"]):
-        x, cache = transformer_block(x, **block, n_head=config.n_head, mask=mask,
-                                     cache=cache, layer=layer, window=window, xp=xp)  # fmt: skip
-        yield x, cache
-
-
-def hidden_states(
-    params: Params,
-    tokens: Array,
-    config: GPT2Config,
-    cache: KVCache | None = None,
-    window: int | None = None,
-    xp: Namespace = None,
-) -> tuple[Array, KVCache | None]:
-    """All of `gpt2` but the vocabulary product: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd]."""
-    xp = namespace_of(params, tokens, config, xp)
-    for x, after in residual_stream(params, tokens, config, cache, window, xp):
-        last, cache = x, after  # `comparison` looks at all of them; here the last one counts
-    x = layer_norm(last, **params["ln_f"], xp=xp)
-    return xp.reshape(x, (*tokens.shape, -1)), cache and cache.advance(tokens.shape[-1])
-
-
-def gpt2(
-    params: Params,
-    tokens: Array,
-    config: GPT2Config,
-    cache: KVCache | None = None,
-    window: int | None = None,
-    xp: Namespace = None,
-) -> Array:
-    """Logits for the token after each: [..., n_seq] -> [..., n_seq, n_vocab]; with a cache, `(logits, cache)`."""
-    xp = namespace_of(params, tokens, config, xp)
-    x, cache = hidden_states(params, tokens, config, cache, window, xp)
-    logits = unembed(x, params["wte"], xp)
-    return logits if cache is None else (logits, cache)
-
-
-def lm_loss(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None) -> Array:
-    """Mean cross-entropy, in nats, of each token given those before it: [n_seq] or [batch, n_seq] -> a scalar."""
-    xp = namespace_of(params, tokens, config, xp)
-    logits = at_least_float32(gpt2(params, tokens[..., :-1], config, xp=xp), xp)
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
-    label = xp.take_along_axis(shifted, tokens[..., 1:, None], axis=-1)[..., 0]  # [..., n_seq - 1]
-    return xp.mean(xp.log(xp.sum(xp.exp(shifted), axis=-1)) - label)
+def _check_count(name: str, value: object) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+    if not whole and not (value is None and name == "max_tokens"):
+        raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")

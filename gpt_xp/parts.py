@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from gpt_xp._typing import Namespace
 from gpt_xp.errors import SettingError
+from gpt_xp.types import Namespace
 
 F = TypeVar("F", bound=Callable[..., Any])
 NAMES: list[str] = []  # all parts, filled by `part`

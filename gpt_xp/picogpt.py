@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._tree import tree_map
-from gpt_xp._typing import Params
 from gpt_xp.backend import get_backend
-from gpt_xp.checkpoint import read_config, read_params, read_quantization
+from gpt_xp.checkpoint.checkpoint import read_config, read_params, read_quantization
 from gpt_xp.errors import SettingError
-from gpt_xp.hub import find_in_models_dir
+from gpt_xp.hub.find import find_in_models_dir
 from gpt_xp.quantization import Quantized, QuantizedTable, dequantize
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tree import tree_map
+from gpt_xp.types import Params
 
 
 def load_encoder_hparams_and_params(

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from gpt_xp._tree import leaves
-from gpt_xp._typing import Array, Namespace, Params
 from gpt_xp.backend import Backend
 from gpt_xp.errors import NumericalError, SettingError
+from gpt_xp.tree import leaves
+from gpt_xp.types import Array, Namespace, Params
 
 KINDS = ("int8", "int4")
 GROUP = 32  # of int4: codes that share a scale

@@ -1,6 +1,5 @@
 """The fixtures: `backend` runs a test on every array library that is installed."""
 
-import contextlib
 import importlib.util
 import io
 import os
@@ -16,15 +15,14 @@ import small_published
 from commands import Result
 from gpt_xp_backends import cupy_kernels
 from hypothesis import HealthCheck, settings
+from libraries import BACKENDS, ON_A_GPU, REQUIRED, make_backend
 from openai_files import FakeReader, make_tensors, variables
 from servers import HubServer
 
-from gpt_xp import Backend, Model, openai_checkpoint
-from gpt_xp.backend import get_backend
+from gpt_xp import Backend, Model
+from gpt_xp.checkpoint import openai as openai_checkpoint
 from gpt_xp.cli import run
-from gpt_xp.errors import BackendError
-from gpt_xp.published import MODELS
-from gpt_xp.quantization import quantized_backend
+from gpt_xp.hub.published import MODELS
 
 # Compiled programs are kept between runs of the suite, and out of the user's own cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
@@ -46,11 +44,6 @@ settings.load_profile("any machine")
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process that a test starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
-ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
-# CI names here what must not be skipped: a skip looks too much like a pass.
-REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Decide what JAX computes on, and what may be skipped: a library that finds no GPU must fail in the GPU tests."""
@@ -61,30 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
         REQUIRED.extend(name for name in libraries if importlib.util.find_spec(name))
 
 
-def make_backend(name: str, dtype: str = "float32") -> Backend:
-    """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
-    library, _, device = name.partition(":")
-    with skipping_what_is_missing(library):
-        return get_backend(library, device=device or None, dtype=dtype)
-
-
-@contextlib.contextmanager
-def skipping_what_is_missing(library: str) -> Iterator[None]:
-    """Skip the test, with the reason, where the library cannot be had; fail it where that is required."""
-    try:
-        yield
-    except (BackendError, ModuleNotFoundError) as error:
-        if library in REQUIRED:
-            pytest.fail(f"{library} is required here: {error}")
-        pytest.skip(str(error))
-
-
-def quantized(backend: Backend) -> Backend:
-    """Return the backend that takes quantized weights; skip the test, with the reason, where numba is missing."""
-    with skipping_what_is_missing("numba" if backend.name == "numpy" else backend.name):
-        return quantized_backend(backend)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let no test find, or fetch, what is on this machine or on the network."""
@@ -93,8 +62,8 @@ def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             patch.setenv(name, str(tmp_path_factory.mktemp(name)))
         for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "GPT_XP_MODEL"):
             patch.delenv(name, raising=False)
-        patch.setattr("gpt_xp.published.HUB", "http://127.0.0.1:9/the-hub")  # a port where nobody listens
-        patch.setattr("gpt_xp.published.BUCKET", "http://127.0.0.1:9/the-bucket")
+        patch.setattr("gpt_xp.hub.published.HUB", "http://127.0.0.1:9/the-hub")  # a port where nobody listens
+        patch.setattr("gpt_xp.hub.published.BUCKET", "http://127.0.0.1:9/the-bucket")
         yield
 
 
@@ -147,7 +116,7 @@ def tensorflow(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(openai_checkpoint, "_open_reader", open_reader)
     monkeypatch.setattr(openai_checkpoint, "has_tensorflow", lambda: True)
-    monkeypatch.setattr("gpt_xp.hub.has_tensorflow", lambda: True)
+    monkeypatch.setattr("gpt_xp.hub.find.has_tensorflow", lambda: True)
     return fake
 
 
@@ -163,7 +132,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that has a small 124M."""
     small_published.install(monkeypatch, "124M")
-    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("gpt_xp.hub.download.FIRST_WAIT", 0.001)
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         small_published.on_hub(server, MODELS["124M"])

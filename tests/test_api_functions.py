@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from conftest import make_backend
+from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
@@ -68,7 +68,7 @@ def test_readme_lists_the_functions_of_the_standard_that_are_used() -> None:
 
 def test_the_recorder_sees_what_is_used() -> None:
     recorder = Recorder(np)
-    gpt_xp.model.gelu(np.ones(3), xp=recorder)
+    gpt_xp.transformer.gelu(np.ones(3), xp=recorder)
     assert recorder.used == {"tanh"}
 
 

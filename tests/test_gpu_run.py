@@ -24,7 +24,7 @@ def test_a_gpu_is_shared_by_the_processes_of_the_suite() -> None:
 
 def test_a_library_without_a_gpu_fails_the_gpu_tests() -> None:
     pytest.importorskip("jax", reason="jax is not installed")
-    test = f"{TESTS / 'test_generation.py'}::test_running_out_of_memory_on_a_gpu"
+    test = f"{TESTS / 'generation' / 'test_generation.py'}::test_running_out_of_memory_on_a_gpu"
     done = pytest_run("-m", "gpu", f"{test}[jax:gpu]")
     assert done.returncode == 1, done.stdout
     assert "jax is required here: jax has no device 'gpu' here" in done.stdout
@@ -38,5 +38,5 @@ def test_all_other_tests_run_jax_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("jax", reason="jax is not installed")
     here = tmp_path / "test_platforms.py"
     here.write_text("import os\ndef test_platform():\n    assert os.environ['JAX_PLATFORMS'] == 'cpu'\n")
-    done = pytest_run("-p", "conftest", str(here), PYTHONPATH=str(TESTS))
+    done = pytest_run("-p", "conftest", str(here), PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS / "support")]))
     assert done.returncode == 0, done.stdout

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_values
-from conftest import quantized
+from libraries import quantized
 from small_models import CONFIGS, leaves, small_params, small_tokens, tree_map
-from test_quantization import small
+from small_quantized import small
 
 from gpt_xp import Backend, Model
-from gpt_xp.checkpoint import read_params
+from gpt_xp.checkpoint.checkpoint import read_params
 from gpt_xp.errors import ConfigError
 
 CONFIG, TOKENS = CONFIGS["prime"], small_tokens("prime")[0].tolist()

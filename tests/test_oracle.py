@@ -1,30 +1,28 @@
 """The goldens made again, and what needs torch and transformers at hand: pytest -m oracle."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_values
-from conftest import make_backend
+from folders import GOLDEN_FILES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Model
-from gpt_xp.noise import gumbel_noise
-from gpt_xp.sampling import choose, keep_likeliest, penalize
+from gpt_xp.generation.noise import gumbel_noise
+from gpt_xp.generation.sampling import choose, keep_likeliest, penalize
 
 pytestmark = [
     pytest.mark.oracle,
     # Warnings of torch and transformers about themselves.
     pytest.mark.filterwarnings("ignore"),
 ]
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "goldens"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +35,7 @@ def _oracles() -> None:
 def test_goldens_are_what_transformers_computes(name: str) -> None:
     import make_goldens
 
-    goldens = np.load(HERE / "goldens" / "logits.npz")
+    goldens = np.load(GOLDEN_FILES / "logits.npz")
     for key, value in make_goldens.golden(name).items():
         by_loss = key.endswith(("/loss", "/gradient"))
         assert_values(value, goldens[key], TOLERANCE["gradient of transformers", "float64"] if by_loss else 1e-10)
@@ -46,7 +44,7 @@ def test_goldens_are_what_transformers_computes(name: str) -> None:
 def test_the_greedy_text_is_what_transformers_writes() -> None:
     import make_goldens
 
-    assert make_goldens.shakespeare() == json.loads((HERE / "goldens" / "shakespeare.json").read_text())
+    assert make_goldens.shakespeare() == json.loads((GOLDEN_FILES / "shakespeare.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["prime", "124M-ratios"])
@@ -67,7 +65,7 @@ def test_models_that_transformers_saves_are_read(tmp_path: Path) -> None:
     import torch
     import transformers
 
-    directory = gpt_xp.hub.find_model()
+    directory = gpt_xp.hub.find.find_model()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="3MB")
     transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path)
@@ -84,7 +82,7 @@ def test_planted_activations_in_half_precision_as_in_torch() -> None:
     import make_goldens
     import torch
 
-    goldens = np.load(HERE / "goldens" / "logits.npz")
+    goldens = np.load(GOLDEN_FILES / "logits.npz")
     model = make_goldens.transformers_model(CONFIGS["planted"], small_params("planted")).to(torch.bfloat16)
     with torch.inference_mode():
         logits = model(torch.tensor(small_tokens("planted"), dtype=torch.long)).logits.float().numpy()

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_close, assert_values
-from conftest import quantized
+from libraries import quantized
 from naive_gpt2 import gpt2 as naive_gpt2
 from small_models import CONFIGS, small_params, small_tokens, tree_map
-from test_quantization import small
+from small_quantized import small
 
 import gpt_xp
-from gpt_xp import Backend, Model, model
+from gpt_xp import Backend, Model
+from gpt_xp import transformer as model
 from gpt_xp.errors import SettingError
 
 CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")[0].tolist()

@@ -14,10 +14,11 @@ from comparison import TOLERANCE, assert_values
 from servers import BucketServer, HubServer, reset, status
 
 import gpt_xp
-from gpt_xp import hub, store
-from gpt_xp.checkpoint import save_checkpoint
+from gpt_xp.checkpoint.checkpoint import save_checkpoint
 from gpt_xp.errors import CheckpointError, DownloadError, ModelNotFoundError, SettingError
-from gpt_xp.published import MODELS, OPENAI_FILES, OPENAI_WEIGHTS
+from gpt_xp.hub import find as hub
+from gpt_xp.hub import store
+from gpt_xp.hub.published import MODELS, OPENAI_FILES, OPENAI_WEIGHTS
 
 TENSORS = openai_files.make_tensors()
 GOLDEN = small_published.GOLDEN
@@ -33,7 +34,7 @@ def models(tmp_path: Path) -> Path:
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
     """OpenAI's bucket with a small 124M."""
     monkeypatch.setenv("GPT_XP_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("gpt_xp.download.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("gpt_xp.hub.download.FIRST_WAIT", 0.001)
     with BucketServer() as server:
         small_published.install(monkeypatch, "124M", bucket=server.url)
         small_published.in_bucket(server, "124M")
@@ -82,7 +83,7 @@ def test_picogpts_call_downloads_into_the_folder(tensorflow, models, bucket):
 
 
 def test_a_download_into_the_folder_that_broke_off_goes_on(tensorflow, models, bucket, monkeypatch):
-    monkeypatch.setattr("gpt_xp.download.TRIES", 1)
+    monkeypatch.setattr("gpt_xp.hub.download.TRIES", 1)
     bucket.faults[path_of(OPENAI_WEIGHTS)] = [reset(10007)]
     with pytest.raises(DownloadError, match="10007 bytes are kept"):
         gpt_xp.load_encoder_hparams_and_params("124M", models)
@@ -153,11 +154,11 @@ def test_a_folder_of_the_bundled_models_name_comes_first(tensorflow, models):
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int8"])
 def test_params_are_float32_however_they_are_stored(models, dtype, shakespeare):
-    params = gpt_xp._tree.tree_map(lambda leaf: np.asarray(leaf, "float32"), shakespeare.params)
+    params = gpt_xp.tree.tree_map(lambda leaf: np.asarray(leaf, "float32"), shakespeare.params)
     if dtype == "int8":
         stored, tolerance = gpt_xp.quantize(params, "int8"), 1 / 127
     else:
-        stored, tolerance = gpt_xp._tree.tree_map(lambda leaf: leaf.astype(dtype), params), 2**-11
+        stored, tolerance = gpt_xp.tree.tree_map(lambda leaf: leaf.astype(dtype), params), 2**-11
     save_checkpoint(models / "mine", stored, shakespeare.config, shakespeare.tokenizer)
     found = gpt_xp.load_encoder_hparams_and_params("mine", models)[2]
     for ours, expected in zip(leaves(found), leaves(params), strict=True):
@@ -190,7 +191,7 @@ def test_without_tensorflow_the_hubs_files_are_fetched(no_tensorflow, models, se
 def test_without_tensorflow_the_hubs_files_come_into_the_folder_even_if_they_break_off(
     no_tensorflow, models, server, monkeypatch
 ):
-    monkeypatch.setattr("gpt_xp.download.TRIES", 1)
+    monkeypatch.setattr("gpt_xp.hub.download.TRIES", 1)
     server.faults[small_published.path_of("model.safetensors")] = [status(404)]
     with pytest.raises(DownloadError, match="404"):
         gpt_xp.load_encoder_hparams_and_params("124M", models)

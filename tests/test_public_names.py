@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_backend import in_a_new_process
+from commands import in_a_new_process
 
 import gpt_xp
 
@@ -16,7 +16,9 @@ SOURCE = Path(str(gpt_xp.__file__)).read_text(encoding="utf-8")
 def names_for_type_checkers() -> dict[str, str]:
     """Return each name that `__init__.py` imports for type checkers alone, with its module."""
     found = {}
-    for node in ast.walk(ast.parse(SOURCE)):
+    body = ast.parse(SOURCE).body
+    [block] = [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for node in block.body:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gpt_xp."):
             found |= {alias.name: str(node.module) for alias in node.names}
     return found

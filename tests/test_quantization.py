@@ -3,7 +3,6 @@
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,59 +11,25 @@ import numpy as np
 import pytest
 from commands import PATIENCE, Result
 from comparison import assert_values
-from conftest import make_backend, quantized, skipping_what_is_missing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import make_backend, quantized, skipping_what_is_missing
 from naive_gpt2 import gpt2 as naive_gpt2
-from small_models import CONFIGS, small_params, small_tokens
+from small_models import CONFIGS, small_tokens
+from small_quantized import KINDS, decode, float32_params, float64_of, small
 
 import gpt_xp
-from gpt_xp import Backend, Model, generation
-from gpt_xp._tree import leaves, tree_map
+from gpt_xp import Backend, Model
 from gpt_xp.backend import get_backend
-from gpt_xp.checkpoint import read_params
+from gpt_xp.checkpoint.checkpoint import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
-from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, _quantized, quantization_of
+from gpt_xp.generation import decoder as generation
+from gpt_xp.quantization import GROUP, Quantized, QuantizedWeight, _quantized, quantization_of
 from gpt_xp.tolerances import TOLERANCE
+from gpt_xp.tree import leaves
 
-KINDS = ["int4", "int8"]
 N_TOKENS = 13  # one program of JAX for these and for one
-
-
-def small(kind: str) -> tuple[Any, GPT2Config]:
-    """Return quantized params and their config."""
-    name = {"int8": "prime", "int4": "124M-ratios"}[kind]  # int4 wants a width of whole groups
-    params = float32_params(name)
-    return gpt_xp.quantize(params | {"blocks": params["blocks"][:2]}, kind), replace(CONFIGS[name], n_layer=2)
-
-
-def float32_params(name: str) -> Any:
-    return tree_map(lambda leaf: leaf.astype(np.float32), small_params(name))
-
-
-def float64_of(params: Any) -> Any:
-    """The weights that quantized params stand for."""
-
-    def widen(leaf: Any) -> Any:
-        if not isinstance(leaf, Quantized):
-            return np.asarray(leaf, np.float64)
-        table = decode(np.asarray(leaf.q), np.asarray(leaf.scale, np.float64))
-        return table if isinstance(leaf, QuantizedTable) else table.T
-
-    return tree_map(widen, params)
-
-
-def decode(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """One code at a time, from the description of the format."""
-    if q.dtype == np.int8:
-        return np.array([[float(code) * s for code in row] for row, s in zip(q, scale, strict=True)])
-    table = np.zeros((len(q), 2 * q.shape[1]))
-    for i, j in np.ndindex(q.shape):
-        group, place = divmod(j, 16)
-        table[i, 32 * group + place] = (int(q[i, j]) % 16 - 8) * scale[i, group]
-        table[i, 32 * group + 16 + place] = (int(q[i, j]) // 16 - 8) * scale[i, group]
-    return table
 
 
 def test_import_of_numba_is_not_on_spec() -> None:
@@ -250,12 +215,14 @@ def test_float64_stays_float64() -> None:
 @pytest.fixture(params=KINDS)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
     params, config = small(request.param)
-    gpt_xp.checkpoint.save_checkpoint(tmp_path, params, config)
+    gpt_xp.checkpoint.checkpoint.save_checkpoint(tmp_path, params, config)
     return SimpleNamespace(kind=request.param, config=config, params=params, directory=tmp_path)
 
 
 def test_what_is_saved_is_what_is_read(saved: SimpleNamespace) -> None:
-    found = read_params(saved.directory, saved.config, None, gpt_xp.checkpoint.read_quantization(saved.directory))
+    found = read_params(
+        saved.directory, saved.config, None, gpt_xp.checkpoint.checkpoint.read_quantization(saved.directory)
+    )
     for before, after in zip(leaves(saved.params), leaves(found), strict=True):
         assert type(before) is type(after) or isinstance(after, np.ndarray)
         for a, b in zip(*((leaf if isinstance(leaf, Quantized) else [leaf]) for leaf in (before, after)), strict=True):
@@ -271,7 +238,7 @@ def test_a_damaged_quantized_checkpoint_is_refused(saved: SimpleNamespace) -> No
     params = dict(saved.params)
     params["wte"] = params["wte"]._replace(scale=params["wte"].scale[:-1])
     with pytest.raises(CheckpointError, match="wte_scale is"):
-        gpt_xp.checkpoint.save_checkpoint(saved.directory, params, saved.config)
+        gpt_xp.checkpoint.checkpoint.save_checkpoint(saved.directory, params, saved.config)
 
 
 def test_the_config_of_another_quantization_is_refused(saved: SimpleNamespace) -> None:
@@ -280,7 +247,7 @@ def test_the_config_of_another_quantization_is_refused(saved: SimpleNamespace) -
     assert entries["quantization_config"] == {"quant_method": "gpt-xp", "weights": saved.kind}
     path.write_text(json.dumps(entries | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ConfigError, match="quantize it by gpt-xp"):
-        gpt_xp.checkpoint.read_quantization(saved.directory)
+        gpt_xp.checkpoint.checkpoint.read_quantization(saved.directory)
 
 
 def test_a_loaded_model_is_saved_and_loaded_again(backend: Backend, tmp_path: Path) -> None:

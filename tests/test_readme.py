@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PATIENCE, posix, process
-from conftest import skipping_what_is_missing
-from test_train_command import KILLED
-from test_training import story
+from commands import KILLED, PATIENCE, posix, process
+from libraries import skipping_what_is_missing
+from small_trainings import story
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

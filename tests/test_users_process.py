@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, posix, process
-from conftest import skipping_what_is_missing
-from test_backend import in_a_new_process
+from commands import Result, in_a_new_process, posix, process
+from libraries import skipping_what_is_missing
 
-from gpt_xp import store
-from gpt_xp._variables import says_yes
+from gpt_xp.environment import says_yes
+from gpt_xp.hub import store
 from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
 
@@ -47,7 +46,8 @@ WORK = """
 import tempfile
 from pathlib import Path
 import gpt_xp
-from gpt_xp import bench, comparison, training
+from gpt_xp import comparison, training
+from gpt_xp import benchmark as bench
 %(imports)s
 before = snapshot()
 model = gpt_xp.load("shakespeare", backend=%(backend)r, threads=2)

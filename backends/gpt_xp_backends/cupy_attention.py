@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array, Namespace
-from gpt_xp.cache import KVCache
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.types import Array, Namespace
 from gpt_xp_backends.cupy_fusion import Append, strides
 from gpt_xp_backends.cupy_kernels import TYPES, WIDTH, is_aligned
 from gpt_xp_backends.fusion import Compute, Fusing, Lazy, Node

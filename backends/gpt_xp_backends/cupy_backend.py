@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
-from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -23,8 +21,10 @@ from gpt_xp.backend import (
     is_step,
     piece_on_gpu,
 )
-from gpt_xp.cache import KVCache, new_cache
+from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.kv_cache import KVCache, new_cache
+from gpt_xp.types import Array
 from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_attention import AppendingCache, Attending, attend
 from gpt_xp_backends.cupy_fusion import append, fused

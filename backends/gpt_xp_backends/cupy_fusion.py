@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from gpt_xp._typing import Array
+from gpt_xp.types import Array
 from gpt_xp_backends.cupy_kernels import TYPES
 from gpt_xp_backends.fusion import Compute, Program, Step
 

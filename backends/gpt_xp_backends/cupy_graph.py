@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.cache import KVCache, new_cache
 from gpt_xp.config import GPT2Config
+from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.tolerances import TOLERANCE
+from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_kernels import ROWS, address
 

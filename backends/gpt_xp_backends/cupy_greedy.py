@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
-from gpt_xp.sampling import Choice, clip_margin
+from gpt_xp.generation.sampling import Choice, clip_margin
+from gpt_xp.types import Array
 from gpt_xp_backends.cupy_kernels import TYPES
 
 THREADS = 256

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
-from gpt_xp._typing import Array, Namespace
+from gpt_xp.types import Array, Namespace
 from gpt_xp_backends.capture import StandIn
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array, Namespace
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -26,9 +25,10 @@ from gpt_xp.backend import (
     peak_process_memory,
     physical_memory,
 )
-from gpt_xp.cache import new_cache
 from gpt_xp.errors import BackendError
-from gpt_xp.store import home
+from gpt_xp.hub.store import home
+from gpt_xp.kv_cache import new_cache
+from gpt_xp.types import Array, Namespace
 
 GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
 FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_xp._typing import Array, Namespace
-from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.types import Array, Namespace
 
 
 class LayeredCache(KVCache):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -24,6 +23,7 @@ from gpt_xp.backend import (
     piece_on_gpu,
 )
 from gpt_xp.errors import BackendError
+from gpt_xp.types import Array
 
 FIX = "pip install 'gpt-xp[mlx]', with an NVIDIA GPU 'mlx[cuda13]' or 'mlx[cuda12]'"
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32

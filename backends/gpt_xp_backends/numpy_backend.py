@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import threadpoolctl
 
-from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -26,6 +25,7 @@ from gpt_xp.backend import (
     is_step,
     physical_memory,
 )
+from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace
 from gpt_xp_backends import numpy_replay

@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.cache import KVCache
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.capture import StandIn
 
 NumPyArray: TypeAlias = np.ndarray[Any, Any]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
 from gpt_xp.errors import BackendError
+from gpt_xp.types import Array
 
 FIX = "pip install 'gpt-xp[strict]'"
 NEEDS = {"array_api_strict": FIX}

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._typing import Array
-from gpt_xp._variables import says_yes
 from gpt_xp.backend import (
     Backend,
     BackendInfo,
@@ -28,7 +26,9 @@ from gpt_xp.backend import (
     physical_memory,
     piece_on_gpu,
 )
+from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.types import Array
 
 FIX = "pip install 'gpt-xp[torch]'"
 NEEDS = {"torch": FIX}

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from gpt_xp.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.checkpoint import read_config, read_params
 
 FILE_TYPES = {
     "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,

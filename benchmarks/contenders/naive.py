@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.checkpoint import read_config, read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpt_xp_backends.jax_backend import LONG, window
 
-from gpt_xp.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.checkpoint import read_config, read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:

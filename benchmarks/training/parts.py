@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from gpt_xp import model
-from gpt_xp.bench.figures import spread
-from gpt_xp.bench.report import number
+from gpt_xp import transformer as model
+from gpt_xp.benchmark.figures import spread
+from gpt_xp.benchmark.report import number
 from training import own
 
 STEP = "the whole step"

@@ -8,7 +8,7 @@ from gpt_xp.cli.prompt_files import Line
 from gpt_xp.cli.report import about, continuation, everything, figures
 from gpt_xp.cli.session import Session
 from gpt_xp.errors import DeviceMemoryError, GptXpError, NumericalError, PromptError
-from gpt_xp.results import Generation, Stats
+from gpt_xp.generation.results import Generation, Stats
 
 
 def refuse_errors(lines: Iterable[Line]) -> None:

@@ -9,7 +9,7 @@ from gpt_xp import json_text
 from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
-from gpt_xp.hub import find_model
+from gpt_xp.hub.find import find_model
 
 
 def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
@@ -74,9 +74,9 @@ def bench(
     The logits of all are compared first. The exit code is 1 if they differ, if a backend fails, or if none can be
     measured.
     """
-    from gpt_xp._plots import check_plot
-    from gpt_xp.bench import bench, report
-    from gpt_xp.bench.plot import save_plot
+    from gpt_xp.benchmark import bench, report
+    from gpt_xp.benchmark.plot import save_plot
+    from gpt_xp.reporting.plots import check_plot
 
     if plot is not None:
         check_plot(Path(plot))
@@ -97,8 +97,8 @@ def bench(
 @click.command("bench-worker", hidden=True)
 @click.argument("job")
 def bench_worker(job: str) -> None:
-    """Be one contender of a benchmark, which JOB describes in JSON: what `gpt_xp.bench` starts for each."""
-    from gpt_xp.bench.contenders import make
-    from gpt_xp.bench.worker import serve
+    """Be one contender of a benchmark, which JOB describes in JSON: what `gpt_xp.benchmark` starts for each."""
+    from gpt_xp.benchmark.contenders import make
+    from gpt_xp.benchmark.worker import serve
 
     serve(lambda: make(json_text.parse(job)))

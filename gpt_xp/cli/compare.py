@@ -9,7 +9,7 @@ import click
 from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
-from gpt_xp.hub import find_model
+from gpt_xp.hub.find import find_model
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -72,9 +72,9 @@ def compare(
 
     Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
     """
-    from gpt_xp._plots import check_plot
     from gpt_xp.comparison import compare, report
     from gpt_xp.comparison.plot import save_plot
+    from gpt_xp.reporting.plots import check_plot
 
     if plot is not None:
         check_plot(Path(plot))

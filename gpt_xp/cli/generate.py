@@ -17,7 +17,7 @@ from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table, stats_line
 from gpt_xp.cli.session import Session, check_settings, load_model, tell_special_tokens
 from gpt_xp.cli.wording import is_from_variable, is_typed
-from gpt_xp.results import Generation, Piece, Stats
+from gpt_xp.generation.results import Generation, Piece, Stats
 
 LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
 # The paragraphs after "\b" are not wrapped: a command must stay one that can be copied.

@@ -5,10 +5,10 @@ from importlib import import_module
 import click
 from click.shell_completion import CompletionItem
 
-from gpt_xp import __version__
 from gpt_xp.cli.generate import generate
 from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
+from gpt_xp.version import __version__
 
 # The other commands, and their modules, which are imported only when they are called: generating starts sooner.
 COMMANDS = {

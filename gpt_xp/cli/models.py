@@ -4,14 +4,14 @@ from typing import Any, NoReturn
 
 import click
 
-from gpt_xp import store
-from gpt_xp._text import size, table
-from gpt_xp.checkpoint import read_config
+from gpt_xp.checkpoint.checkpoint import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
 from gpt_xp.errors import ModelNotFoundError
-from gpt_xp.hub import BUNDLED, bundled, default_model, find_model, get_published
-from gpt_xp.published import MODELS, Published, find_published
+from gpt_xp.hub import store
+from gpt_xp.hub.find import BUNDLED, bundled, default_model, find_model, get_published
+from gpt_xp.hub.published import MODELS, Published, find_published
+from gpt_xp.reporting.text import size, table
 
 EPILOG = """\
 Models are kept in GPT_XP_HOME (default: the user's cache folder). HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from gpt_xp import json_text
-from gpt_xp._variables import is_yes
 from gpt_xp.cli.output import note
 from gpt_xp.cli.wording import Option, is_typed
+from gpt_xp.environment import is_yes
 from gpt_xp.errors import JsonError
 from gpt_xp.quantization import KINDS
 

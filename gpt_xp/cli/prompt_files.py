@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt_xp import json_text
-from gpt_xp._tree import finite
 from gpt_xp.cli.prompts import sources
 from gpt_xp.errors import JsonError, JsonLimitError, PromptError
-from gpt_xp.text_stream import read_bytes
+from gpt_xp.tokenizer.text_files import read_bytes
+from gpt_xp.tree import finite
 
 
 @dataclass(frozen=True)

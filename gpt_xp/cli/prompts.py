@@ -11,7 +11,7 @@ import click
 
 from gpt_xp.cli.output import is_terminal, note
 from gpt_xp.cli.wording import Command
-from gpt_xp.text_stream import Source, read_text, stdin
+from gpt_xp.tokenizer.text_files import Source, read_text, stdin
 
 IMPLIED = "gpt_xp.cli.implied"  # in ctx.meta: the command was not named
 LITERAL = "gpt_xp.cli.literal"  # in ctx.meta: how many words stand after `--`

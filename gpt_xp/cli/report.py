@@ -6,11 +6,11 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from gpt_xp import __version__
-from gpt_xp._text import table
 from gpt_xp.cli.session import Session
+from gpt_xp.generation.results import Generation, Stats
 from gpt_xp.quantization import quantization_of
-from gpt_xp.results import Generation, Stats
+from gpt_xp.reporting.text import table
+from gpt_xp.version import __version__
 
 ABOUT = ("backend", "device", "dtype", "quantize")  # fields of `Stats` that are the same for all batches
 

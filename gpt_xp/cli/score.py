@@ -8,9 +8,6 @@ from typing import Any
 
 import click
 
-from gpt_xp._text import table
-from gpt_xp._tree import finite
-from gpt_xp.api import Model
 from gpt_xp.cli.options import (
     CONTEXT,
     COUNT,
@@ -28,9 +25,12 @@ from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, sources
 from gpt_xp.cli.session import load_model, tell_special_tokens
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.errors import SettingError, TokenizerError
-from gpt_xp.scoring import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
-from gpt_xp.text_stream import read_text
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.model import Model
+from gpt_xp.reporting.text import table
+from gpt_xp.scoring.score import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tokenizer.text_files import read_text
+from gpt_xp.tree import finite
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
 OF_A_FILE = ("last", "convention", "window", "stride", "crops", "seed")  # options that say nothing to --choices

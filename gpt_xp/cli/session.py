@@ -8,17 +8,17 @@ from typing import Any
 
 import click
 
-from gpt_xp.api import Model, load
 from gpt_xp.backend import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.errors import SettingError
-from gpt_xp.hub import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
+from gpt_xp.generation.results import Generation, Piece
+from gpt_xp.generation.sampling import Sampling
+from gpt_xp.generation.stop_strings import check_stops
+from gpt_xp.hub.find import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
+from gpt_xp.model import Model, load
 from gpt_xp.quantization import quantized_backend
-from gpt_xp.results import Generation, Piece
-from gpt_xp.sampling import Sampling
-from gpt_xp.streaming import check_stops
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
 
 PICOGPT_DEFAULT = "124M"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

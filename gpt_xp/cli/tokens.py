@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from gpt_xp._text import table_lines
 from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option, special_tokens_option
 from gpt_xp.cli.output import write, write_json, write_json_list, write_many
 from gpt_xp.cli.prompts import PromptCommand, read_prompt
 from gpt_xp.cli.session import locate, tell_default, tell_special_tokens
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.reporting.text import table_lines
+from gpt_xp.tokenizer.bpe import Tokenizer
 
 
 @click.command(cls=PromptCommand, context_settings=CONTEXT)

@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp import __version__, json_text
-from gpt_xp._processes import own_command, reason, thread_variables, usable_backends
-from gpt_xp._text import listed
-from gpt_xp._tree import finite
+from gpt_xp import json_text
 from gpt_xp.backend import check_installed
-from gpt_xp.checkpoint import read_config
+from gpt_xp.checkpoint.checkpoint import read_config
 from gpt_xp.comparison.figures import Figures, compare_layers, compare_logits, compare_tokens
 from gpt_xp.comparison.prompts import PROMPTS
 from gpt_xp.comparison.worker import MODES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import GptXpError, PromptError, SettingError
-from gpt_xp.hub import default_model, find_model
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.hub.find import default_model, find_model
+from gpt_xp.processes import own_command, reason, thread_variables, usable_backends
+from gpt_xp.reporting.text import listed
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tree import finite
+from gpt_xp.version import __version__
 
 REFERENCE = ("numpy", "float64")
 DTYPES = ("float32", "float64", "float16", "bfloat16")

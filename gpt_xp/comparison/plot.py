@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from gpt_xp._plots import check_plot, new_figure, save_figure
 from gpt_xp.comparison.driver import Comparison
+from gpt_xp.reporting.plots import check_plot, new_figure, save_figure
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from gpt_xp._text import markdown_table, short_dtypes, size, table, wrapped
 from gpt_xp.comparison.driver import Comparison, Run
 from gpt_xp.comparison.figures import Flip
+from gpt_xp.reporting.text import markdown_table, short_dtypes, size, table, wrapped
 
 Table = Sequence[Sequence[str]]
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp._typing import Array, Namespace, Params
-from gpt_xp.api import Model, load
 from gpt_xp.backend import get_backend
-from gpt_xp.cache import KVCache
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
-from gpt_xp.generation import PIECE, Engine
-from gpt_xp.model import at_least_float32, layer_norm, residual_stream, unembed
-from gpt_xp.results import Prompt, Stats
-from gpt_xp.sampling import Sampling
+from gpt_xp.generation.decoder import PIECE, Engine
+from gpt_xp.generation.results import Prompt, Stats
+from gpt_xp.generation.sampling import Sampling
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.model import Model, load
+from gpt_xp.transformer import at_least_float32, layer_norm, residual_stream, unembed
+from gpt_xp.types import Array, Namespace, Params
 
 ONE_AT_A_TIME = 5  # tokens at the end of each prompt that are decoded, so that the cache is compared too
 MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 1.0}}

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint.checkpoint import read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint.safetensors_file import NumpyArray, mapping_errors
 from gpt_xp.errors import CheckpointError, TextError
-from gpt_xp.safetensors_file import NumpyArray, mapping_errors
-from gpt_xp.text_stream import size_of, text_pieces
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tokenizer.text_files import size_of, text_pieces
 from gpt_xp.training.settings import Settings
 
 TRAIN, VAL, COUNTS = "train.bin", "val.bin", "corpus.json"

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt_xp import json_text
-from gpt_xp._tree import finite
 from gpt_xp.backend import Backend
-from gpt_xp.checkpoint import sync, written_aside
+from gpt_xp.checkpoint.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
 from gpt_xp.training.corpus import Advance
 from gpt_xp.training.settings import Settings
+from gpt_xp.tree import finite
 
 LOG = "train.jsonl"
 

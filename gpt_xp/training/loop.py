@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp._plots import check_plot
-from gpt_xp._text import listed
-from gpt_xp._tree import tree_map
-from gpt_xp.api import Model
-from gpt_xp.checkpoint import read_carried, save_checkpoint
+from gpt_xp.checkpoint.checkpoint import read_carried, save_checkpoint
 from gpt_xp.errors import NumericalError, SettingError
-from gpt_xp.tokenizer import Tokenizer
+from gpt_xp.model import Model
+from gpt_xp.reporting.plots import check_plot
+from gpt_xp.reporting.text import listed
+from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.training import corpus as texts
 from gpt_xp.training.corpus import Corpus
 from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, write_log
@@ -36,6 +35,7 @@ from gpt_xp.training.state import (
     save_state,
     settings_of,
 )
+from gpt_xp.tree import tree_map
 
 DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
 SAMPLE_TOKENS = 64

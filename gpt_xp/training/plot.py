@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_xp._plots import new_figure, save_figure
+from gpt_xp.reporting.plots import new_figure, save_figure
 from gpt_xp.training.log import Evaluation
 
 

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from gpt_xp._text import listed
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
+from gpt_xp.reporting.text import listed
 
 # A model from scratch, where nothing else is asked for: the shape of the bundled one.
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}

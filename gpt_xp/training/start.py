@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_xp import checkpoint
-from gpt_xp._typing import Params
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.safetensors_file import NumpyArray
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
-from gpt_xp.hub import find_model
-from gpt_xp.safetensors_file import NumpyArray
-from gpt_xp.tokenizer import EOS, Tokenizer
-from gpt_xp.tokenizer_training import check_vocab_size, train_tokenizer
+from gpt_xp.hub.find import find_model
+from gpt_xp.tokenizer.bpe import EOS, Tokenizer
+from gpt_xp.tokenizer.training import check_vocab_size, train_tokenizer
 from gpt_xp.training.corpus import Advance, Span, n_bytes, texts
 from gpt_xp.training.settings import VOCAB_SIZE, Settings
+from gpt_xp.types import Params
 
 STD = 0.02  # of all matrices; openai/gpt-2 `src/model.py`
 STD_WPE = 0.01

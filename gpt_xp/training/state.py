@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpt_xp import json_text
-from gpt_xp.checkpoint import SAVING, read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint.checkpoint import SAVING, read_json, sync, write_json, written_aside
+from gpt_xp.checkpoint.safetensors_file import open_safetensors
 from gpt_xp.errors import CheckpointError, SettingError, TextError, TokenizerError
-from gpt_xp.safetensors_file import open_safetensors
 from gpt_xp.training.corpus import COUNTS
 from gpt_xp.training.log import LOG
 from gpt_xp.training.settings import Settings

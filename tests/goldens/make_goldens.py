@@ -16,7 +16,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "support"))
 
 PROMPT, MAX_TOKENS = "ROMEO:\nWhat light", 100
 POSITIONS = slice(None, None, 3)  # of the logits, every third is kept

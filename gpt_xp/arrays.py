@@ -1,0 +1,56 @@
+"""The library and the device of an array, and the errors for arguments that are no arrays."""
+
+from typing import Any
+
+import array_api_compat
+
+from gpt_xp.config import check_config
+from gpt_xp.errors import ConfigError, PromptError
+from gpt_xp.types import Array, Namespace, Params
+
+
+def device_of(x: Array) -> Any:
+    """Return the device for new arrays beside `x`; None leaves the choice to the library.
+
+    It is None for arrays that tell no device (MLX), and for those that JAX spreads over several devices. The latter
+    tell a sharding, which fits arrays of their rank alone, and JAX moves a new array to where it is needed.
+    """
+    try:
+        device = array_api_compat.device(x)
+    except AttributeError:
+        return None
+    return None if hasattr(type(device), "device_set") else device
+
+
+def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> Namespace:
+    """Return `xp`, or where it is None the library of the arrays.
+
+    Raises `ConfigError` for a config or params of another kind, and `PromptError` for tokens that are no array of whole
+    numbers, or one of another library.
+    """
+    check_config(config)
+    try:
+        wte = params["wte"]
+    except (TypeError, LookupError):
+        raise ConfigError(
+            f"params must be a dict of arrays with wte, wpe, blocks and ln_f, not {_kind(params)}: "
+            "take those of gpt_xp.load(...).params"
+        ) from None
+    if "int" not in str(getattr(tokens, "dtype", "")):  # every library writes int32 and uint8 so
+        raise _not_tokens(_kind(tokens))
+    try:
+        return xp or array_api_compat.array_namespace(tokens, wte)
+    except TypeError:
+        raise _not_tokens(f"{_kind(tokens)} beside weights that are {_kind(wte)}") from None
+
+
+def _not_tokens(found: str) -> PromptError:
+    return PromptError(
+        "tokens must be an array of whole numbers, [n_seq] or [batch, n_seq], of the same library as the params, not "
+        f"{found}: make one by that library's asarray"
+    )
+
+
+def _kind(x: Any) -> str:
+    kind, dtype = type(x), getattr(x, "dtype", "")
+    return f"{kind.__module__}.{kind.__qualname__} {dtype}".removeprefix("builtins.").strip()

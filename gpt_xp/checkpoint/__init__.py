@@ -1,0 +1,1 @@
+"""Reading and writing models: config, weights, tokenizer files."""

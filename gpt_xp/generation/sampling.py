@@ -1,0 +1,204 @@
+"""From logits to the next token, in the array API.
+
+Sampling is argmax(logits / temperature + Gumbel noise), with what the filters refuse set to the smallest number.
+Compared with walking along the cumulated probabilities, a difference in the last bit of one logit can then change
+the draw only where two tokens are all but tied, so backends that agree up to rounding draw the same tokens.
+
+Filters come in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from gpt_xp.arrays import device_of
+from gpt_xp.errors import SettingError
+from gpt_xp.transformer import at_least_float32, softmax
+from gpt_xp.types import Array, Namespace
+
+TINY, HUGE = 1e-30, 1e30  # what float32 logits can be divided by without running over
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. Raises `SettingError` for values that make no sense.
+
+    `temperature` 0 takes the likeliest token (greedy), and `top_k`, `top_p` and `min_p` then change nothing; the
+    repetition penalty still does. None (and 0 for `top_k`) turns a filter off. `seed` is 0 to 2^64 - 1.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(
+            "temperature",
+            self.temperature,
+            lambda x: x == 0 or TINY <= x <= HUGE,
+            "0 (greedy) or a number from 1e-30 to 1e30",
+        )
+        _check("top_k", self.top_k, _whole, "a whole number of at least 0 (0 is off)")
+        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1 (1 is off)")
+        _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda x: TINY <= x <= HUGE,
+            "a number from 1e-30 to 1e30 (1 is off)",
+        )
+        _check("seed", self.seed, lambda x: _whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The arguments of `choose`, with None for what is off: off is another program to JAX, a value is not."""
+        greedy = self.temperature == 0
+        return {
+            "temperature": None if greedy else float(self.temperature),
+            "top_k": None if greedy or not self.top_k else self.top_k,
+            "top_p": None if greedy or self.top_p in (None, 1) else self.top_p,
+            "min_p": None if greedy or not self.min_p else self.min_p,
+            "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
+        }
+
+
+class Choice(NamedTuple):
+    """The next token of each row, [batch] each.
+
+    `logprob` is the natural log of its probability under the model itself, before any filter or temperature.
+    `margin` says by how much it beat the second choice, in units of logits: below the rounding error of the logits,
+    another backend may rightly choose the other.
+    """
+
+    token: Array  # int
+    logprob: Array  # float32, or float64 for float64 logits
+    margin: Array
+
+
+def choose(
+    logits: Array,
+    noise: Array | None = None,
+    seen: Array | None = None,
+    allowed: Array | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    xp: Namespace = None,
+) -> Choice:
+    """Choose from logits [batch, n_vocab]; the likeliest where `temperature` is None.
+
+    `noise` [batch, n_vocab] is Gumbel noise; `seen` [batch, n_vocab] says which tokens the text so far holds;
+    `allowed` [n_vocab] which ids have a token at all. Ties go to the lowest id. Under a compiler, `top_k` is static.
+    """
+    xp = xp or array_namespace(logits)
+    logits = at_least_float32(logits, xp)
+    scores = adjusted(logits, seen, allowed, temperature, repetition_penalty, xp)
+    if temperature is not None:
+        scores = keep_likeliest(scores, top_k, top_p, min_p, xp) + noise
+    token, margin = largest(scores, temperature, xp)
+    return Choice(token, log_probability(logits, token, xp), margin)
+
+
+def adjusted(
+    logits: Array,
+    seen: Array | None,
+    allowed: Array | None,
+    temperature: float | None,
+    repetition_penalty: float | None,
+    xp: Namespace,
+) -> Array:
+    """Scores [batch, n_vocab] for the filters: logits of ids that have a token, penalized, over the temperature."""
+    scores = logits
+    if repetition_penalty is not None:
+        scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
+    if temperature is not None:
+        # With the maximum taken off first, no temperature overflows.
+        scores = (scores - xp.max(_masked(scores, allowed, xp), axis=-1, keepdims=True)) / temperature
+    return _masked(scores, allowed, xp)  # last: the smallest number overflows in any arithmetic
+
+
+def _masked(scores: Array, allowed: Array | None, xp: Namespace) -> Array:
+    return scores if allowed is None else xp.where(allowed, scores, lowest(scores, xp))
+
+
+def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Array, Array]:
+    """The place of the largest score of each row [batch], and its margin over the second in units of logits."""
+    token = xp.argmax(scores, axis=-1)
+    ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device_of(token))
+    chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
+    best = xp.max(scores, axis=-1)
+    second = xp.max(xp.where(chosen, lowest(scores, xp), scores), axis=-1)
+    return token, clip_margin(best - second, xp) * (1 if temperature is None else temperature)
+
+
+def clip_margin(difference: Array, xp: Namespace) -> Array:
+    """Return the difference of two scores: where the filters left one token alone, what does not overflow."""
+    return xp.clip(difference, 0.0, 1e6)
+
+
+def lowest(x: Array, xp: Namespace) -> Array:
+    """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
+    return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device_of(x))
+
+
+def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
+    """Make every token less likely: positive scores divided, negative ones multiplied (Keskar et al. 2019, CTRL)."""
+    return xp.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p: float | None, xp: Namespace) -> Array:
+    """Set to the smallest number all scores [batch, n_vocab] that a filter refuses.
+
+    top-k (Fan et al. 2018) keeps the k largest; top-p (Holtzman et al. 2020) the fewest whose probabilities sum to p;
+    min-p (Nguyen et al. 2024) those at least p times as likely as the likeliest.
+    """
+    if top_k is not None or top_p is not None:
+        # Values alone have no order among equals to keep, and NumPy sorts 30 times faster without.
+        n_most = min(top_k or scores.shape[-1], scores.shape[-1])
+        ordered = xp.sort(scores, axis=-1, descending=True, stable=False)[:, :n_most]
+        count = xp.full((scores.shape[0], 1), n_most, dtype=xp.int32, device=device_of(scores))
+        if top_p is not None:
+            probs = softmax(ordered, xp)
+            needed = xp.cumulative_sum(probs, axis=-1) - probs < top_p
+            count = xp.sum(xp.astype(needed, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+        scores = keep_largest(scores, ordered, count, xp)
+    if min_p is not None:
+        likely = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True)) >= min_p
+        scores = xp.where(likely, scores, lowest(scores, xp))
+    return scores
+
+
+def keep_largest(scores: Array, ordered: Array, count: Array, xp: Namespace) -> Array:
+    """Keep exactly `count` [batch, 1] scores of each row, those of the lowest ids among equals."""
+    threshold = xp.take_along_axis(ordered, count - 1, axis=-1)  # [batch, 1]
+    above, equal = scores > threshold, scores == threshold
+    room = count - xp.sum(xp.astype(above, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+    rank = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=-1, dtype=xp.int32)  # among the equals
+    keep = above | (equal & (rank <= room))
+    return xp.where(keep, scores, lowest(scores, xp))
+
+
+def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:
+    """The log of the softmax of `logits` [batch, n_vocab] at one token per row [batch]."""
+    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
+    chosen = xp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
+    return chosen - xp.log(xp.sum(xp.exp(shifted), axis=-1))
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and int(x) >= 0
+
+
+def _check(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if value is None and name not in ("temperature", "seed"):
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
+        raise SettingError(f"{name} must be {expected}, not {value!r}")

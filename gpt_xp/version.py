@@ -1,0 +1,3 @@
+"""The version of gpt-xp."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,544 @@
+"""`gpt-xp bench`: its figures against hand-made turns, and who is measured, skipped or caught. No time is asserted."""
+
+import dataclasses
+import json
+import signal
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import PATIENCE, posix, process, start
+from folders import TESTS
+from gpt_xp_backends import jax_backend
+from hypothesis import given
+from hypothesis import strategies as st
+from libraries import make_backend
+
+from gpt_xp import SIZES, Model
+from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload, bench, contenders, own_entry, plot, race, report
+from gpt_xp.benchmark.figures import Figures, Phase, Spread, Turn, figures, spread, turn_of
+from gpt_xp.benchmark.models import default_context
+from gpt_xp.benchmark.process import Worker
+from gpt_xp.errors import BackendError, CheckpointError, SettingError
+from gpt_xp.generation.decoder import BLOCK, PIECE
+from gpt_xp.hub.find import find_model
+from gpt_xp.reporting.text import wrapped
+
+FAKE = TESTS / "support" / "fake_contender.py"
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_is_its_first_token_and_the_median_of_the_later_ones():
+    assert turn_of([5.0, 0.1, 0.9, 0.2]) == Turn(5.0, 0.2)
+    assert turn_of([5.0, 0.1, 0.9, 0.2, 0.4]) == Turn(5.0, pytest.approx(0.3))
+    assert turn_of([5.0]) == Turn(5.0, None)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=11))
+def test_a_spread_is_median_and_quartiles(numbers):
+    low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    assert spread(numbers) == Spread(*(pytest.approx(each) for each in (median, low, high)))
+
+
+def test_ratios_are_taken_within_each_round():
+    """The machine is ten times slower in the last round, for all; medians of seconds would say 1.5 and 3."""
+    mine = [Turn(2.0, 0.2), Turn(3.0, 0.9), Turn(40.0, 4.0)]
+    reference = [Turn(1.0, 0.1), Turn(2.0, 0.3), Turn(10.0, 1.0)]
+    floor = [Turn(0.5, 0.1), Turn(1.0, 0.1), Turn(10.0, 0.5)]
+    found = figures(mine, Workload(30, 4, 5), reference, floor)
+    assert found.prefill == Phase(Spread(3.0, 2.5, 21.5), 40.0, Spread(2.0, 1.75, 3.0), Spread(4.0, 3.5, 4.0))
+    assert found.decode is not None
+    assert found.decode.seconds == Spread(0.9, pytest.approx(0.55), pytest.approx(2.45))
+    assert found.decode.tokens_per_second == pytest.approx(4 / 0.9)
+    assert found.decode.ratio == Spread(pytest.approx(3.0), pytest.approx(2.5), pytest.approx(3.5))
+    assert found.decode.floor_ratio == Spread(pytest.approx(8.0), pytest.approx(5.0), pytest.approx(8.5))
+
+
+def test_there_may_be_nothing_to_compare_with_and_nothing_decoded():
+    found = figures([Turn(2.0, None)], Workload(30, 4, 1))
+    assert found == Figures(Phase(Spread(2.0, 2.0, 2.0), 60.0, None, None), None)
+
+
+# --- a race of contenders that are made up ----------------------------------------------------------------------------
+
+WORKLOADS = (Workload(5, 1, 4), Workload(7, 2, 2))
+ROUNDS = 3
+BEHAVIOURS = {
+    "right": 1.0, "noise": 2.0, "slow to compile": 4.0, "floor": 0.5, "cuda": 3.0, "int8": 1.5, "wrong": 1.0,
+    "nan": 1.0, "few": 1.0, "missing": 1.0, "no dtype": 1.0, "silent": 1.0, "dies": 1.0, "raises": 1.0,
+    "short": 1.0,
+}  # fmt: skip
+
+
+def fake(behaviour: str, log: Path, scale: float = 1.0) -> Entry:
+    command = (sys.executable, str(FAKE), behaviour, str(scale), str(log))
+    return Entry(behaviour, command, is_floor=behaviour == "floor")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("race") / "log"
+
+
+@pytest.fixture(scope="module")
+def found(log: Path) -> Benchmark:
+    entries = [fake(behaviour, log, scale) for behaviour, scale in BEHAVIOURS.items()]
+    nowhere = Entry("nowhere", (str(log.parent / "no-such-program"),))
+    return race("made up", [*entries, nowhere], WORKLOADS, 97, rounds=ROUNDS, threads=2, pause=0)
+
+
+def standing(found: Benchmark, name: str) -> Standing:
+    return next(each for each in found.standings if each.name == name)
+
+
+def test_figures_come_from_the_turns(found):
+    """Runs 1 and 2 are the warm-up; the workloads have then runs 3, 5, 7 and 4, 6, 8."""
+    for name, scale in (("right", 1.0), ("noise", 2.0), ("slow to compile", 4.0), ("floor", 0.5), ("int8", 1.5)):
+        first, second = standing(found, name).figures
+        assert first.prefill.seconds == Spread(5 * scale, 4 * scale, 6 * scale)
+        assert second.prefill.seconds == Spread(6 * scale, 5 * scale, 7 * scale)
+        assert first.decode.seconds.median == pytest.approx(5 * scale * 3e-3)  # the median of 2, 3 and 7 thousandths
+        assert second.decode.seconds.median == pytest.approx(6 * scale * 2e-3)  # only one token is decoded
+        assert first.prefill.tokens_per_second == pytest.approx(5 / (5 * scale))
+        assert second.decode.tokens_per_second == pytest.approx(2 / (6 * scale * 2e-3))
+        for phase in (first.prefill, first.decode, second.prefill, second.decode):
+            assert phase.ratio == Spread(*[pytest.approx(scale)] * 3)
+            assert phase.floor_ratio == Spread(*[pytest.approx(scale / 0.5)] * 3)
+        assert standing(found, name).turns[0][2] == Turn(7 * scale, pytest.approx(7 * scale * 3e-3))
+
+
+def test_the_floor_is_the_cpus(found):
+    assert standing(found, "cuda").figures[0].prefill.ratio.median == pytest.approx(3.0)
+    assert standing(found, "cuda").figures[0].prefill.floor_ratio is None
+
+
+def test_everyone_has_a_turn_in_each_round_and_all_have_the_same_prompts(found, log):
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    turns = [(name, str(prompts), len(prompts), len(prompts[0]), n) for (name, _), prompts, n in runs]
+    kept = ("right", "noise", "slow to compile", "floor", "cuda", "int8")
+    timed = [turn for turn in turns if turn[0] in kept][2 * len(kept) :]
+    assert len(timed) == len(kept) * ROUNDS * 2
+    places = list(BEHAVIOURS)
+    for turn, begin in enumerate(range(0, len(timed), len(kept))):
+        together = timed[begin : begin + len(kept)]
+        number, workload = turn // 2, WORKLOADS[turn % 2]
+        rotated = [name for name in places[number:] + places[:number] if name in kept]
+        assert [name for name, *_ in together] == rotated
+        assert {each[2:] for each in together} == {(workload.batch, workload.context, workload.n_new)}
+        assert len({prompts for _, prompts, *_ in together}) == 1
+    assert len({prompts for _, prompts, *_ in timed}) == ROUNDS * 2
+    assert all(0 <= token < 97 for _, prompts, _ in runs for row in prompts for token in row)
+
+
+def test_what_libraries_write_does_not_disturb(found):
+    assert standing(found, "noise").failed is None
+    assert standing(found, "noise").description["settings"] == {"behaviour": "noise"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("wrong", "its logits differ from those of right by 1.0e-02 of the largest (allowed: 2e-05)"),
+        ("nan", "its logits differ from those of right by inf of the largest (allowed: 2e-05)"),
+        ("few", "it has 96 logits, where right has 97"),
+        ("dies", "their_library: out of luck"),
+        ("raises", "ValueError: first line second line"),
+        ("short", "it has timed 3 tokens, and not 4"),
+    ],
+)
+def test_what_goes_wrong_is_said_and_the_others_go_on(found, name, reason):
+    assert standing(found, name).failed == reason
+    assert standing(found, name).figures == standing(found, name).turns == ()
+    assert not found.is_ok
+    assert len(standing(found, "right").turns[1]) == ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "ModuleNotFoundError: No module named 'their_library'"),
+        ("no dtype", "it does not tell its dtype"),
+        ("silent", "it ended with 0"),
+    ],
+)
+def test_who_cannot_begin_is_skipped(found, name, reason):
+    assert (standing(found, name).skipped, standing(found, name).failed) == (reason, None)
+    assert standing(found, name).figures == ()
+
+
+def test_a_program_that_is_not_there(found):
+    assert standing(found, "nowhere").skipped.endswith("no-such-program cannot be run: No such file or directory")
+
+
+def test_the_logits_of_quantized_weights_are_reported(found):
+    assert standing(found, "int8").failed is None
+    assert standing(found, "int8").logits_difference == pytest.approx(0.01, rel=1e-3)
+    assert standing(found, "noise").logits_difference == 0.0
+    assert standing(found, "right").logits_difference is None
+    assert standing(found, "floor").logits_difference is None
+
+
+@pytest.mark.parametrize(("allowed", "fits"), [(0.02, True), (0.005, False)])
+@pytest.mark.parametrize("behaviour", ["int8", "wrong"])
+def test_an_entry_says_how_far_its_logits_may_be_off(tmp_path, behaviour, allowed, fits):
+    log = tmp_path / "log"
+    entries = [fake("right", log), dataclasses.replace(fake(behaviour, log), allowed=allowed)]
+    found = race("made up", entries, [Workload(5)], 97, rounds=1, pause=0)
+    assert found.is_ok == fits
+    assert bool(standing(found, behaviour).figures) == fits
+
+
+def test_compiling_counts_in_the_warm_up_alone(found):
+    assert standing(found, "slow to compile").compile_seconds == 20.0
+    assert standing(found, "slow to compile").peak_memory_bytes == 12345
+    assert standing(found, "right").compile_seconds is None
+    assert standing(found, "right").peak_memory_bytes > 1e6  # of the process
+
+
+def test_the_reference_is_who_is_named(log):
+    names = [fake("right", log), fake("noise", log, 2.0)]
+    named = race("made up", names, [Workload(5)], 97, rounds=1, reference="noise", pause=0)
+    assert named.reference == "noise"
+    assert standing(named, "right").figures[0].prefill.ratio.median == 0.5
+    assert named.is_ok
+    nobody = race("made up", [fake("missing", log)], [Workload(5)], 97, rounds=1, pause=0)
+    assert (nobody.reference, nobody.is_ok) == (None, False)
+    for wrong in ({"entries": []}, {"workloads": []}, {"rounds": 0}):
+        with pytest.raises(SettingError, match="needs a contender, a workload and a round"):
+            race(**{"title": "", "entries": names, "workloads": [Workload(5)], "n_vocab": 97, **wrong})
+
+
+def test_who_does_not_answer_is_ended(log):
+    worker = Worker(fake("right", log).command, {})
+    with pytest.raises(KeyboardInterrupt), worker:
+        raise KeyboardInterrupt
+    assert worker._process.returncode == -signal.SIGKILL
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_everything_in_80_columns(found):
+    text = report.as_text(found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"made up, {ROUNDS} rounds, threads 2; 20" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["noise", "5", "10000", "±20%", "0.50", "2.00", "2.00-2.00", "4.00", "4.00-4.00"] in rows
+    assert ["right", "2", "x", "7", "12.0", "±17%", "167", "-", "2.00", "2.00-2.00"] in rows
+    assert ["cuda", "5", "15000", "±20%", "0.33", "3.00", "3.00-3.00", "-"] in rows
+    assert ["int8", "cpu", "1.0", "1.0e-02", "-"] in [row[:5] for row in rows]
+    assert "raises: FAILED: ValueError: first line second line" in text
+    assert "missing: skipped, ModuleNotFoundError: No module named 'their_library'" in text
+    assert "noise: behaviour noise" in text
+
+
+def test_a_command_to_copy_stays_on_one_line():
+    for command in ("pip install 'gpt-xp[quantize]'", "`gpt-xp models pull 124M`", "pip install -e ."):
+        for n in range(40, 80):
+            text = wrapped(f"{'x' * (n // 2)} {'y' * (n - n // 2)} it-is-not-installed: {command} and more words")
+            assert command in text
+            assert all(len(line) <= 80 or command in line for line in text.splitlines())
+    assert "array-api-strict" in wrapped("word " * 15 + "array-api-strict")
+
+
+def test_where_nothing_can_be_measured_no_turn_is_taken(tmp_path):
+    log = tmp_path / "log"
+    began = race("made up", [fake("missing", log), fake("floor", log)], [Workload(5)], 97, pause=0)
+    assert not began.is_ok
+    assert began.reference is None
+    assert not any(each.figures for each in began.standings)
+    assert not log.exists() or "floor" not in log.read_text(), "the floor has run for nobody"
+    for text in (report.as_text(began), report.as_markdown(began)):
+        assert "None" not in text
+        assert "missing: skipped, ModuleNotFoundError" in text
+
+
+def test_the_report_in_markdown(found):
+    text = report.as_markdown(found)
+    assert "| decode | tokens | ms | tokens/s | x right | x floor |\n| --- | --- | --- | --- | --- | --- |\n" in text
+    assert "| noise | 5 | 30.0 ±20% | 33.3 | 2.00 2.00-2.00 | 4.00 4.00-4.00 |\n" in text
+
+
+def test_json_holds_all_of_it(found):
+    content = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert content["is_ok"] is False
+    nan, right = (next(each for each in content["standings"] if each["name"] == name) for name in ("nan", "right"))
+    assert nan["logits_difference"] is None
+    assert right["figures"][0]["decode"]["seconds"]["median"] == pytest.approx(0.015)
+    assert right["turns"][1][0] == {"prefill": 4.0, "decode": 0.008}
+    assert content["workloads"][1] == {"context": 7, "batch": 2, "n_new": 2}
+    assert content["threads"] == 2
+    assert {"cpu", "cores", "memory_bytes", "python", "numpy", "gpt_xp", "date"} <= content["environment"].keys()
+
+
+def test_a_plot_is_whole_or_not_there(found, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    swept = (Workload(5, 1, 4), Workload(5, 2, 2))
+    for each in (dataclasses.replace(found, workloads=swept), dataclasses.replace(found, workloads=swept[:1])):
+        plot.save_plot(each, tmp_path / "out.png")
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+    def fail(*args: object, **settings: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(CheckpointError, match=r"out\.png \(no space left"):
+        plot.save_plot(found, tmp_path / "out.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- gpt-xp's own contenders ------------------------------------------------------------------------------------------
+
+
+def test_a_step_lasts_until_all_rows_have_their_token(monkeypatch):
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+
+    def stream(prompts: list[list[int]], **settings: Any):
+        assert settings == {"max_tokens": 4, "ignore_eos": True, "seed": 0, "temperature": 0.7}
+        for seconds in (7.0, 1.0, 2.0, 3.0):
+            clock.now += seconds
+            for _ in prompts:
+                clock.now += 0.25
+                yield "a piece"
+        yield "a result"
+
+    contender = contenders.GptXp("shakespeare", "numpy", sampling={"temperature": 0.7})
+    contender._model = SimpleNamespace(stream=stream, backend=SimpleNamespace(decode_block=None))
+    monkeypatch.setattr(contenders, "time", clock)
+    assert contender.run([[1], [2], [3]], 4) == [7.75, 1.75, 2.75, 3.75]
+
+
+@pytest.mark.parametrize(
+    ("speculate", "decode_block", "n_tokens", "of_one"),
+    [
+        (True, None, 4, 48.0 / 3),
+        (True, max, 4, 48.0 / 3),  # it takes the place of blocks
+        (False, max, 4, 48.0 / 16),  # the block is computed to its end
+        (False, max, 17, 48.0 / 16),
+        (False, max, 18, 48.0 / 32),
+    ],
+)
+def test_tokens_that_come_several_at_a_time_share_the_time(monkeypatch, speculate, decode_block, n_tokens, of_one):
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+
+    def stream(prompts: list[list[int]], **settings: Any):
+        for seconds in (7.0, 48.0, *[0.0] * (n_tokens - 2)):
+            clock.now += seconds
+            yield "a piece"
+
+    contender = contenders.GptXp("shakespeare", "numpy", sampling={"speculate": speculate})
+    contender._model = SimpleNamespace(stream=stream, backend=SimpleNamespace(decode_block=decode_block))
+    monkeypatch.setattr(contenders, "time", clock)
+    assert BLOCK == 16
+    assert contender.run([[1]], n_tokens) == [7.0, *[of_one] * (n_tokens - 1)]
+
+
+def test_jax_as_on_a_gpu_is_timed_block_by_block(monkeypatch, shakespeare: Model):
+    backend = make_backend("jax")
+    on_gpu = Model(shakespeare.params, shakespeare.config, backend=replace(backend, **jax_backend.on_accelerators()))
+    contender = contenders.GptXp("shakespeare", "numpy")
+    monkeypatch.setattr(contender, "_model", on_gpu)
+    first, *later = contender.run([[1, 2, 3]], Workload(3).n_new)
+    assert len(later) == BLOCK, "the tokens after the first fill one block"
+    assert first > 0
+    assert len(set(later)) == 1
+
+
+def test_a_quantized_model_says_so(monkeypatch, shakespeare: Model):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(contenders, "load", lambda model, **options: asked.update(options) or shakespeare)
+    contender = contenders.make({"contender": "gpt-xp", "model": "m", "backend": "numpy", "quantize": "int8"})
+    assert (asked["backend"].name, asked["backend"].dtype, asked["quantize"]) == ("numpy", "float32", "int8")
+    assert contender.describe()["dtype"] == "int8"
+
+
+def test_gpt_xp_is_the_model(shakespeare: Model):
+    contender = contenders.GptXp("shakespeare", "numpy")
+    assert np.array_equal(contender.logits([5, 6, 7]), shakespeare.logits([5, 6, 7])[-1])
+    assert contender.describe()["dtype"] == "float32"
+    seconds = contender.run([[5, 6, 7], [8, 9, 10]], 5)
+    assert len(seconds) == 5
+    assert min(seconds) > 0
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 3), (3, 5), (1, PIECE + 5), (2, PIECE + 5)])
+def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(monkeypatch, shakespeare: Model, batch, context):
+    """In all ways that it tries, of which the timed one is the fastest."""
+    config = shakespeare.config
+    linears = config.n_layer * 12 * config.n_embd**2
+    table = config.n_vocab * config.n_embd
+    tried: list[int] = []
+
+    def try_all(self: contenders.Floor, name: str, ways: list[contenders.Work]) -> contenders.Work:
+        for way in ways:
+            counted: list[int] = []
+            with monkeypatch.context() as patch:
+                patch.setattr(contenders, "_multiply", lambda steps: counted.extend(map(size, steps)))  # noqa: B023
+                way()
+            tried.append(sum(counted))
+            way()
+        return ways[-1]
+
+    def size(step: tuple[np.ndarray, ...]) -> int:
+        left, right, out = step
+        assert out.shape == (left.shape[0], right.shape[1])
+        return left.shape[0] * left.shape[1] * right.shape[1]
+
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(contenders.Floor, "_fastest", try_all)
+    monkeypatch.setattr(contenders.Floor, "_read", lambda self, cache, rows: read.append((cache.nbytes, rows)))
+    floor = contenders.Floor(str(find_model("shakespeare")))
+    seconds = floor.run([[1] * context] * batch, 4)
+    assert len(seconds) == 4
+    assert tried == 2 * [batch * (context * linears + table)] + 2 * [batch * (linears + table)]
+    one = 2 * config.n_layer * config.n_embd * 4  # bytes of keys and values of one token
+    assert {n_bytes for n_bytes, _ in read} == {batch * (context + 4) * one}
+    assert [rows for _, rows in read] == [batch * config.n_head * (context + step) for step in (1, 2, 3)]
+
+
+def test_the_floors_products_are_products(shakespeare: Model):
+    floor = contenders.Floor(str(find_model("shakespeare")))
+    w = floor._linears[1]
+    for make, name in ((floor._products, (3, w.shape[1], "out")), (floor._transposed_products, (w.shape[1], 3, "out"))):
+        make(3, [w])()
+        expected = np.broadcast_to(0.5 * w.sum(axis=0, dtype=np.float64), (3, w.shape[1]))
+        out = floor._buffers[name]
+        assert np.abs((out if out.shape[0] == 3 else out.T) - expected).max() < 1e-4
+
+
+# --- a benchmark of a model -------------------------------------------------------------------------------------------
+
+
+def test_prompts_suit_the_models_context():
+    assert default_context(SIZES["124M"].n_ctx) == [16, 128, 512]
+    assert default_context(256) == [4, 32, 128]
+    assert default_context(5) == [1, 2]
+
+
+def test_what_cannot_be_measured_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("gpt_xp.benchmark.models.race", lambda *arguments, **settings: pytest.fail("it has begun"))
+    for arguments, error, message in (
+        ({"backends": ["nump"]}, BackendError, "there is no backend 'nump'; there are: numpy"),
+        ({"backends": ["numpy+int5"]}, SettingError, "quantize must be one of int8, int4"),
+        ({"backends": []}, SettingError, "no backend was named"),
+        ({"dtypes": []}, SettingError, "no dtype was named"),
+        ({"batch": []}, SettingError, "no batch was named"),
+        ({"dtypes": ["float8"]}, SettingError, "there is no dtype 'float8'"),
+        (
+            {"context": [16, 250]},
+            SettingError,
+            "n_new 16 after 250 tokens of a prompt",
+        ),
+        ({"context": [242]}, SettingError, "n_new 16 after 242 tokens"),
+        ({"context": [300], "n_new": None}, SettingError, "does not fit the model, which takes 256"),
+        ({"context": [0]}, SettingError, "at least one token"),
+        ({"batch": [1, 0]}, SettingError, "at least one row"),
+        ({"rounds": 0}, SettingError, "at least one round"),
+        ({"n_new": 0}, SettingError, "n_new must be at least 1, not 0"),
+    ):
+        with pytest.raises(error, match=message):
+            bench(**{"backends": ["numpy"], "model": "shakespeare", "n_new": 16, **arguments})  # type: ignore[arg-type]
+
+
+def test_workloads_are_all_combinations(monkeypatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("gpt_xp.benchmark.models.race", lambda *arguments, **settings: seen.update(all=arguments))
+    bench(["numpy", "jax@cpu"], "shakespeare", dtypes=["float32", "float64"], context=[7, 251, 7], batch=[1, 3])
+    title, entries, workloads, n_vocab = seen["all"]
+    assert (title, n_vocab) == ("shakespeare", 1024)
+    assert workloads == [Workload(context, batch, 6) for batch in (1, 3) for context in (7, 251)]
+    names = ["numpy float32", "numpy float64", "jax@cpu float32", "jax@cpu float64", "floor"]
+    assert [entry.name for entry in entries] == names
+    assert json.loads(entries[3].command[-1])["device"] == "cpu"
+    job = json.loads(own_entry("here", "torch+int8@cuda:1").command[-1])
+    assert (job["model"], job["backend"], job["quantize"], job["device"]) == ("here", "torch", "int8", "cuda:1")
+
+
+def test_all_that_are_here_are_measured_and_ratios_are_to_numpy(monkeypatch):
+    monkeypatch.setattr(
+        "gpt_xp.benchmark.models.usable_backends", lambda: ["torch", "array-api-strict", "numpy", "jax"]
+    )
+    seen: list[Entry] = []
+    monkeypatch.setattr(
+        "gpt_xp.benchmark.models.race", lambda title, entries, *others, **settings: seen.extend(entries)
+    )
+    bench(model="shakespeare")
+    assert [entry.name for entry in seen] == ["numpy float32", "jax float32", "torch float32", "floor"]
+
+
+def test_the_command(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = ("bench", "-m", "shakespeare", "--rounds", "1", "-n", "3", "--context", "5", "--batch", "2")
+    result = process(
+        *command, "--backends", "numpy,numpy@cuda:0", "--dtypes", "float32,float64", "--threads", "1", "--json",
+        "--plot", str(tmp_path / "out.svg"),
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.svg"]
+    content = json.loads(result.out)
+    assert (content["schema"], content["is_ok"], content["threads"]) == (2, True, 1)
+    assert content["workloads"] == [{"context": 5, "batch": 2, "n_new": 3}]
+    single, double, cuda, _, floor = content["standings"]
+    assert (single["description"]["settings"]["threads"], floor["is_floor"]) == ("1", True)
+    assert 0 < double["logits_difference"] < 2e-5
+    assert double["figures"][0]["decode"]["ratio"]["median"] > 0
+    assert "numpy has no device 'cuda:0'" in cuda["skipped"]
+
+
+def test_wrong_usage():
+    for arguments, code, message in (
+        (("--context", "16,x"), 2, "'x' is not a valid integer"),
+        (("--batch", "0"), 2, "0 is not in the range"),
+    ):
+        result = process("bench", "-m", "shakespeare", *arguments)
+        assert (result.code, result.out) == (code, "")
+        assert message in result.err
+
+
+def test_a_plot_that_cannot_be_written_is_an_error_before_anything_runs():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = process("bench", "-m", "shakespeare", "--plot", "no-such-directory/out.png")
+    assert (result.code, result.out) == (1, "")
+    assert "a plot cannot be written to no-such-directory/out.png" in result.err
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, _, _, ppid = status.read_text().replace(") ", " ").split(" ")[:4]
+        except (OSError, ValueError):  # it has just ended
+            continue
+        found += [int(pid)] if ppid == str(parent) else []
+    return found
+
+
+@posix
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_leaves_no_process_behind(tmp_path, monkeypatch, how):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    running = start("bench", "-m", "shakespeare", "--backends", "numpy", "--rounds", "1000")
+    end = time.monotonic() + PATIENCE
+    while len(workers := children(running.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(workers) == 2
+    time.sleep(0.4)
+    running.send_signal(how)
+    out, err = running.communicate(timeout=PATIENCE)
+    assert running.returncode == (130 if how == signal.SIGINT else -how)
+    assert out == b""
+    assert b"Traceback" not in err
+    end = time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert list(tmp_path.iterdir()) == []

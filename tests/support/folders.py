@@ -1,0 +1,9 @@
+"""Where the tests find files of this repository."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+GOLDEN_FILES = TESTS / "goldens"
+BENCHMARKS = ROOT / "benchmarks"
+SHAKESPEARE = ROOT / "gpt_xp" / "models" / "shakespeare"

@@ -1,0 +1,61 @@
+"""Which array libraries the tests run on, and which of them must be there."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from gpt_xp_backends import jax_backend
+
+from gpt_xp import Backend
+from gpt_xp.backend import get_backend
+from gpt_xp.errors import BackendError
+from gpt_xp.generation.sampling import Choice
+from gpt_xp.quantization import quantized_backend
+
+BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
+
+
+ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
+
+
+# CI names here what must not be skipped: a skip looks too much like a pass.
+REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
+
+
+def make_backend(name: str, dtype: str = "float32") -> Backend:
+    """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
+    library, _, device = name.partition(":")
+    with skipping_what_is_missing(library):
+        return get_backend(library, device=device or None, dtype=dtype)
+
+
+@contextlib.contextmanager
+def skipping_what_is_missing(library: str) -> Iterator[None]:
+    """Skip the test, with the reason, where the library cannot be had; fail it where that is required."""
+    try:
+        yield
+    except (BackendError, ModuleNotFoundError) as error:
+        if library in REQUIRED:
+            pytest.fail(f"{library} is required here: {error}")
+        pytest.skip(str(error))
+
+
+def quantized(backend: Backend) -> Backend:
+    """Return the backend that takes quantized weights; skip the test, with the reason, where numba is missing."""
+    with skipping_what_is_missing("numba" if backend.name == "numpy" else backend.name):
+        return quantized_backend(backend)
+
+
+def in_blocks(backend: Backend, **changes: Any) -> Backend:
+    def one_after_another(step: Callable[[Any], Any], state: Any, k: int) -> Any:
+        choices = []
+        for _ in range(k):
+            state, choice = step(state)
+            choices.append(choice)
+        return state, Choice(*map(backend.xp.stack, zip(*choices, strict=True)))
+
+    own = jax_backend.on_accelerators() if backend.name == "jax" else {"decode_block": one_after_another}
+    return replace(backend, **own | changes)

@@ -1,0 +1,31 @@
+"""Packages that are not part of gpt-xp, installed for one process; and a checkpoint that shows what one does wrong."""
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from gpt_xp import GPT2Config
+
+WRONG_BACKENDS = Path(__file__).with_name("wrong_backends")  # see its `wrong_backends/__init__.py`
+
+
+def installed(*folders: Path) -> dict[str, str]:
+    """Return the variables with which a new process finds what is in these folders, before all else."""
+    rest = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *([rest] if rest else [])])}
+
+
+def with_large_scores(params: Any, config: GPT2Config, layer: int) -> Any:
+    """Return the model, in NumPy, with all of one layer's attention scores at about 120: e^120 overflows float32.
+
+    Softmax takes off again nearly all that this adds, which is the same for every key. So the model stays as well
+    conditioned as it was, and a right backend as exact.
+    """
+    params = copy.deepcopy(params)
+    d_head = config.n_embd // config.n_head
+    bias = params["blocks"][layer]["attn"]["c_attn"]["b"]  # queries, keys, values; each head by head
+    bias[: config.n_embd : d_head] += 10.0  # the first number of each query
+    bias[config.n_embd : 2 * config.n_embd : d_head] += 12.0 * math.sqrt(d_head)  # and of each key
+    return params

@@ -1,0 +1,179 @@
+"""The doctor: settings, what fits, and how fast memory is."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from libraries import make_backend
+
+import gpt_xp
+from gpt_xp import Backend, BackendInfo
+from gpt_xp import hardware as doctor
+from gpt_xp.backend import ITEM_SIZE, DeviceInfo, get_backend
+from gpt_xp.hardware import Diagnosis, Outlook, diagnose, measure_bandwidth, outlook
+from gpt_xp.hub.published import MODELS
+
+NUMPY = BackendInfo("numpy", "2", (DeviceInfo("cpu", "2 cores", 8_000_000_000),))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that reads 10 GB a second."""
+    monkeypatch.setattr(doctor, "measure_bandwidth", lambda backend: 10e9)
+
+
+def test_settings_are_short_texts(backend: Backend) -> None:
+    settings = backend.settings()
+    assert settings
+    assert json.loads(json.dumps(settings)) == settings
+    assert all(isinstance(value, str) and value and len(key) < 40 for key, value in settings.items())
+
+
+def test_settings_of_numpy() -> None:
+    assert get_backend("numpy", threads=7).settings()["threads"] in ("7", "1")  # 1: a BLAS without threads
+    assert "blas" in make_backend("numpy").settings()
+
+
+def test_settings_of_numpy_whose_blas_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threadpoolctl.threadpool_info", list)
+    built_with = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    assert make_backend("numpy").settings() == {"blas": f"{built_with['name']} {built_with['version']}"}
+
+
+def test_settings_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend("jax")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something=1")
+    assert backend.settings()["XLA_FLAGS"] == "--xla_something=1"
+    assert backend.settings()["matmul_precision"] == "highest"
+    monkeypatch.delenv("XLA_FLAGS")
+    assert "XLA_FLAGS" not in backend.settings()
+
+
+def test_what_fits_against_numbers_worked_out_by_hand() -> None:
+    # 124M has 124,439,808 params; its cache holds 2 x 12 layers x 1024 tokens x 768 numbers: 18,874,368.
+    for dtype, size in (("float32", 4), ("float64", 8), ("float16", 2), ("bfloat16", 2)):
+        needed = 143_314_176 * size
+        config = MODELS["124M"].config
+        enough = outlook("124M", config, dtype, needed, bandwidth=124_439_808e3)
+        assert enough == Outlook("124M", dtype, needed, True, pytest.approx(1000 / size))
+        assert outlook("124M", config, dtype, needed - 1, 1.0).fits is False
+        assert outlook("124M", config, dtype, None, 1.0).fits is None
+    # 1558M: 1,557,611,200 params, and 2 x 48 x 1024 x 1600 = 157,286,400 numbers of cache, in float32.
+    assert outlook("1558M", MODELS["1558M"].config, "float32", 1, 1.0).needed == 6_859_590_400
+
+
+def test_a_diagnosis(quick: None) -> None:
+    [found] = diagnose([NUMPY, BackendInfo("cupy", problem="cupy is not installed")])
+    assert (found.backend, found.bandwidth, found.problem) == ("numpy", 10e9, None)
+    assert found.device == NUMPY.devices[0]
+    assert found.settings == get_backend("numpy").settings()
+    assert [(each.model, each.dtype) for each in found.models] == [
+        (name, dtype) for name in MODELS for dtype in ("float32", "float64")
+    ]
+    fits = {(each.model, each.dtype): each.fits for each in found.models}  # in 8 GB
+    assert fits["1558M", "float32"]
+    assert not fits["1558M", "float64"]
+    assert found.models[0].decode_limit == pytest.approx(10e9 / (124_439_808 * 4))
+
+
+def test_half_precision_where_torch_computes_in_it(quick: None) -> None:
+    make_backend("torch")
+    [info] = [info for info in gpt_xp.backends() if info.name == "torch"]
+    [found] = diagnose([info])
+    assert {each.dtype for each in found.models} == {"float32", "float64", "bfloat16", "float16"}
+
+
+def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> Backend:
+        raise gpt_xp.errors.BackendError("it cannot", "mend it")
+
+    monkeypatch.setattr("gpt_xp_backends.numpy_backend.create", refuse)
+    assert diagnose([NUMPY]) == [Diagnosis("numpy", problem="it cannot: mend it")]
+
+
+def test_bandwidth_is_bytes_per_second(backend: Backend) -> None:
+    # A device of 128 MB, of which an eighth is used: 16 MB.
+    small = replace(backend, device_memory=2**27)
+    found = measure_bandwidth(small, seconds=0.02)
+    assert 1e8 < found < 1e14
+
+
+def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, backend = [], replace(make_backend("numpy"), device_memory=None)
+    monkeypatch.setattr(doctor, "SMALLEST", 2**4)
+    monkeypatch.setattr(doctor, "LARGEST", 2**7)
+
+    def shortest(backend: Backend, function: object, seconds: float, vector: object, matrix: Any) -> float:
+        sides.append(matrix.shape[0])
+        assert matrix.sum() == matrix.size
+        return 1e-3 if matrix.shape[0] < limit else 2e-2
+
+    monkeypatch.setattr(doctor, "_shortest", shortest)
+    limit = 64
+    assert measure_bandwidth(backend) == 64 * 64 * 4 / 2e-2
+    assert sides == [16, 16, 32, 32, 64, 64]
+    limit = 10_000
+    assert measure_bandwidth(backend) == 128 * 128 * 4 / 1e-3
+    assert measure_bandwidth(replace(backend, device_memory=8 * 4 * 32**2)) == 32 * 32 * 4 / 1e-3
+
+
+# The command
+
+
+@pytest.fixture
+def small_memory(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [NUMPY, BackendInfo("cupy", problem="none here")])
+    monkeypatch.setattr("gpt_xp.hardware.get_backend", lambda name, **options: get_backend(name, **options, threads=1))
+    monkeypatch.setattr("gpt_xp_backends.numpy_backend._settings", lambda threads: {"blas": "some 1.2", "threads": "1"})
+
+
+def test_the_table(call, small_memory: None) -> None:
+    brief, full = call("backends").out, call("backends", "--verbose").out
+    assert full.startswith(brief)
+    assert full[len(brief) :] == (
+        "\n"
+        "numpy on cpu reads 10.0 GB/s; blas some 1.2, threads 1\n"
+        "  model       float32         float64\n"
+        "  124M         0.6 yes    20   1.1 yes    10\n"
+        "  355M         1.6 yes   7.0   3.2 yes   3.5\n"
+        "  774M         3.5 yes   3.2   6.9 yes   1.6\n"
+        "  1558M        6.9 yes   1.6  13.7 no    0.8\n"
+        "  distilgpt2   0.4 yes    31   0.7 yes    15\n"
+        "\n"
+        "Under each dtype: GB for the params and the cache of one row at full context;\n"
+        "whether the device has them; and the most tokens a second to be decoded in one\n"
+        "row at that bandwidth, as each of them takes reading all the params once.\n"
+    )
+
+
+def test_the_json(call, small_memory: None) -> None:
+    brief, full = (json.loads(call("backends", "--json", *more).out) for more in ([], ["--verbose"]))
+    [found] = full.pop("diagnoses")
+    assert full == brief
+    assert found.keys() == {"backend", "device", "settings", "bandwidth", "models", "problem"}
+    assert found["settings"] == {"blas": "some 1.2", "threads": "1"}
+    assert found["device"]["memory"] == 8_000_000_000
+    assert found["models"][0] == {
+        "model": "124M", "dtype": "float32", "needed": 573_256_704, "fits": True,
+        "decode_limit": pytest.approx(20.09, abs=0.01),
+    }  # fmt: skip
+    assert len(found["models"]) == 2 * len(MODELS)
+
+
+def test_lines_are_no_longer_than_a_terminal(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the longest numbers: a GPU of 4.8 TB/s in four dtypes."""
+    device = DeviceInfo("cuda:0", "NVIDIA H200", 150_000_000_000)
+    models = tuple(
+        outlook(name, model.config, dtype, device.memory, 4.8e12)
+        for name, model in MODELS.items()
+        for dtype in ITEM_SIZE
+    )
+    settings = {"XLA_FLAGS": "--xla_gpu_something=true --xla_gpu_something_else=false", "platform": "cuda 13"}
+    found = [Diagnosis("jax", device, settings, 4.8e12, models), Diagnosis("cupy", problem="word " * 40)]
+    monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [NUMPY])
+    monkeypatch.setattr("gpt_xp.cli.backends.diagnose", lambda infos: found)
+    lines = call("backends", "--verbose").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("29300" in line for line in lines)  # distilgpt2 has 81,912,576 params

@@ -1,0 +1,110 @@
+"""The key/value cache: whatever way the tokens are cut into pieces, the logits are those of the full forward pass."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from cached import CONFIG, TOKENS, forward, run, setup
+from comparison import TOLERANCE, assert_close, assert_values, xp_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt_xp
+from gpt_xp import Backend
+from gpt_xp.errors import ConfigError, PromptError
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact window", "all slots"])
+def test_pieces_are_the_full_forward_pass(backend: Backend, exact: bool) -> None:
+    params, cache = setup(backend)
+    full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS), CONFIG))
+    pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], exact)
+    assert_values(pieces, full, TOLERANCE["same", "float32"])
+    assert int(after.position) == 31
+    assert after.k.shape == (2, 3, 3, 37, 13)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(1, 30), max_size=30).map(lambda cuts: [*sorted(cuts), 31]), st.booleans())
+def test_any_pieces_are_the_full_forward_pass(cuts: list[int], exact: bool) -> None:
+    from libraries import make_backend
+
+    backend = make_backend("numpy")
+    params, cache = setup(backend)
+    full = forward(backend)(params, TOKENS, CONFIG)
+    assert_values(run(backend, params, cache, TOKENS, cuts, exact)[0], full, TOLERANCE["same", "float32"])
+
+
+def test_rows_padded_on_the_left_are_rows_alone(backend: Backend) -> None:
+    starts = (0, 5, 11)
+    params, cache = setup(backend, start=starts)
+    padded = TOKENS.copy()
+    for row, start in zip(padded, starts, strict=True):
+        row[:start] = 0
+    logits, _ = run(backend, params, cache, padded, [3, 12, 13, 14, 31])
+    for row, start in enumerate(starts):
+        alone = forward(backend)(params, backend.asarray(TOKENS[row, start:]), CONFIG)
+        assert_values(logits[row, start:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
+
+
+def test_a_short_row_goes_on_around_the_ring(backend: Backend) -> None:
+    # 37 slots for 31 + 23 tokens: row 0 is a long prompt that has ended, row 1 began at slot 24 and goes on.
+    params, cache = setup(backend, start=(0, 24, 0))
+    more = np.concatenate([TOKENS, TOKENS[:, :23]], axis=1)
+    logits, after = run(backend, params, cache, more, [31, *range(32, 55)])
+    alone = forward(backend)(params, backend.asarray(more[1, 24:]), CONFIG)
+    assert_values(logits[1, 24:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
+    assert np.isfinite(logits).all()
+    assert int(after.position) == 54
+
+
+def test_padding_behind_a_piece_is_overwritten(backend: Backend) -> None:
+    params, cache = setup(backend)
+    junk = np.concatenate([TOKENS[:, :7], np.full((3, 9), 5, dtype=np.int32)], axis=1)
+    _, cache = forward(backend)(params, backend.asarray(junk), CONFIG, cache=cache)
+    cache = cache._replace(position=7)
+    logits, _ = forward(backend)(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
+    full = forward(backend)(params, backend.asarray(TOKENS[:, :9]), CONFIG)
+    assert_close(logits, backend.to_numpy(full)[:, 7:], backend, "same")
+
+
+def test_a_copy_is_another_cache(backend: Backend) -> None:
+    params, cache = setup(backend)
+    _, cache = run(backend, params, cache, TOKENS, [11])
+    fork = cache.copy()
+    run_on = {}
+    for name, branch, begin in (("left", cache, 11), ("right", fork, 17)):  # the right one sees other tokens
+        tokens = backend.asarray(TOKENS[:, begin : begin + 5])
+        run_on[name], _ = forward(backend)(params, tokens, CONFIG, cache=branch)
+    for name, begin in (("left", 11), ("right", 17)):
+        whole = np.concatenate([TOKENS[:, :11], TOKENS[:, begin : begin + 5]], axis=1)
+        full = forward(backend)(params, backend.asarray(whole), CONFIG)
+        assert_close(run_on[name], backend.to_numpy(full)[:, 11:], backend, "same")
+
+
+@pytest.mark.parametrize("start", [np.array([0.0, 5.0, 11.0]), np.array([0, 5, 11]), [0, 5, 11]], ids=str)
+def test_start_may_come_from_anywhere(backend: Backend, start: Any) -> None:
+    params, cache = setup(backend, start=(0, 5, 11))
+    expected, _ = run(backend, params, cache, TOKENS, [31])
+    fresh = gpt_xp.new_cache(CONFIG, params["wte"], 37, start, xp_of(backend))
+    assert fresh.start.dtype == backend.xp.int32
+    assert_values(run(backend, params, fresh, TOKENS, [31])[0], expected, TOLERANCE["same", "float32"])
+
+
+def test_a_start_of_another_shape_or_another_config_is_refused(backend: Backend) -> None:
+    like = setup(backend)[0]["wte"]
+    with pytest.raises(PromptError, match=r"start must have one whole number for each row, \[batch\]"):
+        gpt_xp.new_cache(CONFIG, like, 37, 0, xp_of(backend))
+    with pytest.raises(ConfigError, match="config must be"):
+        gpt_xp.new_cache(dataclasses.asdict(CONFIG), like, 37, [0], xp_of(backend))
+
+
+def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
+    params, cache = setup(backend, n_slots=19)
+    xp = xp_of(backend)
+    with pytest.raises(PromptError, match="20 tokens were given, and the cache has room for 19"):
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache, xp=xp)
+    _, cache = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache, xp=xp)
+    with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
+        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache, xp=xp)
