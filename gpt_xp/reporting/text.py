@@ -1,9 +1,10 @@
 """How things are written for people."""
 
+import difflib
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*\S+")
@@ -50,3 +51,10 @@ def listed(values: Any) -> list[Any]:
 def short_dtypes(text: str) -> str:
     """Return text with f32 for float32, and bf16 for bfloat16."""
     return text.replace("bfloat", "bf").replace("float", "f")
+
+
+def closest_first(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known` with the likeliest meanings of a mistyped `word` first."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
+    return close + [name for name in names if name not in close]
