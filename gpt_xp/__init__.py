@@ -14,7 +14,9 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a
 
 if TYPE_CHECKING:
     from gpt_xp.backend import Backend, BackendInfo, backends, with_parts
-    from gpt_xp.comparison import Comparison, compare
+    from gpt_xp.benchmark.driver import Benchmark
+    from gpt_xp.benchmark.models import bench
+    from gpt_xp.comparison.driver import Comparison, compare
     from gpt_xp.config import SIZES, GPT2Config
     from gpt_xp.errors import GptXpError
     from gpt_xp.generation.results import Generation, Piece, Stats
@@ -22,16 +24,19 @@ if TYPE_CHECKING:
     from gpt_xp.model import Model, load, save
     from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
     from gpt_xp.quantization import quantize
-    from gpt_xp.scoring.score import RankedChoice, Score
+    from gpt_xp.scoring.rank import RankedChoice
+    from gpt_xp.scoring.score import Score
     from gpt_xp.tokenizer.bpe import Tokenizer
     from gpt_xp.tokenizer.training import train_tokenizer
-    from gpt_xp.training import Evaluation, Training, train
+    from gpt_xp.training.log import Evaluation, Training
+    from gpt_xp.training.loop import train
     from gpt_xp.transformer import gpt2, hidden_states, lm_loss, unembed
 
 __all__ = [
     "SIZES",
     "Backend",
     "BackendInfo",
+    "Benchmark",
     "Comparison",
     "Evaluation",
     "GPT2Config",
@@ -46,6 +51,7 @@ __all__ = [
     "Tokenizer",
     "Training",
     "backends",
+    "bench",
     "compare",
     "gpt2",
     "hidden_states",
@@ -68,17 +74,21 @@ _NAMES_OF = {
     "model": ("Model", "load", "save"),
     "backend": ("Backend", "BackendInfo", "backends", "with_parts"),
     "kv_cache": ("KVCache", "new_cache"),
-    "comparison": ("Comparison", "compare"),
+    "benchmark.driver": ("Benchmark",),
+    "benchmark.models": ("bench",),
+    "comparison.driver": ("Comparison", "compare"),
     "config": ("SIZES", "GPT2Config"),
     "errors": ("GptXpError",),
     "transformer": ("gpt2", "hidden_states", "lm_loss", "unembed"),
     "picogpt": ("load_encoder_hparams_and_params", "shape_tree"),
     "quantization": ("quantize",),
     "generation.results": ("Generation", "Piece", "Stats"),
-    "scoring.score": ("RankedChoice", "Score"),
+    "scoring.rank": ("RankedChoice",),
+    "scoring.score": ("Score",),
     "tokenizer.bpe": ("Tokenizer",),
     "tokenizer.training": ("train_tokenizer",),
-    "training": ("Evaluation", "Training", "train"),
+    "training.log": ("Evaluation", "Training"),
+    "training.loop": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
