@@ -14,9 +14,10 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a
 
 if TYPE_CHECKING:
     from gpt_xp.backend import Backend, BackendInfo, backends, with_parts
-    from gpt_xp.benchmark.driver import Benchmark
     from gpt_xp.benchmark.models import bench
-    from gpt_xp.comparison.driver import Comparison, compare
+    from gpt_xp.benchmark.results import Benchmark
+    from gpt_xp.comparison.driver import compare
+    from gpt_xp.comparison.results import Comparison
     from gpt_xp.config import SIZES, GPT2Config
     from gpt_xp.errors import GptXpError
     from gpt_xp.generation.results import Generation, Piece, Stats
@@ -74,9 +75,10 @@ _NAMES_OF = {
     "model": ("Model", "load", "save"),
     "backend": ("Backend", "BackendInfo", "backends", "with_parts"),
     "kv_cache": ("KVCache", "new_cache"),
-    "benchmark.driver": ("Benchmark",),
+    "benchmark.results": ("Benchmark",),
     "benchmark.models": ("bench",),
-    "comparison.driver": ("Comparison", "compare"),
+    "comparison.driver": ("compare",),
+    "comparison.results": ("Comparison",),
     "config": ("SIZES", "GPT2Config"),
     "errors": ("GptXpError",),
     "transformer": ("gpt2", "hidden_states", "lm_loss", "unembed"),

@@ -114,7 +114,9 @@ def score_tokens(
     cut = [window for window in windows.cut(len(sequence)) if window.first < window.end]
     total, done = sum(window.end - window.first for window in cut), 0
     found: list[Floats] = []
-    for part in row_logprobs(engine, [ScoredRow(sequence[w.begin : w.end], w.first - w.begin) for w in cut], batch_size):
+    for part in row_logprobs(
+        engine, [ScoredRow(sequence[w.begin : w.end], w.first - w.begin) for w in cut], batch_size
+    ):
         found.append(part)
         done += len(part)
         if progress is not None:

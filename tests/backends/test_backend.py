@@ -17,7 +17,7 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 import gpt_xp
 from gpt_xp import Backend, Model
 from gpt_xp.backend import check_installed, closest_first, get_backend, import_library, is_step
-from gpt_xp.benchmark import bench
+from gpt_xp.benchmark.models import bench
 from gpt_xp.comparison.worker import traced
 from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.generation import step_functions as steps
