@@ -12,8 +12,8 @@ import argparse
 
 import common
 
-from gpt_xp.benchmark import Benchmark, Standing, Workload
-from gpt_xp.benchmark.figures import Spread, spread
+from gpt_xp.benchmark.figures import Spread, Workload, spread
+from gpt_xp.benchmark.results import Benchmark, ContenderResult
 
 TARGET_BATCH, TARGET = 8, 4.0
 
@@ -29,9 +29,9 @@ def script() -> None:
 
     with common.checkpoint(options) as folder:
         others = common.peers(folder, ["CTranslate2 float32", "llama.cpp F32"], options) if options.peers else []
-        entries = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
+        specs = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
         workloads = [Workload(options.context, batch=batch) for batch in options.batches]
-        found = common.run("batch", entries, workloads, options)
+        found = common.run("batch", specs, workloads, options)
     common.report(options, [found], gains(found, options))
 
 
@@ -50,7 +50,7 @@ def gains(found: Benchmark, options: argparse.Namespace) -> str:
     return common.show(rows, options)
 
 
-def gain(standing: Standing, single: int, place: int, batch: int) -> Spread:
+def gain(standing: ContenderResult, single: int, place: int, batch: int) -> Spread:
     """Return the tokens per second of a batch to those of one prompt, each of one round to the other's of the same."""
     one, many = (common.seconds(standing, at, "decode") for at in (single, place))
     return spread([batch * alone / together for alone, together in zip(one, many, strict=True)])

@@ -16,13 +16,15 @@ from typing import Any
 from shapes import write_published
 
 import gpt_xp
-from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload, floor_entry, own_entry, race
-from gpt_xp.benchmark.figures import Spread, spread
+from gpt_xp.benchmark.driver import run_benchmark
+from gpt_xp.benchmark.figures import Spread, Workload, spread
 from gpt_xp.benchmark.machine import usable_cores
+from gpt_xp.benchmark.models import floor_spec, gpt_xp_spec
 from gpt_xp.benchmark.plot import save_plot
 from gpt_xp.benchmark.report import as_markdown, as_text
+from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import GptXpError
-from gpt_xp.processes import reason, usable_backends
+from gpt_xp.processes import failure_reason, usable_backends
 from gpt_xp.reporting.plots import check_plot
 from gpt_xp.reporting.text import markdown_table, table
 
@@ -82,21 +84,21 @@ def checkpoint(options: argparse.Namespace) -> Iterator[Path]:
         yield folder
 
 
-def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any) -> list[Entry]:
+def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any) -> list[ContenderSpec]:
     """Return gpt-xp on those of the backends that can be used here; `label` is added to their names."""
     usable = usable_backends()
-    entries = []
+    specs = []
     for name in backends:
         if re.split("[+@]", name)[0] in usable:
-            entries.append(own_entry(folder, name, name=f"gpt-xp {name}{label}", **settings))
+            specs.append(gpt_xp_spec(folder, name, name=f"gpt-xp {name}{label}", **settings))
         else:
             print(f"gpt-xp {name}: skipped, `gpt-xp backends` says why", file=sys.stderr)
-    return entries
+    return specs
 
 
-def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> list[Entry]:
+def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> list[ContenderSpec]:
     """Return other engines, with their conversions made; what cannot be used is skipped later, with its reason."""
-    entries = []
+    specs = []
     if unknown := [name for name in wanted if name not in PEERS]:
         raise GptXpError(f"there is no {unknown[0]!r} to compare with; there are: {', '.join(PEERS)}")
     for name in wanted:
@@ -108,18 +110,20 @@ def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> l
                    "--threads", str(options.threads)]  # fmt: skip
         done = subprocess.run([*command, "--prepare"], capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"{name}: {reason(done.stderr, done.returncode)}", file=sys.stderr)
-        entries.append(Entry(name, command, allowed=allowed))
-    return entries
+            print(f"{name}: {failure_reason(done.stderr, done.returncode)}", file=sys.stderr)
+        specs.append(ContenderSpec(name, command, allowed=allowed))
+    return specs
 
 
-def run(title: str, entries: Sequence[Entry], workloads: Sequence[Workload], options: argparse.Namespace) -> Benchmark:
-    """Let those entries take turns that --only names, and the floor."""
+def run(
+    title: str, specs: Sequence[ContenderSpec], workloads: Sequence[Workload], options: argparse.Namespace
+) -> Benchmark:
+    """Let those specs take turns that --only names, and the floor."""
     if options.plot:
         check_plot(options.plot)
-    chosen = [entry for entry in entries if options.only is None or entry.name in options.only or entry.is_floor]
+    chosen = [spec for spec in specs if options.only is None or spec.name in options.only or spec.is_floor]
     title = f"{title}, {options.size} shape, random weights"
-    return race(title, chosen, workloads, gpt_xp.SIZES[options.size].n_vocab, rounds=options.rounds,
+    return run_benchmark(title, chosen, workloads, gpt_xp.SIZES[options.size].n_vocab, rounds=options.rounds,
                 threads=options.threads, progress=_progress)  # fmt: skip
 
 
@@ -156,12 +160,12 @@ def show(rows: Sequence[Sequence[str]], options: argparse.Namespace) -> str:
     return markdown_table(rows) if options.markdown else table(rows)
 
 
-def measured(found: Benchmark, name: str) -> Standing | None:
+def measured(found: Benchmark, name: str) -> ContenderResult | None:
     """Return a contender that was measured, by its name."""
     return next((each for each in found.standings if each.name == name and each.figures), None)
 
 
-def seconds(standing: Standing, place: int, phase: str) -> list[float]:
+def seconds(standing: ContenderResult, place: int, phase: str) -> list[float]:
     """Return the seconds of each round, in the workload at `place`."""
     return [getattr(turn, phase) for turn in standing.turns[place]]
 
@@ -190,6 +194,6 @@ def main(script: Any) -> None:
         sys.exit(f"error: {error}")
 
 
-def floor(folder: Path) -> list[Entry]:
+def floor(folder: Path) -> list[ContenderSpec]:
     """Return the bare products."""
-    return [floor_entry(folder)]
+    return [floor_spec(folder)]

@@ -17,7 +17,8 @@ from pathlib import Path
 import common
 
 import gpt_xp
-from gpt_xp.benchmark import Benchmark, Workload
+from gpt_xp.benchmark.figures import Workload
+from gpt_xp.benchmark.results import Benchmark
 
 GRAPH, EAGER, TRANSFORMERS = "gpt-xp cupy", "gpt-xp cupy without a graph", "transformers cuda float32"
 TARGETS = {EAGER: None, TRANSFORMERS: 3.0}  # how many times as fast a graph shall be
@@ -34,18 +35,18 @@ def script() -> None:
     options = made.parse_args()
     kernels = list(filter(None, options.kernels.split(",")))
     with common.checkpoint(options) as folder:
-        entries = common.own(folder, ["cupy"])
-        if not entries:
+        specs = common.own(folder, ["cupy"])
+        if not specs:
             sys.exit("cupy cannot be used here: `gpt-xp backends` says why")
         print(compare_texts(folder), end="\n\n")
-        graph = entries[0]
-        entries.append(replace(graph, name=EAGER, command=("env", f"{VARIABLE}=0", *graph.command)))
-        entries += [
+        graph = specs[0]
+        specs.append(replace(graph, name=EAGER, command=("env", f"{VARIABLE}=0", *graph.command)))
+        specs += [
             replace(graph, name=with_kernels(name), command=("env", f"{KERNELS}={name}", *graph.command))
             for name in kernels
         ]
-        entries += common.peers(folder, [TRANSFORMERS], options)
-        found = common.run("CUDA graph", entries, [Workload(context, n_new=N_NEW) for context in (16, 512)], options)
+        specs += common.peers(folder, [TRANSFORMERS], options)
+        found = common.run("CUDA graph", specs, [Workload(context, n_new=N_NEW) for context in (16, 512)], options)
     rows = [["decode", "tokens", "times as fast", ""], *targets(found, kernels)]
     common.report(options, [found], common.show(rows, options))
 

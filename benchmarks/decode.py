@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import common
 
 import gpt_xp
-from gpt_xp.benchmark import Benchmark, Workload
-from gpt_xp.benchmark.figures import spread
+from gpt_xp.benchmark.figures import Workload, spread
+from gpt_xp.benchmark.results import Benchmark
 
 SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
 GREEDY_NAME, SAMPLED_NAME = "gpt-xp numpy", "gpt-xp numpy sampled"

@@ -20,8 +20,8 @@ import argparse
 
 import common
 
-from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload
-from gpt_xp.benchmark.figures import Spread
+from gpt_xp.benchmark.figures import Spread, Workload
+from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32", "llama.cpp F32 flash")
 NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0")
@@ -67,17 +67,17 @@ def script() -> None:
             label = "" if dtype == "float32" else f" {dtype}"
             ours += common.own(folder, options.backends.split(","), label, dtype=dtype)
         others = common.peers(folder, options.peers.split(","), options)
-        entries = [*ours, *others, *([] if options.without_floor else common.floor(folder))]
-        found.append(common.run("peers", entries, [Workload(context) for context in options.contexts], options))
+        specs = [*ours, *others, *([] if options.without_floor else common.floor(folder))]
+        found.append(common.run("peers", specs, [Workload(context) for context in options.contexts], options))
         if not options.without_naive and (options.only is None or NAIVE in options.only):
             found.append(against_naive([*ours[:1], *common.peers(folder, [NAIVE], options)], options))
     common.report(options, found, "\n".join(targets(found, options)))
 
 
-def against_naive(entries: list[Entry], options: argparse.Namespace) -> Benchmark:
+def against_naive(specs: list[ContenderSpec], options: argparse.Namespace) -> Benchmark:
     """picoGPT's algorithm on its README's command, and on one token at 512 tokens of context; fewer rounds will do."""
     fewer = argparse.Namespace(**{**vars(options), "rounds": min(options.rounds, 5), "plot": None})
-    return common.run(NAIVE, entries, [README_COMMAND, AT_512], fewer)
+    return common.run(NAIVE, specs, [README_COMMAND, AT_512], fewer)
 
 
 def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
@@ -128,7 +128,7 @@ def quantized_rows(found: Benchmark) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def cell(mine: Standing, other: Standing | None, place: int, phase: str, limit: float | None) -> str:
+def cell(mine: ContenderResult, other: ContenderResult | None, place: int, phase: str, limit: float | None) -> str:
     """Return a ratio, and whether it meets the target that there may be."""
     if other is None:
         return "-"
@@ -143,7 +143,7 @@ def naive_ratios(found: Benchmark) -> list[list[str]]:
     if naive is None or mine is None:
         return []
 
-    def whole(standing: Standing, place: int) -> list[float]:
+    def whole(standing: ContenderResult, place: int) -> list[float]:
         later = found.workloads[place].n_new - 1
         return [turn.prefill + later * turn.decode for turn in standing.turns[place]]
 

@@ -9,7 +9,7 @@ published shape, read from a file laid out as the published ones. They take turn
 
 import common
 
-from gpt_xp.benchmark import Workload
+from gpt_xp.benchmark.figures import Workload
 
 FLOAT32 = ("transformers", "CTranslate2 float32", "llama.cpp F32 flash")
 
@@ -23,8 +23,8 @@ def script() -> None:
 
     with common.checkpoint(options) as folder:
         others = common.peers(folder, FLOAT32, options)
-        entries = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
-        found = common.run("prefill", entries, [Workload(context, n_new=8) for context in options.contexts], options)
+        specs = [*common.own(folder, options.backends.split(",")), *others, *common.floor(folder)]
+        found = common.run("prefill", specs, [Workload(context, n_new=8) for context in options.contexts], options)
     common.report(options, [found])
 
 

@@ -27,8 +27,8 @@ import shapes
 
 import gpt_xp
 from gpt_xp.benchmark.figures import Spread, spread
-from gpt_xp.benchmark.machine import environment, usable_cores
-from gpt_xp.benchmark.process import Worker, WorkerError
+from gpt_xp.benchmark.machine import describe_machine, usable_cores
+from gpt_xp.benchmark.process import ContenderError, ContenderProcess
 from gpt_xp.benchmark.report import number, ratio
 from gpt_xp.errors import GptXpError
 from gpt_xp.processes import thread_variables
@@ -53,11 +53,11 @@ WORKER = Path(__file__).parent / "training" / "worker.py"
 
 
 @dataclass
-class Lane:
-    """A trainer in the race: its process, and the seconds and page faults of a step in each round."""
+class TimedTrainer:
+    """A trainer that takes part: its process, and the seconds and page faults of a step in each round."""
 
     name: str
-    worker: Worker
+    worker: ContenderProcess
     description: str = ""
     losses: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Lane:
         """Let it take steps, all on the batch of that seed; return their seconds and losses."""
         try:
             return self.worker.ask("train", seed=seed, steps=steps)
-        except WorkerError as error:
+        except ContenderError as error:
             raise GptXpError(f"{self.name}: {error}") from None
 
 
@@ -89,9 +89,9 @@ def script() -> None:
 
             print(common.show(profile(folder, options.batch, options.rounds), options))
         else:
-            lanes = race(folder, options)
-            print(common.show(rows(lanes, options.batch * options.n_ctx), options))
-            print("".join(wrapped(f"{lane.name}: {lane.description}") for lane in lanes))
+            trainers = take_turns(folder, options)
+            print(common.show(rows(trainers, options.batch * options.n_ctx), options))
+            print("".join(wrapped(f"{trainer.name}: {trainer.description}") for trainer in trainers))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 def heading(options: argparse.Namespace) -> str:
     """Return the machine, the versions and the shape, for a reader who wants to compare."""
-    known = environment()
+    known = describe_machine()
     tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(TUNING)]
     memory = f", {size(int(known['memory_bytes']))}" if known["memory_bytes"] else ""
     shape = f"fine-tuning {options.size}, 2 steps of 16 rows of 256 tokens" if options.memory else (
@@ -146,62 +146,62 @@ def checkpoint(options: argparse.Namespace) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def race(folder: Path, options: argparse.Namespace) -> list[Lane]:
-    """Let everyone take turns, in an order that rotates; return them with their seconds."""
+def take_turns(folder: Path, options: argparse.Namespace) -> list[TimedTrainer]:
+    """Give each trainer turns, in an order that rotates; return the trainers with their seconds."""
     variables = thread_variables(options.threads)
     with contextlib.ExitStack() as stack:
-        lanes = []
+        trainers = []
         for name in options.only:
             command = [sys.executable, str(WORKER), TRAINERS[name], str(folder), str(options.batch)]
-            lane = Lane(name, stack.enter_context(Worker(command, variables)))
+            trainer = TimedTrainer(name, stack.enter_context(ContenderProcess(command, variables)))
             try:  # one after the other: the floor finds its faster way
-                lane.description = lane.worker.ask("describe")["description"]
-            except WorkerError as error:
+                trainer.description = trainer.worker.ask("describe")["description"]
+            except ContenderError as error:
                 print(f"{name}: skipped, {error}", file=sys.stderr)
                 continue
-            lane.losses = lane.train(0, CHECKED)["losses"]
-            lanes.append(lane)
-        check_losses(lanes)
+            trainer.losses = trainer.train(0, CHECKED)["losses"]
+            trainers.append(trainer)
+        check_losses(trainers)
         for turn in range(options.rounds):
-            first = turn % len(lanes)
-            for lane in lanes[first:] + lanes[:first]:
+            first = turn % len(trainers)
+            for trainer in trainers[first:] + trainers[:first]:
                 time.sleep(PAUSE)
-                answer = lane.train(1 + turn, options.steps)
-                lane.seconds.append(sum(answer["seconds"]) / options.steps)
-                lane.page_faults.append(answer["page_faults"] / options.steps)
-    return lanes
+                answer = trainer.train(1 + turn, options.steps)
+                trainer.seconds.append(sum(answer["seconds"]) / options.steps)
+                trainer.page_faults.append(answer["page_faults"] / options.steps)
+    return trainers
 
 
-def check_losses(lanes: Sequence[Lane]) -> None:
+def check_losses(trainers: Sequence[TimedTrainer]) -> None:
     """Raise `GptXpError` unless all who have losses have the same, and these fall, as they do on one batch."""
-    learning = [lane for lane in lanes if None not in lane.losses]
-    for lane in learning:
+    learning = [trainer for trainer in trainers if None not in trainer.losses]
+    for trainer in learning:
         first = learning[0]
-        if not all(abs(mine - theirs) <= ALLOWED for mine, theirs in zip(lane.losses, first.losses, strict=True)):
+        if not all(abs(mine - theirs) <= ALLOWED for mine, theirs in zip(trainer.losses, first.losses, strict=True)):
             raise GptXpError(
-                f"{lane.name} does not train as {first.name} does: its first losses are "
-                f"{', '.join(f'{loss:.6f}' for loss in lane.losses)}, where {first.name} has "
+                f"{trainer.name} does not train as {first.name} does: its first losses are "
+                f"{', '.join(f'{loss:.6f}' for loss in trainer.losses)}, where {first.name} has "
                 f"{', '.join(f'{loss:.6f}' for loss in first.losses)}"
             )
-        if not lane.losses[-1] < lane.losses[0]:
-            raise GptXpError(f"{lane.name} does not learn: its loss on one batch goes {lane.losses}")
+        if not trainer.losses[-1] < trainer.losses[0]:
+            raise GptXpError(f"{trainer.name} does not learn: its loss on one batch goes {trainer.losses}")
 
 
-def rows(lanes: Sequence[Lane], n_tokens: int) -> list[tuple[str, ...]]:
+def rows(trainers: Sequence[TimedTrainer], n_tokens: int) -> list[tuple[str, ...]]:
     """Return the table: medians, and ratios of tokens per second within the same round, with their quartiles."""
-    by_name = {lane.name: lane.seconds for lane in lanes}
+    by_name = {trainer.name: trainer.seconds for trainer in trainers}
     others = [name for name in (REFERENCE, "transformers", "nanoGPT's recipe", FLOOR) if name in by_name]
     table: list[tuple[str, ...]] = [
         ("", "ms a step", "tokens/s", *(f"x {name}" for name in others), "page faults", "loss")
     ]
-    for lane in lanes:
-        found = spread(lane.seconds)
-        ratios = ["-" if name == lane.name else ratio(speed(lane.seconds, by_name[name])) for name in others]
-        loss = "-" if lane.losses[-1] is None else f"{lane.losses[-1]:.6f}"
+    for trainer in trainers:
+        found = spread(trainer.seconds)
+        ratios = ["-" if name == trainer.name else ratio(speed(trainer.seconds, by_name[name])) for name in others]
+        loss = "-" if trainer.losses[-1] is None else f"{trainer.losses[-1]:.6f}"
         half = (found.high - found.low) / 2 / found.median
         table.append((
-            lane.name, f"{number(1e3 * found.median)} ±{half:.0%}", number(n_tokens / found.median), *ratios,
-            f"{spread(lane.page_faults).median:.0f}", loss,
+            trainer.name, f"{number(1e3 * found.median)} ±{half:.0%}", number(n_tokens / found.median), *ratios,
+            f"{spread(trainer.page_faults).median:.0f}", loss,
         ))  # fmt: skip
     return table
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 
-from gpt_xp import scoring
 from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.carried import Carried
@@ -26,7 +25,9 @@ from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.registry import get_backend
-from gpt_xp.scoring.score import Progress, RankedChoice, Score, Windows
+from gpt_xp.scoring.rank import RankedChoice, rank_choices
+from gpt_xp.scoring.score import Score, TokensDone, score_tokens
+from gpt_xp.scoring.windows import Windows
 from gpt_xp.settings import GenerationOptions, GenerationSettings
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
@@ -187,13 +188,13 @@ class Model:
         crops: int | None = None,
         seed: int = 0,
         batch_size: int = 8,
-        progress: Progress | None = None,
+        progress: TokensDone | None = None,
         special_tokens: bool = False,
     ) -> Score:
         """Return the log-probability of each token of `text`, and perplexities: a `Score`.
 
         `text` is text or token ids of any length. It is read in windows of `window` tokens (default: the context), laid
-        as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `gpt_xp.scoring`. `stride` (default: half a
+        as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `scoring.windows`. `stride` (default: half a
         window) belongs to the first, and `crops` (how many, default 1000) with their `seed` to the last. `batch_size`
         windows are computed at a time, and `progress(done, total)` is told how many tokens are done. `special_tokens`
         is that of `generate`.
@@ -204,7 +205,7 @@ class Model:
         windows = Windows(convention, window, stride, crops, seed)
         ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
-            return scoring.score(
+            return score_tokens(
                 self._generator, ids, windows, batch_size, progress, text if isinstance(text, str) else None
             )
 
@@ -229,7 +230,7 @@ class Model:
         given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
         encode = functools.partial(self._token_ids, special_tokens=special_tokens)
         with self._memory_errors(batch=batch_size):
-            return scoring.rank(self._generator, given[0], given[1:], by, batch_size, encode)
+            return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
     def _move(self, leaf: Any) -> Any:
         """Return an array, or a quantized weight, on the device."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.checkpoint import read_config, read_params, read_quantization
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_in_models_dir

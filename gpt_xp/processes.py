@@ -1,33 +1,56 @@
-"""What `compare` and `bench` share: the processes that do their work, each with one library in it."""
+"""Processes that `compare` and `bench` start, each with one array library in it."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpt_xp import json_text
+from gpt_xp.errors import SettingError
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
+
+StageProgress = Callable[[str], contextlib.AbstractContextManager[Any]]  # called with the name of a stage, then entered
+
+
+def no_stage_progress(stage: str) -> contextlib.AbstractContextManager[None]:
+    """Return a context that shows nothing."""
+    return contextlib.nullcontext()
+
+
+def check_dtypes(dtypes: Sequence[str]) -> None:
+    """Raise `SettingError` for a dtype that no backend computes in."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
 
 
 def own_command(*arguments: str) -> list[str]:
-    """Return the command that runs gpt-xp, in the Python that runs this."""
+    """Return the command that runs gpt-xp in this Python."""
     return [sys.executable, "-m", "gpt_xp", *arguments]
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return what libraries read before they start, to compute in so many threads; nothing for None."""
+    """Return the variables that libraries read for their number of threads; an empty dict for None."""
     return dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {}
 
 
-def reason(stderr: str, code: int | None) -> str:
-    """Return in one line why a process ended: the last that it wrote to stderr, or its exit code."""
+def failure_reason(stderr: str, code: int | None) -> str:
+    """Return in one line why a process ended: the last line of its stderr, or its exit code."""
     lines = stderr.strip().splitlines()
     return lines[-1].removeprefix("gpt-xp: error: ") if lines else f"it ended with {code}"
 
 
 def usable_backends() -> list[str]:
-    """The backends that can be used here. Asked in another process: JAX takes most of a GPU when it looks for one."""
+    """Return the names of the backends that can be used here.
+
+    Another process looks for them, because JAX takes most of a GPU when it looks for one.
+    """
     command = own_command("backends", "--json")
-    variables = {name: value for name, value in os.environ.items() if name != "GPT_XP_VERBOSE"}  # it takes seconds
+    # With --verbose the command would take seconds to measure.
+    variables = {name: value for name, value in os.environ.items() if name != "GPT_XP_VERBOSE"}
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True, env=variables)
     return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]

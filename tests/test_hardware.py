@@ -11,7 +11,9 @@ from libraries import make_backend
 import gpt_xp
 from gpt_xp import Backend, BackendInfo
 from gpt_xp import hardware as doctor
-from gpt_xp.backend import ITEM_SIZE, DeviceInfo, get_backend
+from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.backend import DeviceInfo
+from gpt_xp.registry import get_backend
 from gpt_xp.hardware import Diagnosis, Outlook, diagnose, measure_bandwidth, outlook
 from gpt_xp.hub.published import MODELS
 

@@ -20,7 +20,7 @@ from small_quantized import KINDS, decode, float32_params, float64_of, small
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.checkpoint import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError

@@ -12,15 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    is_step,
-    piece_on_gpu,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, is_step, piece_on_gpu
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.kv_cache import KVCache, new_cache

@@ -15,16 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    Step,
-    check_dtype,
-    import_library,
-    peak_process_memory,
-    physical_memory,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, Step, check_dtype, import_library
+from gpt_xp.memory import peak_process_memory, physical_memory
 from gpt_xp.errors import BackendError
 from gpt_xp.hub.store import home
 from gpt_xp.kv_cache import new_cache

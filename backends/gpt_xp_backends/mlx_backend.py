@@ -12,16 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    peak_process_memory,
-    physical_memory,
-    piece_on_gpu,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, piece_on_gpu
+from gpt_xp.memory import peak_process_memory, physical_memory
 from gpt_xp.errors import BackendError
 from gpt_xp.types import Array
 

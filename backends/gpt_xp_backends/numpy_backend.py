@@ -15,16 +15,8 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import threadpoolctl
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    Compile,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    is_step,
-    physical_memory,
-)
+from gpt_xp.backend import Backend, BackendInfo, Compile, DeviceInfo, check_dtype, import_library, is_step
+from gpt_xp.memory import physical_memory
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
+from gpt_xp.memory import physical_memory
 from gpt_xp.errors import BackendError
 from gpt_xp.types import Array
 

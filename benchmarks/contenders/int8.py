@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import gpt_xp
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.checkpoint import read_config, read_params
 from gpt_xp.quantization import quantized_backend
 

@@ -1,13 +1,11 @@
-"""`gpt-xp bench`: how fast the same model is on several array libraries, and beside what the machine can do.
+"""`gpt-xp bench`: how fast one model is on several array libraries, compared with the limit of the machine.
 
-Each contender lives in a process of its own, and they take turns: A B A B. `worker.py` is what runs in such a process,
-for anything that is a `worker.Contender`; `contenders.py` has gpt-xp's own and the floor; `driver.py` gives the turns,
-and `figures.py` makes medians and ratios of them; `report.py` and `plot.py` show these. The scripts in `benchmarks/`
-stand on the same, with contenders of their own.
+Each contender has its own process, and they take turns: A B A B. Read the modules in this order:
+
+- `worker.py` runs in the process of a contender, and `contenders.py` has gpt-xp's own contenders.
+- `process.py` talks to such a process, and `contestant.py` keeps what one contender has done so far.
+- `driver.py` gives the turns, `figures.py` makes medians and ratios of them, `results.py` holds the result.
+- `report.py` and `plot.py` show the result, and `models.py` has `gpt_xp.bench`.
+
+The scripts in `benchmarks/` use these modules with contenders of other libraries.
 """
-
-from gpt_xp.benchmark.driver import Benchmark, Entry, Standing, race
-from gpt_xp.benchmark.figures import Workload
-from gpt_xp.benchmark.models import bench, floor_entry, own_entry
-
-__all__ = ["Benchmark", "Entry", "Standing", "Workload", "bench", "floor_entry", "own_entry", "race"]

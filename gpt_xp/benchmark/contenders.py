@@ -1,4 +1,4 @@
-"""gpt-xp's own contenders: a model on one backend, and the floor under all of them."""
+"""gpt-xp's own contenders: a model on one backend, and the floor."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.checkpoint import read_config, read_params
 from gpt_xp.generation.decoder import BLOCK, PIECE
 from gpt_xp.model import load
@@ -15,11 +15,11 @@ NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Work = Callable[[], None]
 
 LINEAR = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
-TRIALS = 3  # runs of each way, the fastest of which tells which way is the faster
+TRIALS = 3  # runs of each way, to find the fastest way
 
 
 def make(job: dict[str, Any]) -> "GptXp | Floor":
-    """Return the contender that a job describes: {"contender": "gpt-xp" or "floor", and its arguments}."""
+    """Return the contender of a job, a dict of "contender" ("gpt-xp" or "floor") and the arguments of its class."""
     arguments = {name: value for name, value in job.items() if name != "contender"}
     return Floor(**arguments) if job["contender"] == "floor" else GptXp(**arguments)
 
@@ -27,7 +27,7 @@ def make(job: dict[str, Any]) -> "GptXp | Floor":
 class GptXp:
     """A model on one backend. `quantize` is as for `load`, and `sampling` are arguments of `Model.stream`.
 
-    Threads are those of the environment, which every library reads by itself.
+    The number of threads comes from environment variables, which the libraries read.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class GptXp:
         sampling: dict[str, Any] | None = None,
     ) -> None:
         chosen = get_backend(backend, device=device, dtype=dtype)
-        chosen.keep_compiled()  # this process is the command's
+        chosen.keep_compiled()  # The command owns this process, so it may change this setting of JAX.
         self._model = load(model, backend=chosen, quantize=quantize)
         self._quantize = quantize
         self._sampling = {"seed": 0, **(sampling or {})}
@@ -66,7 +66,7 @@ class GptXp:
         times = [time.perf_counter()]
         pieces = self._model.stream(prompts, max_tokens=n_tokens, ignore_eos=True, **self._sampling)
         for _ in range(n_tokens):
-            for _ in prompts:  # one piece of each row: what they take together is one step
+            for _ in prompts:  # A step yields one piece of each row.
                 next(pieces)
             times.append(time.perf_counter())
         seconds = np.diff(times)
@@ -76,17 +76,17 @@ class GptXp:
 
     @property
     def _come_together(self) -> bool:
-        """Whether several tokens appear at once. The time between two of them then means nothing."""
+        """Whether several tokens appear at once, so that the time between two of them means nothing."""
         return bool(self._sampling.get("speculate") or self._model.backend.decode_block)
 
     def _steps(self, n_later: int) -> int:
-        """Return how many tokens were computed to see `n_later` after the first: a block is computed to its end."""
+        """Return how many tokens were computed for `n_later` after the first; a block is always computed to its end."""
         if self._sampling.get("speculate"):
             return max(n_later, 1)
         return max(-(-n_later // BLOCK) * BLOCK, 1)
 
     def peak_memory(self) -> int | None:
-        """Return the most bytes in use so far."""
+        """Return the peak memory in bytes."""
         return self._model.backend.peak_memory()
 
     def compile_seconds(self) -> float:
@@ -95,12 +95,12 @@ class GptXp:
 
 
 class Floor:
-    """What no generation can be faster than: the bare matrix products over the same weights, in NumPy and float32.
+    """The matrix products of a model alone, in NumPy and float32: no generation can be faster.
 
-    Prefill multiplies the rows of all prompts with every linear layer's weights, in pieces as long as gpt-xp's or all
-    at once, whichever is the faster, and the last row of each prompt with the token table. Decode multiplies one row
-    of each prompt with all of them, from the left or transposed from the right, and reads the cache's keys and values
-    once, by a product with a vector too.
+    Prefill multiplies the rows of all prompts with the weights of every linear layer, and the last row of each prompt
+    with the token table. It tries chunks as long as gpt-xp's and all rows at once, and takes the faster way. Decode
+    multiplies one row of each prompt with all these weights. It tries products from the left and transposed products
+    from the right. It also reads the keys and values of the cache once, by a product with a vector.
     """
 
     def __init__(self, model: str) -> None:
@@ -117,10 +117,10 @@ class Floor:
         return {"name": "numpy", "version": np.__version__, "device": "cpu", "dtype": "float32", "settings": {}}
 
     def logits(self, tokens: list[int]) -> None:
-        """There are none: products are all that is computed."""
+        """Return None: the floor computes products, and no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
-        """Return the seconds of the products of prefill, and of those of each later token and one read of the cache."""
+        """Return the seconds of prefill's products, then those of each later token's products and cache read."""
         batch, context = len(prompts), len(prompts[0])
         prefill, decode = self._prefill(batch, context), self._decode(batch)
         cache = self._cache(batch, context + n_tokens)
@@ -134,13 +134,13 @@ class Floor:
         return np.diff(times).tolist()
 
     def _prefill(self, batch: int, context: int) -> Work:
-        pieces = [batch * min(PIECE, context - begin) for begin in range(0, context, PIECE)]
+        chunks = [batch * min(PIECE, context - begin) for begin in range(0, context, PIECE)]
 
         def in_sizes(sizes: list[int]) -> Work:
             blocks = [self._products(rows, self._linears) for rows in sizes]
             return _in_order([*blocks, self._products(batch, self._table)])
 
-        return self._fastest(f"prefill {batch} {context}", [in_sizes(pieces), in_sizes([batch * context])])
+        return self._fastest(f"prefill {batch} {context}", [in_sizes(chunks), in_sizes([batch * context])])
 
     def _decode(self, batch: int) -> Work:
         everything = self._linears + self._table
@@ -148,18 +148,18 @@ class Floor:
         return self._fastest(f"decode {batch}", ways)
 
     def _fastest(self, name: str, ways: list[Work]) -> Work:
-        """Return the fastest way, which is found out once, in the warm-up."""
+        """Return the fastest way. It is measured once, in the warm-up."""
         if name not in self._chosen:
             self._chosen[name] = min(ways, key=lambda way: min(_seconds(way) for _ in range(TRIALS)))
         return self._chosen[name]
 
     def _products(self, rows: int, matrices: list[NumpyArray]) -> Work:
-        """[rows, n_in] @ [n_in, n_out], for each matrix."""
+        """Return a function that computes [rows, n_in] @ [n_in, n_out] for each matrix."""
         steps = [(self._buffer(rows, len(w)), w, self._buffer(rows, w.shape[1], "out")) for w in matrices]
         return lambda: _multiply(steps)
 
     def _transposed_products(self, rows: int, matrices: list[NumpyArray]) -> Work:
-        """[n_out, n_in] @ [n_in, rows], for each matrix."""
+        """Return a function that computes [n_out, n_in] @ [n_in, rows] for each matrix."""
         steps = [(w.T, self._buffer(len(w), rows), self._buffer(w.shape[1], rows, "out")) for w in matrices]
         return lambda: _multiply(steps)
 
@@ -167,7 +167,10 @@ class Floor:
         return self._buffers.setdefault((rows, columns, use), np.full((rows, columns), 0.5, dtype=np.float32))
 
     def _cache(self, batch: int, context: int) -> NumpyArray:
-        """Keys and values [2 * n_layer, batch * n_head * context, d_head]; of the last size, for it can be large."""
+        """Return keys and values [2 * n_layer, batch * n_head * context, d_head].
+
+        Only the array of the last size is kept, because it can be large.
+        """
         config = self._config
         shape = (2 * config.n_layer, batch * config.n_head * context, config.n_embd // config.n_head)
         if self._kept is None or self._kept.shape != shape:
@@ -175,7 +178,7 @@ class Floor:
         return self._kept
 
     def _read(self, cache: NumpyArray, rows: int) -> None:
-        """Read so many of a layer's rows, in every layer; there is one for each head and token of each prompt."""
+        """Read the first `rows` rows of every layer; a layer has a row for each head and token of each prompt."""
         vector = self._buffer(cache.shape[-1], 1)
         for layer in cache:
             layer[:rows] @ vector

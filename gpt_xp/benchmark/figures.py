@@ -1,4 +1,4 @@
-"""The figures of a benchmark: what the seconds of many turns come to."""
+"""The figures of a benchmark: medians, quartiles and ratios of the times of many turns."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,12 +8,13 @@ import numpy as np
 
 from gpt_xp.generation.decoder import BLOCK
 
-N_NEW = 1 + BLOCK  # the first token is prefill's, and the others fill a block of a backend that decodes in blocks
+# The first token belongs to prefill. The others fill one block of a backend that decodes in blocks.
+N_NEW = 1 + BLOCK
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` prompts of `context` tokens each, which are continued by `n_new` tokens."""
+    """`batch` prompts of `context` tokens each, and `n_new` tokens to generate from each."""
 
     context: int
     batch: int = 1
@@ -22,7 +23,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Turn:
-    """One run of one workload: the seconds of prefill, and of a later token of every row (the median of the run)."""
+    """One run of one workload: the seconds of prefill, and the median seconds of a later token of all rows."""
 
     prefill: float
     decode: float | None
@@ -30,7 +31,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several numbers, and the quartiles: half of them lie between `low` and `high`."""
+    """The median of several numbers and their quartiles: half of the numbers lie between `low` and `high`."""
 
     median: float
     low: float
@@ -41,9 +42,9 @@ class Spread:
 class Phase:
     """Prefill or decode of one contender in one workload, over all rounds.
 
-    `seconds` are those of a whole prefill, or of one token of every row, and `tokens_per_second` is over all rows.
-    `ratio` is of its seconds to those of the reference, and `floor_ratio` to the floor's, each within one round: the
-    machine may be slower in some rounds than in others. None where there is nothing to compare with.
+    `seconds` are the time of a whole prefill, or of one token of all rows; `tokens_per_second` counts all rows.
+    `ratio` divides its seconds by those of the reference, and `floor_ratio` by those of the floor. Each ratio is taken
+    within one round, because the machine may be slower in some rounds. They are None without anything to compare with.
     """
 
     seconds: Spread
@@ -53,38 +54,38 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One contender in one workload; `decode` is None where only one token is generated."""
+class WorkloadFigures:
+    """The figures of one contender in one workload; `decode` is None where only one token is generated."""
 
     prefill: Phase
     decode: Phase | None
 
 
 def turn_of(seconds: Sequence[float]) -> Turn:
-    """Return the turn whose tokens took so many seconds; the first of them is prefill."""
+    """Return the turn of a run; the first of the `seconds` is prefill, and the others are one later token each."""
     prefill, *later = seconds
     return Turn(prefill, statistics.median(later) if later else None)
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """Return median and quartiles, which lie on a line between neighbours where no number is in the place."""
+    """Return the median and the quartiles, with linear interpolation between neighbours."""
     low, median, high = np.quantile(numbers, [0.25, 0.5, 0.75]).tolist()
     return Spread(median, low, high)
 
 
-def figures(
+def workload_figures(
     turns: Sequence[Turn], workload: Workload, reference: Sequence[Turn] = (), floor: Sequence[Turn] = ()
-) -> Figures:
-    """Return what a contender's turns come to, beside the reference's and the floor's turns of the same rounds.
+) -> WorkloadFigures:
+    """Return the figures of a contender's turns, with ratios to the reference's and the floor's turns of these rounds.
 
-    These are empty where there is nobody to compare with.
+    `reference` and `floor` are empty where there is nothing to compare with.
     """
-    of_all = (turns, reference, floor)
-    prefill = _phase(workload.batch * workload.context, *([turn.prefill for turn in each] for each in of_all))
+    compared = (turns, reference, floor)
+    prefill = _phase(workload.batch * workload.context, *([turn.prefill for turn in each] for each in compared))
     decode = None
     if workload.n_new > 1:
-        decode = _phase(workload.batch, *map(_decode, of_all))
-    return Figures(prefill, decode)
+        decode = _phase(workload.batch, *map(_decode, compared))
+    return WorkloadFigures(prefill, decode)
 
 
 def _phase(n_tokens: int, seconds: Sequence[float], reference: Sequence[float], floor: Sequence[float]) -> Phase:

@@ -1,4 +1,4 @@
-"""What a benchmark was run on."""
+"""The machine that a benchmark runs on."""
 
 import datetime
 import os
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_xp.backend import physical_memory
+from gpt_xp.memory import physical_memory
 from gpt_xp.version import __version__
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environment() -> dict[str, str | int | None]:
-    """Return versions, machine (memory in bytes) and date."""
+def describe_machine() -> dict[str, str | int | None]:
+    """Return versions, processor, cores, memory in bytes, and the date."""
     return {
         "gpt_xp": __version__,
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself, or else its architecture."""
+    """Return the name of the processor, or its architecture where the name is not known."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()

@@ -1,45 +1,44 @@
-"""A benchmark of one model on the backends that are here: what `gpt-xp bench` runs."""
+"""`gpt_xp.bench`: measure one model on several backends."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.backend import check_installed
-from gpt_xp.benchmark.driver import Benchmark, Entry, Progress, race
+from gpt_xp.registry import check_installed
+from gpt_xp.benchmark.driver import run_benchmark
 from gpt_xp.benchmark.figures import N_NEW, Workload
+from gpt_xp.benchmark.results import Benchmark, ContenderSpec
 from gpt_xp.checkpoint.checkpoint import read_config
-from gpt_xp.comparison.driver import DTYPES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import default_model, find_model
-from gpt_xp.processes import own_command, usable_backends
+from gpt_xp.processes import StageProgress, check_dtypes, no_stage_progress, own_command, usable_backends
 from gpt_xp.quantization import check_kind
 from gpt_xp.reporting.text import listed
 
 
-def own_entry(
+def gpt_xp_spec(
     model: str | Path, backend: str, dtype: str = "float32", *, name: str | None = None, **options: Any
-) -> Entry:
-    """Return gpt-xp on one backend as a contender; `model` is a directory.
+) -> ContenderSpec:
+    """Return gpt-xp on one backend as a contender. `model` is a directory.
 
-    `backend` is a name, with "+int8" behind it for weights that are quantized so, and "@cuda" for a device. `options`
-    are further arguments of `contenders.GptXp`, such as `sampling={"temperature": 0.8}`.
+    `backend` is a name, followed by "+int8" for quantized weights and by "@cuda" for a device. `options` are further
+    arguments of `contenders.GptXp`, such as `sampling={"temperature": 0.8}`.
     """
     library, quantize, device = _parts(backend)
     job = {"model": str(model), "backend": library, "device": device, "dtype": dtype, "quantize": quantize, **options}
-    return _entry(name or f"{backend} {dtype}", "gpt-xp", job)
+    return _spec(name or f"{backend} {dtype}", "gpt-xp", job)
 
 
-def floor_entry(model: str | Path) -> Entry:
-    """Return the floor: the bare products over the weights in the directory `model`."""
-    return _entry("floor", "floor", {"model": str(model)}, is_floor=True)
+def floor_spec(model: str | Path) -> ContenderSpec:
+    """Return the floor as a contender: the matrix products alone, over the weights in the directory `model`."""
+    return _spec("floor", "floor", {"model": str(model)}, is_floor=True)
 
 
-def _entry(name: str, contender: str, job: dict[str, Any], is_floor: bool = False) -> Entry:
+def _spec(name: str, contender: str, job: dict[str, Any], is_floor: bool = False) -> ContenderSpec:
     command = own_command("bench-worker", json.dumps({"contender": contender, **job}))
-    return Entry(name, tuple(command), is_floor)
+    return ContenderSpec(name, tuple(command), is_floor)
 
 
 def _parts(backend: str) -> tuple[str, str | None, str | None]:
@@ -56,19 +55,22 @@ def bench(
     dtypes: str | Sequence[str] = ("float32",),
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] = (1,),
-    n_new: int | None = None,
+    max_tokens: int | None = None,
     rounds: int = 7,
     threads: int | None = None,
-    progress: Progress = lambda what: contextlib.nullcontext(),
+    progress: StageProgress = no_stage_progress,
 ) -> Benchmark:
-    """Measure one model on several backends in turn, and return how fast each is, beside the floor.
+    """Measure how fast one model is on several backends, which take turns; return a `Benchmark`.
 
-    `backends` are names as for `own_entry` ("numpy", "numpy+int8", "torch@cuda"); None: all that can be used here,
-    but for array-api-strict. `model` is as for `load`. Every number of prompt tokens in `context` (None: three that
-    suit the model) is combined with every number of prompts in `batch`, and each prompt is continued by `n_new` tokens
-    (None: 17, or as many as there is room for). A list of one may be given as it is. The rest is as for `race`.
+    `backends` are names such as "numpy", "numpy+int8" (quantized) and "torch@cuda" (a device). None takes all backends
+    that can be used here, except array-api-strict. `model` is as for `load`. Each number of prompt tokens in `context`
+    (None: three that suit the model) is combined with each number of prompts in `batch`. From each prompt `max_tokens`
+    are generated (None: 17, or as many as fit the context). One value may be given in place of a list. `rounds` is the
+    number of turns. `threads` (None: the number of cores) limits those of the CPU. `progress(stage)` returns a context
+    that is entered while that stage runs.
 
-    Raises `SettingError`, `BackendError` where a backend is unknown or not installed, and the errors of `find_model`.
+    Raises `SettingError` for values that make no sense, `BackendError` where a backend is unknown or not installed, and
+    the errors of `load` where the model is not found. A backend that fails in its process is in its `ContenderResult`.
     """
     backends = None if backends is None else listed(backends)
     context = None if context is None else listed(context)
@@ -76,17 +78,17 @@ def bench(
     _check(backends, dtypes, batch, rounds)
     folder = find_model(model)
     config = read_config(folder)
-    workloads = _workloads(config, context, batch, n_new)
-    names = _all_here() if backends is None else backends
-    entries = [own_entry(folder, name, dtype) for name in names for dtype in dtypes]
-    return race(
-        str(model or default_model()), [*entries, floor_entry(folder)], workloads, config.n_vocab,
+    workloads = _workloads(config, context, batch, max_tokens)
+    names = _default_backends() if backends is None else backends
+    specs = [gpt_xp_spec(folder, name, dtype) for name in names for dtype in dtypes]
+    return run_benchmark(
+        str(model or default_model()), [*specs, floor_spec(folder)], workloads, config.n_vocab,
         rounds=rounds, threads=threads, progress=progress,
     )  # fmt: skip
 
 
-def _all_here() -> list[str]:
-    """What can be used here, but for the backend that only checks; NumPy first, for ratios are to the first."""
+def _default_backends() -> list[str]:
+    """Return the usable backends except array-api-strict. NumPy is first, because ratios are to the first."""
     return sorted(set(usable_backends()) - {"array-api-strict"}, key=lambda name: (name != "numpy", name))
 
 
@@ -103,28 +105,26 @@ def _check(backends: Sequence[str] | None, dtypes: Sequence[str], batch: Sequenc
         library, quantize, _ = _parts(name)
         check_kind(quantize)
         check_installed(library, quantized=quantize is not None)
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+    check_dtypes(dtypes)
     if min(batch) < 1 or rounds < 1:
         raise SettingError("there must be at least one row in a batch, and at least one round")
 
 
 def _workloads(
-    config: GPT2Config, context: Sequence[int] | None, batch: Sequence[int], n_new: int | None
+    config: GPT2Config, context: Sequence[int] | None, batch: Sequence[int], max_tokens: int | None
 ) -> list[Workload]:
     lengths = default_context(config.n_ctx) if context is None else list(dict.fromkeys(context))
     if not lengths or min(lengths) < 1:
         raise SettingError("a prompt must have at least one token")
-    # The last token needs no room: nothing is computed from it.
+    # The last token needs no room in the context, because nothing is computed from it.
     room = config.n_ctx - max(lengths) + 1
-    if n_new is None:
-        n_new = max(1, min(N_NEW, room))
-    if n_new < 1:
-        raise SettingError(f"n_new must be at least 1, not {n_new}")
-    if n_new > room:
+    if max_tokens is None:
+        max_tokens = max(1, min(N_NEW, room))
+    if max_tokens < 1:
+        raise SettingError(f"max_tokens must be at least 1, not {max_tokens}")
+    if max_tokens > room:
         raise SettingError(
-            f"n_new {n_new} after {max(lengths)} tokens of a prompt (context) does not fit the model, which takes "
-            f"{config.n_ctx}: take fewer of one"
+            f"max_tokens {max_tokens} after {max(lengths)} tokens of a prompt (context) does not fit the model, which "
+            f"takes {config.n_ctx}: take fewer of one"
         )
-    return [Workload(length, rows, n_new) for rows in dict.fromkeys(batch) for length in lengths]
+    return [Workload(length, rows, max_tokens) for rows in dict.fromkeys(batch) for length in lengths]

@@ -1,20 +1,20 @@
-"""A benchmark as a picture: how the time of a token grows with the context, and with the batch."""
+"""Draw a benchmark: how the time of a token grows with the context and with the batch."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.benchmark.driver import Benchmark
-from gpt_xp.benchmark.figures import Figures, Phase, Spread, Workload
+from gpt_xp.benchmark.figures import Phase, Spread, Workload, WorkloadFigures
+from gpt_xp.benchmark.results import Benchmark
 from gpt_xp.reporting.plots import check_plot, new_figure, save_figure
 from gpt_xp.reporting.text import short_dtypes
 
 
 def save_plot(benchmark: Benchmark, path: Path) -> None:
-    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` and `save_figure` do.
+    """Write the picture to `path`; its suffix gives the format. Raises as `check_plot` and `save_figure` do.
 
-    Milliseconds of decode and of prefill over the context, at the smallest batch; and where there are several batches,
-    tokens per second over the batch, at the longest context. What was not varied has no panel. Bands are quartiles.
+    Two panels show milliseconds of decode and prefill over the context, at the smallest batch. Where there are several
+    batches, one panel shows tokens per second over the batch, at the longest context. Bands are quartiles.
     """
     check_plot(path)
     batches = {workload.batch for workload in benchmark.workloads}
@@ -40,35 +40,35 @@ def save_plot(benchmark: Benchmark, path: Path) -> None:
 def _draw(
     axes: Any,
     benchmark: Benchmark,
-    place: Callable[[Workload], int | None],
-    value: Callable[[Workload, Figures], Spread | None],
+    x_of: Callable[[Workload], int | None],
+    y_of: Callable[[Workload, WorkloadFigures], Spread | None],
 ) -> None:
-    """Draw a line for each contender, over the workloads that have a place."""
-    for index, standing in enumerate(benchmark.standings):
+    """Draw a line for each contender, over the workloads for which `x_of` returns a number."""
+    for index, result in enumerate(benchmark.standings):
         points = [
             (x, y)
-            for workload, each in zip(benchmark.workloads, standing.figures, strict=False)
-            if (x := place(workload)) is not None and (y := value(workload, each)) is not None
+            for workload, each in zip(benchmark.workloads, result.figures, strict=False)
+            if (x := x_of(workload)) is not None and (y := y_of(workload, each)) is not None
         ]
         if points:
             points.sort(key=lambda point: point[0])
-            places = [x for x, _ in points]
-            style = {"color": "black", "linestyle": "--"} if standing.is_floor else _style(index)
-            [line] = axes.plot(places, [y.median for _, y in points], label=short_dtypes(standing.name), **style)
+            xs = [x for x, _ in points]
+            style = {"color": "black", "linestyle": "--"} if result.is_floor else _style(index)
+            [line] = axes.plot(xs, [y.median for _, y in points], label=short_dtypes(result.name), **style)
             low, high = [y.low for _, y in points], [y.high for _, y in points]
-            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Return a style of its own for each of many lines: ten colors, and another marker and dash for the next ten."""
+    """Return a different style for each of 30 lines: ten colors, and another marker and dash for each ten lines."""
     again, color = divmod(index, 10)
     return {"color": f"C{color}", "marker": "os^"[again % 3], "linestyle": ("-", "-.", ":")[again % 3], "markersize": 4}
 
 
-def _milliseconds(what: str) -> Callable[[Workload, Figures], Spread | None]:
-    def value(workload: Workload, figures: Figures) -> Spread | None:
+def _milliseconds(what: str) -> Callable[[Workload, WorkloadFigures], Spread | None]:
+    def value(workload: Workload, figures: WorkloadFigures) -> Spread | None:
         phase: Phase | None = getattr(figures, what)
         if phase is None:
             return None
@@ -78,7 +78,7 @@ def _milliseconds(what: str) -> Callable[[Workload, Figures], Spread | None]:
     return value
 
 
-def _rates(workload: Workload, figures: Figures) -> Spread | None:
+def _rates(workload: Workload, figures: WorkloadFigures) -> Spread | None:
     if figures.decode is None:
         return None
     found = figures.decode.seconds

@@ -1,4 +1,4 @@
-"""A contender's process, seen from the driver."""
+"""Start the process of a contender, talk to it through pipes, and end it."""
 
 import contextlib
 import json
@@ -10,21 +10,21 @@ from typing import Any
 
 from gpt_xp import json_text
 from gpt_xp.errors import JsonError
-from gpt_xp.processes import reason
+from gpt_xp.processes import failure_reason
 
 PATIENCE = 5  # seconds for a process to end by itself
 
 
-class WorkerError(Exception):
-    """A contender has answered an error, or its process has ended; the message is the reason, in one line."""
+class ContenderError(Exception):
+    """A contender has answered with an error, or its process has ended. The message says why in one line."""
 
 
-class Worker:
-    """A running process that speaks the protocol of `worker.py`. As a context it ends with its body, at once."""
+class ContenderProcess:
+    """A running process that speaks the protocol of `worker.py`. Use it as a context, which ends the process."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        # Nobody reads it until the end: a pipe would fill, and block.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, it is closed by __exit__
+        # A file, because a pipe that is read only at the end would fill and block the process.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, __exit__ closes it
         self._process: subprocess.Popen[str] | None = None
         self._problem = ""
         try:
@@ -32,11 +32,11 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
                 encoding="utf-8", errors="replace", env=os.environ | environment,
             )  # fmt: skip
-        except OSError as error:  # there is no such program
+        except OSError as error:  # The program does not exist, or cannot be run.
             self._problem = f"{command[0]} cannot be run: {error.strerror}"
 
     def ask(self, do: str, **details: Any) -> dict[str, Any]:
-        """Send a request and return its answer. Raises `WorkerError`."""
+        """Send a request and return its answer. Raises `ContenderError`."""
         self.send(do, **details)
         return self.receive()
 
@@ -49,22 +49,22 @@ class Worker:
                 self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Return the answer to the last request. Raises `WorkerError`."""
+        """Return the answer to the last request. Raises `ContenderError`."""
         if self._process is None:
-            raise WorkerError(self._problem)
+            raise ContenderError(self._problem)
         assert self._process.stdout is not None
         for line in self._process.stdout:
             answer = _answer(line)
             if answer is None:
-                continue  # a script has written something before it began to serve
+                continue  # The script has written something else before it began to serve.
             if "error" in answer:
-                raise WorkerError(answer["error"])
+                raise ContenderError(answer["error"])
             return answer
         code = self._process.wait()
         self._stderr.seek(0)
-        raise WorkerError(reason(self._stderr.read().decode(errors="replace"), code))
+        raise ContenderError(failure_reason(self._stderr.read().decode(errors="replace"), code))
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "ContenderProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -93,5 +93,5 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     for stream in (process.stdin, process.stdout):
         assert stream is not None
-        with contextlib.suppress(OSError):  # of what could not be written to a process that had ended
+        with contextlib.suppress(OSError):  # The process may have ended before it read everything.
             stream.close()

@@ -1,9 +1,9 @@
-"""A benchmark for people: tables for a terminal, or Markdown."""
+"""Write a benchmark as text: tables for a terminal, or Markdown."""
 
 from collections.abc import Callable, Iterator, Sequence
 
-from gpt_xp.benchmark.driver import Benchmark, Standing
 from gpt_xp.benchmark.figures import Phase, Spread, Workload
+from gpt_xp.benchmark.results import Benchmark, ContenderResult
 from gpt_xp.reporting.text import markdown_table, short_dtypes, size, table, wrapped
 
 Table = Sequence[Sequence[str]]
@@ -26,7 +26,7 @@ def _report(benchmark: Benchmark, layout: Callable[[Table], str]) -> str:
 
 
 def verdict(benchmark: Benchmark) -> str:
-    """Return a line for each contender that has no figures: why."""
+    """Return a line for each contender without figures, which says why."""
     lines = [f"{each.name}: skipped, {each.skipped}" for each in benchmark.standings if each.skipped]
     lines += [f"{each.name}: FAILED: {each.failed}" for each in benchmark.standings if each.failed]
     return "".join(map(wrapped, lines))
@@ -40,35 +40,35 @@ def _head(benchmark: Benchmark) -> str:
         f"{known['cpu']}, {known['cores']} cores{memory}; {known['system']}, Python {known['python']}, "
         f"gpt-xp {known['gpt_xp']}"
     )
-    if benchmark.reference is None:  # nothing was measured
+    if benchmark.reference is None:  # Nothing was measured.
         return "".join(map(wrapped, (run, machine)))
     meaning = (
-        "Medians, ± half of what the middle half of the rounds spans. Ratios are of times within one round, with their "
-        f"quartiles: to {benchmark.reference}, and to the bare matrix products (floor)."
+        "Medians ± half of the distance between the quartiles. Ratios are taken within one round and shown with their "
+        f"quartiles: to {benchmark.reference}, and to the matrix products alone (floor)."
     )
     return "".join(map(wrapped, (run, machine, meaning)))
 
 
 def _phases(benchmark: Benchmark, what: str) -> Table:
-    """The rows of prefill or decode: one for each workload and contender."""
+    """Return the rows of prefill or decode, one for each workload and contender."""
     first = short_dtypes(str(benchmark.reference))
     rows: list[tuple[str, ...]] = [(what, "tokens", "ms", "tokens/s", f"x {first}", "x floor")]
-    for place, workload in enumerate(benchmark.workloads):
-        for standing, phase in _measured(benchmark, place, what):
-            is_first = standing.name == benchmark.reference
+    for index, workload in enumerate(benchmark.workloads):
+        for result, phase in _measured(benchmark, index, what):
+            is_first = result.name == benchmark.reference
             rows.append((
-                short_dtypes(standing.name), _shape(workload), _milliseconds(phase.seconds),
+                short_dtypes(result.name), _shape(workload), _milliseconds(phase.seconds),
                 number(phase.tokens_per_second), "-" if is_first else ratio(phase.ratio),
-                "-" if standing.is_floor else ratio(phase.floor_ratio),
+                "-" if result.is_floor else ratio(phase.floor_ratio),
             ))  # fmt: skip
     return rows
 
 
-def _measured(benchmark: Benchmark, place: int, what: str) -> Iterator[tuple[Standing, Phase]]:
-    for standing in benchmark.standings:
-        phase = getattr(standing.figures[place], what) if standing.figures else None
+def _measured(benchmark: Benchmark, index: int, what: str) -> Iterator[tuple[ContenderResult, Phase]]:
+    for result in benchmark.standings:
+        phase = getattr(result.figures[index], what) if result.figures else None
         if phase is not None:
-            yield standing, phase
+            yield result, phase
 
 
 def _contenders(benchmark: Benchmark) -> Table:
@@ -94,7 +94,7 @@ def _settings(benchmark: Benchmark) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three digits, or all of those before the point."""
+    """Return a number with three digits, or with all digits before the point."""
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
 

@@ -1,12 +1,12 @@
-"""A contender's own process: it answers one line of JSON on stdin with one on stdout, and otherwise sleeps.
+"""The process of a contender: it answers each line of JSON on stdin with one line on stdout, and sleeps in between.
 
     {"do": "describe"}                            {"name", "version", "device", "dtype", "settings": {...}}
     {"do": "logits", "tokens": [...]}             {"logits": [n_vocab numbers]}, those after the last token, or null
     {"do": "run", "prompts": [[...]], "tokens": n}  {"seconds": [n numbers], "compile_seconds": number or null}
     {"do": "memory"}                              {"peak_memory_bytes": number or null}
-    {"do": "quit"}                                the end, as is the end of stdin
+    {"do": "quit"}                                no answer: the process ends, as it does at the end of stdin
 
-Whatever goes wrong is answered by {"error": "in one line"}. A contender of another library is a script that ends in
+The answer to a request that fails is {"error": "in one line"}. To measure another library, write a script that ends in
 `serve(lambda: TheirContender(...))`.
 """
 
@@ -18,39 +18,41 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.backend import peak_process_memory
+from gpt_xp.memory import peak_process_memory
 from gpt_xp.errors import GptXpError
 
 
 class Contender(Protocol):
-    """Something that generates with one model.
+    """The interface of a contender, which generates with one model.
 
-    It may have two more methods: `peak_memory() -> int | None`, the most bytes that it has held (default: those of the
-    process), and `compile_seconds() -> float`, what it has spent on compiling so far, all of which `run` includes.
+    It may have two more methods. `peak_memory() -> int | None` returns the largest number of bytes it has held
+    (default: the peak memory of the process). `compile_seconds() -> float` returns the seconds that it has spent on
+    compiling so far, which the times of `run` include.
     """
 
     def describe(self) -> dict[str, Any]:
         """Return `name`, `version`, `device` and `dtype` as strings, and `settings`, a dict of strings.
 
-        A `dtype` that `tolerances.py` knows has its logits checked; others ("int8") have theirs reported.
+        Logits are checked for a `dtype` with a tolerance in `tolerances.py`. For others, such as "int8", their
+        difference is only reported.
         """
 
     def logits(self, tokens: list[int]) -> "np.ndarray[Any, Any] | None":
-        """Return the logits [n_vocab] after the last of `tokens`; None from a contender that computes none."""
+        """Return the logits [n_vocab] after the last of `tokens`, or None where the contender computes none."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
-        """Continue all prompts together, and return how long it took, in seconds.
+        """Continue all prompts together, and return `n_tokens` times in seconds.
 
-        The first of the `n_tokens` numbers is prefill, from the call to the choice of the first token of every row;
-        each other is one more token of every row. Choices are greedy, and an end token ends nothing. Prompts have one
-        length, and what was computed for an earlier prompt must not be used again.
+        The first time is prefill, from the call to the choice of the first token of every row. Each other time is one
+        more token of every row. Choices are greedy, and generation goes on after an end token. All prompts have one
+        length. Results of an earlier call must not be used again.
         """
 
 
 def serve(make: Callable[[], Contender]) -> None:
     """Make the contender at the first request, and answer requests until "quit" or the end of stdin.
 
-    What the libraries write to stdout, by whatever way, goes to stderr.
+    Everything that libraries write to stdout goes to stderr.
     """
     requests, answers = _take_streams()
     contender: Contender | None = None
@@ -61,20 +63,20 @@ def serve(make: Callable[[], Contender]) -> None:
         try:
             contender = make() if contender is None else contender
             answer = _ANSWERS[request["do"]](contender, request)
-        except Exception as error:  # the one place where a contender's failure becomes its reason
+        except Exception as error:  # Any failure of a contender becomes its answer.
             answer = {"error": one_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def one_line(error: Exception) -> str:
-    """Return what went wrong in one line: gpt-xp's own errors speak for themselves, others have their class named."""
+    """Return the message of an error in one line, with the name of its class unless it is one of gpt-xp's errors."""
     text = " ".join(str(error).split())
     return text if isinstance(error, GptXpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _take_streams() -> tuple[TextIO, TextIO]:
-    """Return stdin and stdout under numbers of their own, and leave nothing to read and stderr in their places."""
+    """Return stdin and stdout under new numbers. Then stdin is empty, and stdout goes to stderr."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

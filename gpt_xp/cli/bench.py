@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+import gpt_xp
 from gpt_xp import json_text
 from gpt_xp.cli.options import CONTEXT, COUNT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
@@ -37,7 +38,6 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     "-n",
     "--max-tokens",
     of="bench",
-    setting="n_new",
     metavar="N",
     type=COUNT,
     help="Generated from each prompt.  [default: 17, or what fits]",
@@ -74,16 +74,16 @@ def bench(
     The logits of all are compared first. The exit code is 1 if they differ, if a backend fails, or if none can be
     measured.
     """
-    from gpt_xp.benchmark import bench, report
+    from gpt_xp.benchmark import report
     from gpt_xp.benchmark.plot import save_plot
     from gpt_xp.reporting.plots import check_plot
 
     if plot is not None:
         check_plot(Path(plot))
     find_model(model, offline=offline)  # a download shows its own bar
-    found = bench(
+    found = gpt_xp.bench(
         None if backends is None else names(backends), model, dtypes=names(dtypes), context=context, batch=batch,
-        n_new=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
+        max_tokens=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip
     if as_json:
         write_json(found.as_dict())

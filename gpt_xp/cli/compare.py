@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+import gpt_xp
 from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
@@ -72,14 +73,14 @@ def compare(
 
     Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
     """
-    from gpt_xp.comparison import compare, report
+    from gpt_xp.comparison import report
     from gpt_xp.comparison.plot import save_plot
     from gpt_xp.reporting.plots import check_plot
 
     if plot is not None:
         check_plot(Path(plot))
     find_model(model, offline=offline)  # a download shows its own bar
-    found = compare(
+    found = gpt_xp.compare(
         None if backends is None else names(backends), model, prompts or None, dtypes=names(dtypes),
         max_tokens=max_tokens, seed=seed, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
     )  # fmt: skip

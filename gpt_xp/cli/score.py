@@ -27,7 +27,9 @@ from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.errors import SettingError, TokenizerError
 from gpt_xp.model import Model
 from gpt_xp.reporting.text import table
-from gpt_xp.scoring.score import CONVENTIONS, MEASURES, RankedChoice, Score, Windows
+from gpt_xp.scoring.rank import MEASURES, RankedChoice
+from gpt_xp.scoring.score import Score
+from gpt_xp.scoring.windows import CONVENTIONS, Windows
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import read_text
 from gpt_xp.tree import finite

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gpt_xp.backend import default_backend, get_backend
+from gpt_xp.registry import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.errors import SettingError

@@ -1,9 +1,6 @@
-"""`gpt-xp compare`: the same model on several array libraries, and by how much they differ.
+"""`gpt-xp compare`: how far the results of several array libraries differ for one model.
 
-`driver.py` starts a process for each backend, `worker.py` is what runs in it, `figures.py` compares what comes out,
-and `report.py` and `plot.py` show it. The reference is the same `model.py` on NumPy in float64.
+`driver.py` has `gpt_xp.compare`, and starts a process for each backend. `worker.py` runs in such a process,
+`figures.py` compares its arrays with the reference, and `results.py` holds the result. `report.py` and `plot.py` show
+it. The reference is the same `transformer.py` on NumPy in float64.
 """
-
-from gpt_xp.comparison.driver import Comparison, Run, compare
-
-__all__ = ["Comparison", "Run", "compare"]

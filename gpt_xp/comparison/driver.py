@@ -1,91 +1,38 @@
-"""Running a comparison: each backend in a process of its own, one after the other, and the figures of all."""
+"""`gpt_xp.compare`: run each backend in its own process, one after the other, and compare what they compute."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.backend import check_installed
+from gpt_xp.registry import check_installed
 from gpt_xp.checkpoint.checkpoint import read_config
-from gpt_xp.comparison.figures import Figures, compare_layers, compare_logits, compare_tokens
-from gpt_xp.comparison.prompts import PROMPTS
-from gpt_xp.comparison.worker import MODES
+from gpt_xp.comparison.figures import ComparisonFigures, compare_layers, compare_logits, compare_tokens
+from gpt_xp.comparison.job import MODES, PROMPTS
+from gpt_xp.comparison.results import BackendResult, Comparison
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import GptXpError, PromptError, SettingError
 from gpt_xp.hub.find import default_model, find_model
-from gpt_xp.processes import own_command, reason, thread_variables, usable_backends
+from gpt_xp.processes import (
+    StageProgress,
+    check_dtypes,
+    failure_reason,
+    no_stage_progress,
+    own_command,
+    thread_variables,
+    usable_backends,
+)
 from gpt_xp.reporting.text import listed
 from gpt_xp.tokenizer.bpe import Tokenizer
-from gpt_xp.tree import finite
-from gpt_xp.version import __version__
 
 REFERENCE = ("numpy", "float64")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One backend in one dtype.
-
-    `figures` is None where it could not run, and `problems` says why; otherwise they are what is outside the tolerance.
-    `skipped` says why a dtype was left out that the backend does not compute in.
-    """
-
-    backend: str
-    dtype: str
-    device: str | None = None
-    version: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    speed: dict[str, Any] = field(default_factory=dict)
-    peak_memory_bytes: int | None = None
-    figures: Figures | None = None
-    problems: tuple[str, ...] = ()
-    skipped: str | None = None
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether everything is within the tolerance of the dtype."""
-        return not self.problems
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found. `reference` is the float64 run on NumPy that all others were held against."""
-
-    model: str
-    config: GPT2Config
-    prompts: tuple[str, ...]
-    prompt_tokens: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    reference: Run
-    runs: tuple[Run, ...]
-    version: str = __version__
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether every run is within the tolerance of its dtype, and at least one was not skipped."""
-        return all(run.is_ok for run in self.runs) and any(run.figures for run in self.runs)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all of it as what JSON can hold: numbers that are not finite become None."""
-        content = dataclasses.asdict(self)
-        content["is_ok"] = self.is_ok
-        for record, run in zip(content["runs"], self.runs, strict=True):
-            record["is_ok"] = run.is_ok
-            layer = run.figures.first_out_of_line if run.figures else None
-            record["first_layer_out_of_line"] = layer.name if layer else None
-        as_json: dict[str, Any] = finite(content)
-        return as_json
 
 
 def compare(
@@ -97,18 +44,19 @@ def compare(
     max_tokens: int = 32,
     seed: int = 0,
     threads: int | None = None,
-    progress: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda what: contextlib.nullcontext(),
+    progress: StageProgress = no_stage_progress,
 ) -> Comparison:
-    """Run one model on several backends, and return by how much each differs from float64 on NumPy.
+    """Run one model on several backends, and return how far each differs from float64 on NumPy: a `Comparison`.
 
-    `backends` are names, with a device behind "@" if need be ("jax@cpu"); None: all that can be used here. Each runs
-    in a process of its own, with each of `dtypes` that it computes in. `model` is as for `load`; `prompts` None are
-    those of `comparison.prompts`, and `max_tokens` are generated from each, greedily and at temperature 1 with `seed`.
-    `progress` is entered with the name of each run. A list of one may be given as it is.
+    `backends` are names, followed by "@" and a device where it matters ("jax@cpu"). None takes all backends that can be
+    used here. Each runs in its own process, in each of `dtypes` that it computes in. `model` is as for `load`. From
+    each of `prompts` (None: those of `comparison/job.py`) `max_tokens` are generated, greedily and at temperature 1
+    with `seed`. `threads` (None: the library's choice) limits those of the CPU. `progress(stage)` returns a context
+    that is entered while that backend runs. One value may be given in place of a list.
 
-    Raises `SettingError`, `BackendError` where a backend is unknown or not installed, `PromptError`, and the errors of
-    `load`; what goes wrong in a backend's own
-    process is in its `Run`.
+    Raises `SettingError` for values that make no sense, `BackendError` where a backend is unknown or not installed,
+    `PromptError` for prompts that do not fit the context, and the errors of `load` where the model is not found. A
+    backend that fails in its process is in its `BackendResult`.
     """
     names = usable_backends() if backends is None else [name.removesuffix("@") for name in listed(backends)]
     dtypes = listed(dtypes)
@@ -120,17 +68,17 @@ def compare(
     job = {"model": str(folder), "prompts": ids, "max_tokens": max_tokens, "seed": seed, "threads": threads}
     with tempfile.TemporaryDirectory(prefix="gpt-xp-compare-") as temporary:
         with progress("the reference, numpy float64"):
-            reference = _Outcome(Path(temporary, "reference"), *REFERENCE, job, expected=None)
+            reference = _ProcessOutput(Path(temporary, "reference"), *REFERENCE, job, expected=None)
         if reference.failure:
             raise GptXpError(f"the reference, NumPy in float64, could not be computed: {reference.failure}")
-        runs: list[Run] = []
+        results: list[BackendResult] = []
         for name in names:
             for dtype in dtypes:
                 with progress(f"{name} {dtype}"):
-                    runs.append(_run(Path(temporary, f"run-{len(runs)}"), name, dtype, job, reference))
+                    results.append(_run(Path(temporary, f"run-{len(results)}"), name, dtype, job, reference))
     return Comparison(
         str(model or default_model()), config, texts, tuple(map(len, ids)), max_tokens, seed,
-        reference.describe(), tuple(runs),
+        reference.describe(), tuple(results),
     )  # fmt: skip
 
 
@@ -139,9 +87,7 @@ def _check(names: list[str], dtypes: Sequence[str], max_tokens: int, seed: int) 
         raise SettingError("no backend was named, and so there is nothing to compare")
     for name in names:
         check_installed(name.partition("@")[0])
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+    check_dtypes(dtypes)
     if max_tokens < 1 or seed < 0:
         raise SettingError("max_tokens must be at least 1, and the seed at least 0")
 
@@ -161,8 +107,8 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, config: GPT2Config, max_
     return ids
 
 
-class _Outcome:
-    """What a backend's process left in its folder."""
+class _ProcessOutput:
+    """Runs a backend in its own process, and holds what the process wrote to its folder."""
 
     def __init__(self, folder: Path, backend: str, dtype: str, job: dict[str, Any], expected: Any) -> None:
         name, _, device = backend.partition("@")
@@ -181,25 +127,25 @@ class _Outcome:
         if done.returncode == 0:
             self.result = json_text.parse((folder / "result.json").read_bytes())
         else:
-            self.failure = reason(done.stderr, done.returncode)
+            self.failure = failure_reason(done.stderr, done.returncode)
 
     def arrays(self, kind: str) -> Iterator[Any]:
         return (np.load(self.folder / f"{kind}-{number}.npy", mmap_mode="r") for number in range(self.n_prompts))
 
-    def describe(self) -> Run:
+    def describe(self) -> BackendResult:
         known = {key: self.result[key] for key in ("device", "version", "settings", "peak_memory_bytes")}
-        return Run(self.backend, self.dtype, speed=self.result.get("speed", {}), **known)
+        return BackendResult(self.backend, self.dtype, speed=self.result.get("speed", {}), **known)
 
 
-def _run(folder: Path, name: str, dtype: str, job: dict[str, Any], reference: _Outcome) -> Run:
+def _run(folder: Path, name: str, dtype: str, job: dict[str, Any], reference: _ProcessOutput) -> BackendResult:
     expected = {mode: reference.result["generation"][mode]["free"] for mode in MODES}
-    outcome = _Outcome(folder, name, dtype, job, expected)
+    outcome = _ProcessOutput(folder, name, dtype, job, expected)
     if outcome.failure:
         if "does not compute in" in outcome.failure:
-            return Run(name, dtype, skipped=outcome.failure)
-        return Run(name, dtype, problems=(outcome.failure,))
+            return BackendResult(name, dtype, skipped=outcome.failure)
+        return BackendResult(name, dtype, problems=(outcome.failure,))
     logits = list(reference.arrays("logits"))
-    figures = Figures(
+    figures = ComparisonFigures(
         compare_layers(list(outcome.arrays("layers")), list(reference.arrays("layers")), dtype),
         compare_logits(list(outcome.arrays("logits")), logits),
         {

@@ -1,4 +1,4 @@
-"""The figures of a comparison: what two runs of the same model differ by, and whether that is rounding."""
+"""The figures of a comparison: how far two runs of one model differ, and whether that is only rounding."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,9 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one array differs from the reference: absolute, and relative to the reference's largest number.
+    """The difference of an array to the reference: absolute, and relative to the reference's largest number.
 
-    Infinite where it holds what is no number.
+    It is infinite where the array holds NaN or infinity.
     """
 
     max: float
@@ -24,7 +24,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Flip:
-    """A token that differs: in which prompt and where, and by how much the reference's choice was ahead there."""
+    """A token that differs, in this prompt at this position; `margin` is the lead of the reference's choice there."""
 
     prompt: int
     position: int
@@ -35,7 +35,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class LogitFigures:
-    """Logits at every position of every prompt; KL divergences are from the reference's distribution, in nats."""
+    """The logits at all positions of all prompts. KL divergences are from the reference's distribution, in nats."""
 
     difference: Difference
     kl_mean: float
@@ -46,7 +46,7 @@ class LogitFigures:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """The residual stream after one layer; `allowed` is what `relative` may be before it is out of line."""
+    """The residual stream after one layer; it is out of line where its relative difference is above `allowed`."""
 
     name: str
     difference: Difference
@@ -54,22 +54,22 @@ class LayerFigures:
 
     @property
     def is_out_of_line(self) -> bool:
-        """Whether this is more than rounding."""
+        """Whether the difference is more than rounding."""
         return not self.difference.relative <= self.allowed
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Tokens chosen while the reference's text is forced on both, and how much their free texts have in common."""
+    """The tokens chosen while both are forced to follow the reference's text, and a comparison of their free texts."""
 
     n_tokens: int
     flips: tuple[Flip, ...]
-    shared: tuple[int, ...]  # for each prompt: the length of what the free texts share
-    length: int  # of a free text
+    shared: tuple[int, ...]  # for each prompt, how many tokens both free texts begin with
+    length: int  # tokens of a free text
 
 
 def layer_names(n_layer: int) -> list[str]:
-    """Return what the rows of a trace are called."""
+    """Return the names of the layers in a trace."""
     return ["embedding", *(f"block {layer}" for layer in range(n_layer)), "ln_f"]
 
 
@@ -114,7 +114,7 @@ def kl_divergence(actual: FloatArray, expected: FloatArray) -> FloatArray:
     """Return KL(expected || actual) of the softmax of logits [n_seq, n_vocab], in nats: [n_seq]; inf for NaN."""
     log_p, log_q = _log_softmax(expected), _log_softmax(actual)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    return np.where(np.isnan(kl), np.inf, np.maximum(kl, 0.0))  # rounding can leave it a little below 0
+    return np.where(np.isnan(kl), np.inf, np.maximum(kl, 0.0))  # Rounding can leave it a little below 0.
 
 
 def compare_tokens(
@@ -123,7 +123,7 @@ def compare_tokens(
     free: list[list[int]],
     free_expected: list[list[int]],
 ) -> TokenFigures:
-    """Compare the choices at each step, each a token and by how much it won."""
+    """Compare the choices at each step, which are pairs of a token and its margin."""
     flips = tuple(
         Flip(prompt, step, token, wanted, margin)
         for prompt, (row, wanted_row) in enumerate(zip(forced, expected, strict=True))
@@ -135,8 +135,8 @@ def compare_tokens(
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Everything that was compared of one run; `tokens` by mode, without an entry where nothing could be generated."""
+class ComparisonFigures:
+    """All figures of one backend. `tokens` has an entry for each mode, unless nothing could be generated."""
 
     layers: tuple[LayerFigures, ...]
     logits: LogitFigures
@@ -144,13 +144,13 @@ class Figures:
 
     @property
     def first_out_of_line(self) -> LayerFigures | None:
-        """The first layer with more than rounding."""
+        """The first layer that differs by more than rounding."""
         return next((layer for layer in self.layers if layer.is_out_of_line), None)
 
     def problems(self, dtype: str, largest_logit: float) -> list[str]:
-        """Say what is outside the tolerance: where, the figure, and what was allowed.
+        """Return a sentence for each figure outside the tolerance: where it is, its value, and the tolerance.
 
-        `largest_logit` is that of the reference.
+        `largest_logit` is the largest of the reference's logits.
         """
         allowed = TOLERANCE["logits", dtype]
         found = []
@@ -163,7 +163,7 @@ class Figures:
             found.append(
                 f"the logits differ by {self.logits.difference.relative:.1e} of the largest (allowed: {allowed:.1e})"
             )
-        # Two logits that are each off by the tolerance can change places over twice of it.
+        # Two logits that are each off by the tolerance can swap their order where they differ by twice the tolerance.
         tie = 2 * allowed * largest_logit
         for what, flips in self.flips().items():
             worst = max(flips, key=lambda flip: flip.margin, default=None)
@@ -175,7 +175,7 @@ class Figures:
         return found
 
     def flips(self) -> dict[str, tuple[Flip, ...]]:
-        """Return the tokens that differ, by where they were found."""
+        """Return the tokens that differ, for the logits and for each mode of generation."""
         return {"logits": self.logits.flips} | {mode: tokens.flips for mode, tokens in self.tokens.items()}
 
 

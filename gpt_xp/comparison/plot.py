@@ -1,14 +1,14 @@
-"""A comparison as a picture: the error layer by layer, and the speed."""
+"""Draw a comparison: the error layer by layer, and the speed."""
 
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.comparison.driver import Comparison
+from gpt_xp.comparison.results import Comparison
 from gpt_xp.reporting.plots import check_plot, new_figure, save_figure
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture, in the format that the suffix of `path` says. Raises as `check_plot` and `save_figure` do."""
+    """Write the picture to `path`; its suffix gives the format. Raises as `check_plot` and `save_figure` do."""
     check_plot(path)
     figure, (errors, *speeds) = new_figure(1, 3, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 1, 1]})
     _draw_errors(errors, comparison)

@@ -1,21 +1,21 @@
-"""A comparison for people: tables for a terminal of 80 columns, or Markdown."""
+"""Write a comparison as text: tables for a terminal of 80 columns, or Markdown."""
 
 from collections.abc import Callable, Sequence
 
-from gpt_xp.comparison.driver import Comparison, Run
 from gpt_xp.comparison.figures import Flip
+from gpt_xp.comparison.results import BackendResult, Comparison
 from gpt_xp.reporting.text import markdown_table, short_dtypes, size, table, wrapped
 
 Table = Sequence[Sequence[str]]
 
 
 def as_text(comparison: Comparison, layers: bool = False) -> str:
-    """Return the report for a terminal; with `layers`, the error after each of them too."""
+    """Return the report for a terminal; with `layers`, also the error after each layer."""
     return _report(comparison, table, layers)
 
 
 def as_markdown(comparison: Comparison, layers: bool = False) -> str:
-    """Return the report with tables in Markdown."""
+    """Return the report with tables in Markdown; with `layers`, also the error after each layer."""
     return _report(comparison, markdown_table, layers)
 
 
@@ -24,7 +24,7 @@ def _report(comparison: Comparison, layout: Callable[[Table], str], layers: bool
     parts = [
         f"{comparison.model}, {n_params / 1e6:.1f}M params; "
         f"{sum(comparison.prompt_tokens)} tokens in {n_prompts} prompt(s),\n"
-        f"{comparison.max_tokens} generated from each; held against float64 on NumPy {comparison.reference.version}\n",
+        f"{comparison.max_tokens} generated from each; compared with float64 on NumPy {comparison.reference.version}\n",
         *(layout(rows) for rows in _tables(comparison, layers) if len(rows) > 1),
         _flips(comparison),
         "".join(wrapped(f"{_name(run)} on {run.device}: {_settings(run)}") for run in comparison.runs if run.figures),
@@ -34,7 +34,7 @@ def _report(comparison: Comparison, layout: Callable[[Table], str], layers: bool
 
 
 def verdict(comparison: Comparison) -> str:
-    """Return a line for each run: inside the tolerance, or what is not, or why there is nothing to say."""
+    """Return a line for each backend and dtype: inside the tolerance, what is outside, or why it was skipped."""
     lines = []
     for run in comparison.runs:
         if run.skipped:
@@ -63,7 +63,7 @@ def _logits(comparison: Comparison) -> Table:
     return rows
 
 
-def _layers(run: Run) -> Table:
+def _layers(run: BackendResult) -> Table:
     assert run.figures is not None
     rows: list[tuple[str, ...]] = [(_short(run), "max diff", "mean diff", "of the largest", "out of line above")]
     for layer in run.figures.layers:
@@ -99,7 +99,7 @@ def _speed(comparison: Comparison) -> Table:
 
 
 def _flips(comparison: Comparison) -> str:
-    """Each token that differs, with the margin that tells a tie from an error; the first few of each run."""
+    """Return the first few tokens that differ, with the margin that tells a tie from an error."""
     lines = []
     for run in comparison.runs:
         if run.figures:
@@ -116,15 +116,15 @@ def _flip(flip: Flip) -> str:
     )
 
 
-def _settings(run: Run) -> str:
+def _settings(run: BackendResult) -> str:
     return ", ".join(f"{key} {value}" for key, value in {"version": run.version, **run.settings}.items())
 
 
-def _name(run: Run) -> str:
+def _name(run: BackendResult) -> str:
     return f"{run.backend} {run.dtype}"
 
 
-def _short(run: Run) -> str:
+def _short(run: BackendResult) -> str:
     return f"{run.backend} {short_dtypes(run.dtype)}"
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gpt_xp.backend import closest_first
+from gpt_xp.reporting.text import closest_first
 from gpt_xp.checkpoint.openai import convert, has_index, has_tensorflow, is_openai_layout
 from gpt_xp.errors import CheckpointError, ModelNotFoundError
 from gpt_xp.hub import store

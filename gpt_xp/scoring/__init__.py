@@ -1,1 +1,1 @@
-"""Log-probabilities, perplexity and ranking."""
+"""Scoring: cut a text into windows, compute the log-probability of each token, and rank continuations."""

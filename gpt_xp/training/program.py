@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import Backend, get_backend, import_library
+from gpt_xp.backend import Backend, import_library
+from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.safetensors_file import NumpyArray
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError

@@ -16,8 +16,10 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.backend import check_installed, closest_first, get_backend, import_library, is_step
-from gpt_xp.benchmark import bench
+from gpt_xp.registry import check_installed, get_backend
+from gpt_xp.reporting.text import closest_first
+from gpt_xp.backend import import_library, is_step
+from gpt_xp.benchmark.models import bench
 from gpt_xp.comparison.worker import traced
 from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.generation import step_functions as steps
@@ -71,7 +73,7 @@ def test_importing_sets_nothing_in_jax() -> None:
 import json, jax
 before = dict(jax.config.values)
 import gpt_xp, gpt_xp_backends.jax_backend
-gpt_xp.backend.get_backend("jax", dtype="float64").asarray(__import__("numpy").zeros(3), "float64")
+gpt_xp.registry.get_backend("jax", dtype="float64").asarray(__import__("numpy").zeros(3), "float64")
 print(json.dumps(sorted(key for key, value in jax.config.values.items() if before[key] != value)))
 """
     assert in_a_new_process(code) == []

@@ -19,7 +19,7 @@ from small_models import CONFIGS, small_params, small_tokens, tree_map
 from small_quantized import KINDS, float64_of, small
 
 from gpt_xp import Model
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.errors import PromptError
 from gpt_xp.tolerances import TOLERANCE
 

@@ -15,7 +15,8 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Model
-from gpt_xp.backend import DeviceInfo, get_backend
+from gpt_xp.backend import DeviceInfo
+from gpt_xp.registry import get_backend
 from gpt_xp.errors import BackendError
 
 

@@ -11,7 +11,7 @@ from commands import in_a_new_process
 from folders import TESTS
 from third_party import WRONG_BACKENDS, installed
 
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.errors import BackendError
 from gpt_xp.tolerances import TOLERANCE
 
@@ -116,7 +116,7 @@ def test_the_other_gelu_is_the_one_by_erf() -> None:
 import json, math
 import numpy as np
 import gpt_xp
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 x = np.linspace(-9, 9, 4001)
 erf = x * np.asarray([(1 + math.erf(each / math.sqrt(2))) / 2 for each in x])
 xp = get_backend("wrong-gelu").xp

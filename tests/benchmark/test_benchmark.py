@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from libraries import make_backend
 
 from gpt_xp import SIZES, Model
-from gpt_xp.benchmark import Benchmark, Entry, Standing, Workload, bench, contenders, own_entry, plot, race, report
-from gpt_xp.benchmark.figures import Figures, Phase, Spread, Turn, figures, spread, turn_of
-from gpt_xp.benchmark.models import default_context
-from gpt_xp.benchmark.process import Worker
+from gpt_xp.benchmark import contenders, plot, report
+from gpt_xp.benchmark.driver import run_benchmark
+from gpt_xp.benchmark.figures import Phase, Spread, Turn, Workload, WorkloadFigures, spread, turn_of, workload_figures
+from gpt_xp.benchmark.models import bench, default_context, gpt_xp_spec
+from gpt_xp.benchmark.process import ContenderProcess
+from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import BackendError, CheckpointError, SettingError
 from gpt_xp.generation.decoder import BLOCK, PIECE
 from gpt_xp.hub.find import find_model
@@ -52,7 +54,7 @@ def test_ratios_are_taken_within_each_round():
     mine = [Turn(2.0, 0.2), Turn(3.0, 0.9), Turn(40.0, 4.0)]
     reference = [Turn(1.0, 0.1), Turn(2.0, 0.3), Turn(10.0, 1.0)]
     floor = [Turn(0.5, 0.1), Turn(1.0, 0.1), Turn(10.0, 0.5)]
-    found = figures(mine, Workload(30, 4, 5), reference, floor)
+    found = workload_figures(mine, Workload(30, 4, 5), reference, floor)
     assert found.prefill == Phase(Spread(3.0, 2.5, 21.5), 40.0, Spread(2.0, 1.75, 3.0), Spread(4.0, 3.5, 4.0))
     assert found.decode is not None
     assert found.decode.seconds == Spread(0.9, pytest.approx(0.55), pytest.approx(2.45))
@@ -62,8 +64,8 @@ def test_ratios_are_taken_within_each_round():
 
 
 def test_there_may_be_nothing_to_compare_with_and_nothing_decoded():
-    found = figures([Turn(2.0, None)], Workload(30, 4, 1))
-    assert found == Figures(Phase(Spread(2.0, 2.0, 2.0), 60.0, None, None), None)
+    found = workload_figures([Turn(2.0, None)], Workload(30, 4, 1))
+    assert found == WorkloadFigures(Phase(Spread(2.0, 2.0, 2.0), 60.0, None, None), None)
 
 
 # --- a race of contenders that are made up ----------------------------------------------------------------------------
@@ -77,9 +79,9 @@ BEHAVIOURS = {
 }  # fmt: skip
 
 
-def fake(behaviour: str, log: Path, scale: float = 1.0) -> Entry:
+def fake(behaviour: str, log: Path, scale: float = 1.0) -> ContenderSpec:
     command = (sys.executable, str(FAKE), behaviour, str(scale), str(log))
-    return Entry(behaviour, command, is_floor=behaviour == "floor")
+    return ContenderSpec(behaviour, command, is_floor=behaviour == "floor")
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +91,19 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(log: Path) -> Benchmark:
-    entries = [fake(behaviour, log, scale) for behaviour, scale in BEHAVIOURS.items()]
-    nowhere = Entry("nowhere", (str(log.parent / "no-such-program"),))
-    return race("made up", [*entries, nowhere], WORKLOADS, 97, rounds=ROUNDS, threads=2, pause=0)
+    specs = [fake(behaviour, log, scale) for behaviour, scale in BEHAVIOURS.items()]
+    nowhere = ContenderSpec("nowhere", (str(log.parent / "no-such-program"),))
+    return run_benchmark("made up", [*specs, nowhere], WORKLOADS, 97, rounds=ROUNDS, threads=2, pause=0)
 
 
-def standing(found: Benchmark, name: str) -> Standing:
+def result_of(found: Benchmark, name: str) -> ContenderResult:
     return next(each for each in found.standings if each.name == name)
 
 
 def test_figures_come_from_the_turns(found):
     """Runs 1 and 2 are the warm-up; the workloads have then runs 3, 5, 7 and 4, 6, 8."""
     for name, scale in (("right", 1.0), ("noise", 2.0), ("slow to compile", 4.0), ("floor", 0.5), ("int8", 1.5)):
-        first, second = standing(found, name).figures
+        first, second = result_of(found, name).figures
         assert first.prefill.seconds == Spread(5 * scale, 4 * scale, 6 * scale)
         assert second.prefill.seconds == Spread(6 * scale, 5 * scale, 7 * scale)
         assert first.decode.seconds.median == pytest.approx(5 * scale * 3e-3)  # the median of 2, 3 and 7 thousandths
@@ -111,12 +113,12 @@ def test_figures_come_from_the_turns(found):
         for phase in (first.prefill, first.decode, second.prefill, second.decode):
             assert phase.ratio == Spread(*[pytest.approx(scale)] * 3)
             assert phase.floor_ratio == Spread(*[pytest.approx(scale / 0.5)] * 3)
-        assert standing(found, name).turns[0][2] == Turn(7 * scale, pytest.approx(7 * scale * 3e-3))
+        assert result_of(found, name).turns[0][2] == Turn(7 * scale, pytest.approx(7 * scale * 3e-3))
 
 
 def test_the_floor_is_the_cpus(found):
-    assert standing(found, "cuda").figures[0].prefill.ratio.median == pytest.approx(3.0)
-    assert standing(found, "cuda").figures[0].prefill.floor_ratio is None
+    assert result_of(found, "cuda").figures[0].prefill.ratio.median == pytest.approx(3.0)
+    assert result_of(found, "cuda").figures[0].prefill.floor_ratio is None
 
 
 def test_everyone_has_a_turn_in_each_round_and_all_have_the_same_prompts(found, log):
@@ -138,8 +140,8 @@ def test_everyone_has_a_turn_in_each_round_and_all_have_the_same_prompts(found, 
 
 
 def test_what_libraries_write_does_not_disturb(found):
-    assert standing(found, "noise").failed is None
-    assert standing(found, "noise").description["settings"] == {"behaviour": "noise"}
+    assert result_of(found, "noise").failed is None
+    assert result_of(found, "noise").description["settings"] == {"behaviour": "noise"}
 
 
 @pytest.mark.parametrize(
@@ -154,10 +156,10 @@ def test_what_libraries_write_does_not_disturb(found):
     ],
 )
 def test_what_goes_wrong_is_said_and_the_others_go_on(found, name, reason):
-    assert standing(found, name).failed == reason
-    assert standing(found, name).figures == standing(found, name).turns == ()
+    assert result_of(found, name).failed == reason
+    assert result_of(found, name).figures == result_of(found, name).turns == ()
     assert not found.is_ok
-    assert len(standing(found, "right").turns[1]) == ROUNDS
+    assert len(result_of(found, "right").turns[1]) == ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -169,54 +171,54 @@ def test_what_goes_wrong_is_said_and_the_others_go_on(found, name, reason):
     ],
 )
 def test_who_cannot_begin_is_skipped(found, name, reason):
-    assert (standing(found, name).skipped, standing(found, name).failed) == (reason, None)
-    assert standing(found, name).figures == ()
+    assert (result_of(found, name).skipped, result_of(found, name).failed) == (reason, None)
+    assert result_of(found, name).figures == ()
 
 
 def test_a_program_that_is_not_there(found):
-    assert standing(found, "nowhere").skipped.endswith("no-such-program cannot be run: No such file or directory")
+    assert result_of(found, "nowhere").skipped.endswith("no-such-program cannot be run: No such file or directory")
 
 
 def test_the_logits_of_quantized_weights_are_reported(found):
-    assert standing(found, "int8").failed is None
-    assert standing(found, "int8").logits_difference == pytest.approx(0.01, rel=1e-3)
-    assert standing(found, "noise").logits_difference == 0.0
-    assert standing(found, "right").logits_difference is None
-    assert standing(found, "floor").logits_difference is None
+    assert result_of(found, "int8").failed is None
+    assert result_of(found, "int8").logits_difference == pytest.approx(0.01, rel=1e-3)
+    assert result_of(found, "noise").logits_difference == 0.0
+    assert result_of(found, "right").logits_difference is None
+    assert result_of(found, "floor").logits_difference is None
 
 
 @pytest.mark.parametrize(("allowed", "fits"), [(0.02, True), (0.005, False)])
 @pytest.mark.parametrize("behaviour", ["int8", "wrong"])
 def test_an_entry_says_how_far_its_logits_may_be_off(tmp_path, behaviour, allowed, fits):
     log = tmp_path / "log"
-    entries = [fake("right", log), dataclasses.replace(fake(behaviour, log), allowed=allowed)]
-    found = race("made up", entries, [Workload(5)], 97, rounds=1, pause=0)
+    specs = [fake("right", log), dataclasses.replace(fake(behaviour, log), allowed=allowed)]
+    found = run_benchmark("made up", specs, [Workload(5)], 97, rounds=1, pause=0)
     assert found.is_ok == fits
-    assert bool(standing(found, behaviour).figures) == fits
+    assert bool(result_of(found, behaviour).figures) == fits
 
 
 def test_compiling_counts_in_the_warm_up_alone(found):
-    assert standing(found, "slow to compile").compile_seconds == 20.0
-    assert standing(found, "slow to compile").peak_memory_bytes == 12345
-    assert standing(found, "right").compile_seconds is None
-    assert standing(found, "right").peak_memory_bytes > 1e6  # of the process
+    assert result_of(found, "slow to compile").compile_seconds == 20.0
+    assert result_of(found, "slow to compile").peak_memory_bytes == 12345
+    assert result_of(found, "right").compile_seconds is None
+    assert result_of(found, "right").peak_memory_bytes > 1e6  # of the process
 
 
 def test_the_reference_is_who_is_named(log):
     names = [fake("right", log), fake("noise", log, 2.0)]
-    named = race("made up", names, [Workload(5)], 97, rounds=1, reference="noise", pause=0)
+    named = run_benchmark("made up", names, [Workload(5)], 97, rounds=1, reference="noise", pause=0)
     assert named.reference == "noise"
-    assert standing(named, "right").figures[0].prefill.ratio.median == 0.5
+    assert result_of(named, "right").figures[0].prefill.ratio.median == 0.5
     assert named.is_ok
-    nobody = race("made up", [fake("missing", log)], [Workload(5)], 97, rounds=1, pause=0)
+    nobody = run_benchmark("made up", [fake("missing", log)], [Workload(5)], 97, rounds=1, pause=0)
     assert (nobody.reference, nobody.is_ok) == (None, False)
-    for wrong in ({"entries": []}, {"workloads": []}, {"rounds": 0}):
+    for wrong in ({"specs": []}, {"workloads": []}, {"rounds": 0}):
         with pytest.raises(SettingError, match="needs a contender, a workload and a round"):
-            race(**{"title": "", "entries": names, "workloads": [Workload(5)], "n_vocab": 97, **wrong})
+            run_benchmark(**{"title": "", "specs": names, "workloads": [Workload(5)], "n_vocab": 97, **wrong})
 
 
 def test_who_does_not_answer_is_ended(log):
-    worker = Worker(fake("right", log).command, {})
+    worker = ContenderProcess(fake("right", log).command, {})
     with pytest.raises(KeyboardInterrupt), worker:
         raise KeyboardInterrupt
     assert worker._process.returncode == -signal.SIGKILL
@@ -250,7 +252,7 @@ def test_a_command_to_copy_stays_on_one_line():
 
 def test_where_nothing_can_be_measured_no_turn_is_taken(tmp_path):
     log = tmp_path / "log"
-    began = race("made up", [fake("missing", log), fake("floor", log)], [Workload(5)], 97, pause=0)
+    began = run_benchmark("made up", [fake("missing", log), fake("floor", log)], [Workload(5)], 97, pause=0)
     assert not began.is_ok
     assert began.reference is None
     assert not any(each.figures for each in began.standings)
@@ -424,7 +426,9 @@ def test_prompts_suit_the_models_context():
 
 
 def test_what_cannot_be_measured_is_said_at_once(monkeypatch):
-    monkeypatch.setattr("gpt_xp.benchmark.models.race", lambda *arguments, **settings: pytest.fail("it has begun"))
+    monkeypatch.setattr(
+        "gpt_xp.benchmark.models.run_benchmark", lambda *arguments, **settings: pytest.fail("it has begun")
+    )
     for arguments, error, message in (
         ({"backends": ["nump"]}, BackendError, "there is no backend 'nump'; there are: numpy"),
         ({"backends": ["numpy+int5"]}, SettingError, "quantize must be one of int8, int4"),
@@ -435,30 +439,32 @@ def test_what_cannot_be_measured_is_said_at_once(monkeypatch):
         (
             {"context": [16, 250]},
             SettingError,
-            "n_new 16 after 250 tokens of a prompt",
+            "max_tokens 16 after 250 tokens of a prompt",
         ),
-        ({"context": [242]}, SettingError, "n_new 16 after 242 tokens"),
-        ({"context": [300], "n_new": None}, SettingError, "does not fit the model, which takes 256"),
+        ({"context": [242]}, SettingError, "max_tokens 16 after 242 tokens"),
+        ({"context": [300], "max_tokens": None}, SettingError, "does not fit the model, which takes 256"),
         ({"context": [0]}, SettingError, "at least one token"),
         ({"batch": [1, 0]}, SettingError, "at least one row"),
         ({"rounds": 0}, SettingError, "at least one round"),
-        ({"n_new": 0}, SettingError, "n_new must be at least 1, not 0"),
+        ({"max_tokens": 0}, SettingError, "max_tokens must be at least 1, not 0"),
     ):
         with pytest.raises(error, match=message):
-            bench(**{"backends": ["numpy"], "model": "shakespeare", "n_new": 16, **arguments})  # type: ignore[arg-type]
+            bench(**{"backends": ["numpy"], "model": "shakespeare", "max_tokens": 16, **arguments})  # type: ignore[arg-type]
 
 
 def test_workloads_are_all_combinations(monkeypatch):
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("gpt_xp.benchmark.models.race", lambda *arguments, **settings: seen.update(all=arguments))
+    monkeypatch.setattr(
+        "gpt_xp.benchmark.models.run_benchmark", lambda *arguments, **settings: seen.update(all=arguments)
+    )
     bench(["numpy", "jax@cpu"], "shakespeare", dtypes=["float32", "float64"], context=[7, 251, 7], batch=[1, 3])
-    title, entries, workloads, n_vocab = seen["all"]
+    title, specs, workloads, n_vocab = seen["all"]
     assert (title, n_vocab) == ("shakespeare", 1024)
     assert workloads == [Workload(context, batch, 6) for batch in (1, 3) for context in (7, 251)]
     names = ["numpy float32", "numpy float64", "jax@cpu float32", "jax@cpu float64", "floor"]
-    assert [entry.name for entry in entries] == names
-    assert json.loads(entries[3].command[-1])["device"] == "cpu"
-    job = json.loads(own_entry("here", "torch+int8@cuda:1").command[-1])
+    assert [spec.name for spec in specs] == names
+    assert json.loads(specs[3].command[-1])["device"] == "cpu"
+    job = json.loads(gpt_xp_spec("here", "torch+int8@cuda:1").command[-1])
     assert (job["model"], job["backend"], job["quantize"], job["device"]) == ("here", "torch", "int8", "cuda:1")
 
 
@@ -466,12 +472,12 @@ def test_all_that_are_here_are_measured_and_ratios_are_to_numpy(monkeypatch):
     monkeypatch.setattr(
         "gpt_xp.benchmark.models.usable_backends", lambda: ["torch", "array-api-strict", "numpy", "jax"]
     )
-    seen: list[Entry] = []
+    seen: list[ContenderSpec] = []
     monkeypatch.setattr(
-        "gpt_xp.benchmark.models.race", lambda title, entries, *others, **settings: seen.extend(entries)
+        "gpt_xp.benchmark.models.run_benchmark", lambda title, specs, *others, **settings: seen.extend(specs)
     )
     bench(model="shakespeare")
-    assert [entry.name for entry in seen] == ["numpy float32", "jax float32", "torch float32", "floor"]
+    assert [spec.name for spec in seen] == ["numpy float32", "jax float32", "torch float32", "floor"]
 
 
 def test_the_command(tmp_path):

@@ -20,8 +20,8 @@ from folders import BENCHMARKS
 from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
 
-from gpt_xp.benchmark import Benchmark, Standing, Workload
-from gpt_xp.benchmark.figures import Spread, Turn, figures
+from gpt_xp.benchmark.figures import Spread, Turn, Workload, workload_figures
+from gpt_xp.benchmark.results import Benchmark, ContenderResult
 from gpt_xp.errors import GptXpError
 from gpt_xp.tolerances import TOLERANCE
 
@@ -38,11 +38,10 @@ def script(monkeypatch):
 
 def benchmark(workloads, turns, floor=None):
     """A benchmark in which each name has the turns given for each workload."""
-    standings = [
-        Standing(name, name == floor, figures=tuple(figures(t, w, (), ()) for t, w in zip(own, workloads, strict=True)),
-                 turns=tuple(map(tuple, own)))
-        for name, own in turns.items()
-    ]  # fmt: skip
+    standings = []
+    for name, own in turns.items():
+        found = tuple(workload_figures(each, workload) for each, workload in zip(own, workloads, strict=True))
+        standings.append(ContenderResult(name, name == floor, figures=found, turns=tuple(map(tuple, own))))
     return Benchmark("a test", tuple(workloads), 2, 2, None, tuple(standings), {})
 
 
@@ -113,33 +112,33 @@ def test_all_trainers_compute_the_same_losses(script):
     names = ["gpt-xp", "transformers", "nanoGPT's recipe", "gpt-xp, 4 pieces", "floor"]
     options = train.parser().parse_args([*TINY, "--rounds", "2", "--steps", "1", "--threads", "1", "--only", *names])
     with train.checkpoint(options) as folder:
-        lanes = train.race(folder, options)
-    assert [lane.name for lane in lanes] == names
-    assert all(len(lane.seconds) == 2 for lane in lanes)
-    for lane in lanes[:4]:  # independent of gpt-xp, the second and the third know what is right
-        assert lane.losses == pytest.approx(lanes[1].losses, abs=1e-5)
-        assert lane.losses[0] == pytest.approx(np.log(307), abs=0.1)
+        trainers = train.take_turns(folder, options)
+    assert [trainer.name for trainer in trainers] == names
+    assert all(len(trainer.seconds) == 2 for trainer in trainers)
+    for trainer in trainers[:4]:  # independent of gpt-xp, the second and the third know what is right
+        assert trainer.losses == pytest.approx(trainers[1].losses, abs=1e-5)
+        assert trainer.losses[0] == pytest.approx(np.log(307), abs=0.1)
 
 
 def test_trainers_that_disagree_or_learn_nothing_are_not_timed(script):
     train = script("train")
 
-    def lane(name, *losses):
-        return train.Lane(name, None, losses=[*losses])
+    def trainer(name, *losses):
+        return train.TimedTrainer(name, None, losses=[*losses])
 
-    train.check_losses([lane("floor", None), lane("a", 6.0, 5.0), lane("b", 6.00005, 5.0)])
+    train.check_losses([trainer("floor", None), trainer("a", 6.0, 5.0), trainer("b", 6.00005, 5.0)])
     for losses in ((6.0, 5.001), (6.0, float("nan"))):
         with pytest.raises(GptXpError, match="b does not train as a does"):
-            train.check_losses([lane("a", 6.0, 5.0), lane("b", *losses)])
+            train.check_losses([trainer("a", 6.0, 5.0), trainer("b", *losses)])
     with pytest.raises(GptXpError, match="a does not learn"):
-        train.check_losses([lane("a", 6.0, 6.0)])
+        train.check_losses([trainer("a", 6.0, 6.0)])
 
 
 def test_training_ratios_are_of_tokens_per_second_within_a_round(script):
     train = script("train")
     seconds = {"gpt-xp": [0.1, 1.0], "transformers": [0.2, 3.0]}
-    lanes = [train.Lane(name, None, "", [5.0], each, [7.0, 9.0]) for name, each in seconds.items()]
-    head, ours, theirs = train.rows(lanes, 4096)
+    trainers = [train.TimedTrainer(name, None, "", [5.0], each, [7.0, 9.0]) for name, each in seconds.items()]
+    head, ours, theirs = train.rows(trainers, 4096)
     assert head[2:5] == ("tokens/s", "x gpt-xp", "x transformers")
     assert ours[2:5] == ("7447", "-", "2.50 2.25-2.75")
     assert theirs[3].startswith("0.42 ")

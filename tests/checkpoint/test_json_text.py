@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import gpt_xp
 from gpt_xp import json_text
-from gpt_xp.benchmark.process import Worker
+from gpt_xp.benchmark.process import ContenderProcess
 from gpt_xp.errors import CheckpointError, GptXpError, JsonError, JsonLimitError
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -157,5 +157,5 @@ def test_jobs_of_other_processes(call: Callable[..., Result], tmp_path: Path, va
 @odd
 def test_what_a_contender_writes_before_it_serves(value: str, message: str) -> None:
     script = f"print({value!r}); print('{{\"ok\": 1}}', flush=True); input()"
-    with Worker([sys.executable, "-c", script], {}) as worker:
+    with ContenderProcess([sys.executable, "-c", script], {}) as worker:
         assert worker.ask("describe") == {"ok": 1}

@@ -17,7 +17,7 @@ from gpt_xp.cli.group import cli
 from gpt_xp.cli.wording import Option, reworded
 from gpt_xp.errors import SettingError
 from gpt_xp.generation.sampling import Sampling
-from gpt_xp.scoring.score import Windows
+from gpt_xp.scoring.windows import Windows
 from gpt_xp.training import Settings
 
 pytestmark = pytest.mark.usefixtures("no_variables")

@@ -20,8 +20,8 @@ from third_party import WRONG_BACKENDS, installed, with_large_scores
 import gpt_xp
 from gpt_xp import Model
 from gpt_xp.comparison import figures, plot, report, worker
-from gpt_xp.comparison.figures import Difference, Figures, Flip, LayerFigures, LogitFigures
-from gpt_xp.comparison.prompts import PROMPTS
+from gpt_xp.comparison.figures import ComparisonFigures, Difference, Flip, LayerFigures, LogitFigures
+from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.generation.decoder import PIECE
 from gpt_xp.reporting import plots as _plots
@@ -84,7 +84,7 @@ def test_the_first_layer_out_of_line_depends_on_the_depth():
 
     def first(*relative: float) -> str | None:
         logits = LogitFigures(Difference(0, 0, 0), 0, 0, 1, ())
-        layer = Figures(layers(*relative), logits).first_out_of_line
+        layer = ComparisonFigures(layers(*relative), logits).first_out_of_line
         return layer and layer.name
 
     assert first(0.9 * row, 1.9 * row, 2.9 * row, 3.9 * row) is None
@@ -98,7 +98,7 @@ def test_a_tie_is_told_from_an_error():
 
     def problems(margin: float, relative: float = 0.0) -> list[str]:
         logits = LogitFigures(Difference(0, 0, relative), 0, 0, 1, (Flip(0, 3, 1, 2, margin),))
-        return Figures((), logits).problems("float32", largest_logit=50.0)
+        return ComparisonFigures((), logits).problems("float32", largest_logit=50.0)
 
     assert problems(1.9 * tolerance * 50) == []
     [wrong] = problems(2.1 * tolerance * 50)

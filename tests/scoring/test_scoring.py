@@ -19,7 +19,8 @@ import gpt_xp
 from gpt_xp import Backend, Model, Score
 from gpt_xp.errors import NumericalError, PromptError, SettingError
 from gpt_xp.scoring import score as scoring
-from gpt_xp.scoring.score import RankedChoice, Windows, rolling, sliding
+from gpt_xp.scoring.rank import RankedChoice
+from gpt_xp.scoring.windows import Windows, rolling, sliding
 
 CONFIG = replace(CONFIGS["prime"], eos_token_id=5)  # n_ctx 37
 EOS = 5
@@ -148,7 +149,7 @@ def test_logits_are_few_at_a_time_and_only_of_what_is_scored(monkeypatch: pytest
         return logits
 
     monkeypatch.setattr(scoring, "unembed", noted)
-    monkeypatch.setattr(scoring, "LOGITS", 7 * CONFIG.n_vocab)
+    monkeypatch.setattr(scoring, "LOGITS_AT_A_TIME", 7 * CONFIG.n_vocab)
     score = small().score(TEXT, window=19, stride=7)
     assert_logprobs(score.logprobs, expected_logprobs(TEXT, window=19, stride=7))
     assert {n_vocab for _, n_vocab in shapes} == {CONFIG.n_vocab}

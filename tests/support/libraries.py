@@ -10,7 +10,7 @@ import pytest
 from gpt_xp_backends import jax_backend
 
 from gpt_xp import Backend
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 from gpt_xp.errors import BackendError
 from gpt_xp.generation.sampling import Choice
 from gpt_xp.quantization import quantized_backend

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import Backend
-from gpt_xp.backend import BackendInfo, DeviceInfo, get_backend
+from gpt_xp.backend import BackendInfo, DeviceInfo
+from gpt_xp.registry import get_backend
 
 
 def info(name: str) -> BackendInfo:

@@ -1,9 +1,13 @@
-"""What is compared when no prompt is given: short and long, prose and verse, numbers, code, and bytes of all kinds.
+"""What a comparison computes where nothing else is asked for: prompts, and how they are continued."""
 
-Written for this project, but for the lines of Shakespeare. The longest has more than 128 tokens in the bundled model's
-vocabulary, so that it is read in two pieces, and leaves room for a continuation in a context of 256.
-"""
+from typing import Any
 
+# The ways in which each prompt is continued, as arguments of `Model.generate`.
+MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 1.0}}
+
+# Short and long prompts, prose and verse, numbers, code, and bytes of all kinds. They were written for this project,
+# except the lines of Shakespeare. The longest has more than 128 tokens in the bundled model's vocabulary. So it is read
+# in two chunks, and leaves room for a continuation in a context of 256.
 PROMPTS = (
     "ROMEO:",
     "Alan Turing theorized that computers would one day become",
