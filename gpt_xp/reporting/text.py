@@ -1,4 +1,4 @@
-"""How things are written for people."""
+"""Text for people: sizes, tables, lists of names, lines that are wrapped."""
 
 import difflib
 import os
@@ -43,6 +43,15 @@ def wrapped(text: str) -> str:
     return lines.replace("\0", " ") + "\n"
 
 
+def closest_first(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known` with the names that a mistyped `word` most likely means first."""
+    import difflib  # only for an error
+
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
+    return close + [name for name in names if name not in close]
+
+
 def listed(values: Any) -> list[Any]:
     """Return a list of values; one name, number or path by itself is a list of one."""
     return [values] if isinstance(values, str | int | os.PathLike) else list(values)
@@ -51,10 +60,3 @@ def listed(values: Any) -> list[Any]:
 def short_dtypes(text: str) -> str:
     """Return text with f32 for float32, and bf16 for bfloat16."""
     return text.replace("bfloat", "bf").replace("float", "f")
-
-
-def closest_first(word: str, known: Iterable[str]) -> list[str]:
-    """Return `known` with the likeliest meanings of a mistyped `word` first."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
-    return close + [name for name in names if name not in close]
