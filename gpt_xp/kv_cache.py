@@ -82,9 +82,7 @@ class KVCache(NamedTuple):
         return KVCache([(copied(k), copied(v)) for k, v in self.layers], copied(self.position), copied(self.start))
 
 
-def positions_and_mask(
-    tokens: Array, config: GPT2Config, cache: KVCache | None, xp: Namespace
-) -> tuple[Array, Array]:
+def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None, xp: Namespace) -> tuple[Array, Array]:
     """Return the position of each token [batch * n_seq], int32, and the mask of attention, float32.
 
     The mask is added to the scores: 0 where a token may look, and the smallest float32 where it may not. Without a
@@ -160,7 +158,8 @@ def grow_cache(cache: KVCache, n_slots: int, xp: Namespace = None) -> KVCache:
 
     def longer(x: Array) -> Array:
         batch, n_head, before, d_head = x.shape
-        return xp.concat([x, xp.zeros((batch, n_head, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))], axis=2)
+        more = xp.zeros((batch, n_head, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
+        return xp.concat([x, more], axis=2)
 
     for i, (k, v) in enumerate(cache.layers):
         cache.layers[i] = longer(k), longer(v)

@@ -39,7 +39,7 @@ def physical_memory() -> int | None:
 
 def array_bytes(array: Any, dtype: str) -> int:
     """Return the bytes that an array of any library takes in `dtype`."""
-    return math.prod(array.shape) * ITEM_SIZE[dtype]
+    return int(math.prod(array.shape)) * ITEM_SIZE[dtype]
 
 
 def cache_bytes(config: GPT2Config, rows: int, n_slots: int, dtype: str) -> int:
@@ -47,9 +47,7 @@ def cache_bytes(config: GPT2Config, rows: int, n_slots: int, dtype: str) -> int:
     return 2 * rows * n_slots * config.n_layer * config.n_embd * ITEM_SIZE[dtype]
 
 
-def too_little_memory(
-    backend: Any, config: GPT2Config, params_bytes: int, rows: int, n_slots: int
-) -> str:
+def too_little_memory(backend: Any, config: GPT2Config, params_bytes: int, rows: int, n_slots: int) -> str:
     """Return the message that says what was too large for the device of a backend."""
     needs = f"the params take {size(params_bytes)} in {backend.dtype}"
     if rows:

@@ -36,6 +36,7 @@ from gpt_xp.types import Params
 Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
 OnePrompt: TypeAlias = str | list[int] | tuple[int, ...]
 Prompts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...] | list[str | list[int]]
+Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq]
 
 
 class Model:
@@ -130,7 +131,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: OnePrompt | Prompts | "np.ndarray[Any, Any]",
+        prompt: OnePrompt | Prompts | Numbers,
         settings: GenerationSettings | None = None,
         *,
         num_samples: int = 1,
@@ -155,7 +156,7 @@ class Model:
 
     def stream(
         self,
-        prompt: OnePrompt | Prompts | "np.ndarray[Any, Any]",
+        prompt: OnePrompt | Prompts | Numbers,
         settings: GenerationSettings | None = None,
         *,
         num_samples: int | None = None,
@@ -172,7 +173,7 @@ class Model:
         chosen = _settings(settings, options).with_seed()
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
-        texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
+        texts: Any = [prompt] if _is_one(prompt) else prompt
         encoded = [self._encode(text, chosen.special_tokens) for text in texts]
         self._check_memory(encoded, chosen)
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
@@ -379,5 +380,5 @@ def _is_one(prompt: Any) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], Number)
 
 
-def _settings(settings: GenerationSettings | None, options: dict[str, Any]) -> GenerationSettings:
+def _settings(settings: GenerationSettings | None, options: Any) -> GenerationSettings:
     return replace(settings or GenerationSettings(), **options)

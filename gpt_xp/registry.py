@@ -56,9 +56,7 @@ def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]
     Raises `SettingError` for a name that is no part, and `BackendError` as `get_backend` does.
     """
     chosen = get_backend(backend)
-    return chosen.replace(
-        xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts)
-    )
+    return chosen.replace(xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts))
 
 
 def check_name(name: str) -> EntryPoint:

@@ -1,9 +1,9 @@
 """GPT-2's forward pass: all the mathematics, in the Python array API standard alone.
 
-Every function is pure, so it runs unchanged on NumPy, CuPy, JAX (with `jit`, `grad`, `vmap`) and other libraries; `xp` is
-the library's namespace. Read it from the bottom up. The names of weights are the checkpoint's, so `**block` fits the
-arguments. A function marked `@part` can be replaced (`gpt_xp.with_parts`). Sources: Radford et al. 2019, section 2.3, and
-its code, openai/gpt-2 `src/model.py`; Vaswani et al. 2017; Jay Mody, "GPT in 60 Lines of NumPy".
+Every function is pure, so it runs unchanged on NumPy, CuPy, JAX (with `jit`, `grad`, `vmap`) and other libraries; `xp`
+is the library's namespace. Read it from the bottom up. The names of weights are the checkpoint's, so `**block` fits the
+arguments. A function marked `@part` can be replaced (`gpt_xp.with_parts`). Sources: Radford et al. 2019, section 2.3,
+and its code, openai/gpt-2 `src/model.py`; Vaswani et al. 2017; Jay Mody, "GPT in 60 Lines of NumPy".
 """
 
 import math
@@ -127,7 +127,7 @@ def gpt2_with_cache(
     """Return what `gpt2` does for the tokens [batch, n_seq] after those in the cache, and the cache with them."""
     xp = namespace_of(params, tokens, config, xp)
     x, after = hidden_states(params, tokens, config, cache, xp)
-    return unembed(x, params["wte"], xp), after
+    return unembed(x, params["wte"], xp), after or cache
 
 
 def lm_loss(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None) -> Array:

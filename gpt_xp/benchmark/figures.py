@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt_xp.generation.decoder import BLOCK
+from gpt_xp.generation.loop import BLOCK_STEPS
 
 # The first token belongs to prefill. The others fill one block of a backend that decodes in blocks.
-N_NEW = 1 + BLOCK
+N_NEW = 1 + BLOCK_STEPS
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Batches:
                 self.n_failed += 1
                 write_json({"type": "error", **place, "error": line.error})
                 continue
-            for sample in range(self.session.settings["num_samples"]):
+            for sample in range(self.session.settings.num_samples):
                 result = next(each)
                 more = everything(self.session, result) if self.full else {}
                 write_json({"type": "result", **place, **continuation(sample, result, self.logprobs), **more})

@@ -18,6 +18,7 @@ from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table
 from gpt_xp.cli.session import Session, check_settings, load_model, tell_special_tokens
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
+from gpt_xp.settings import GenerationSettings
 
 LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
 # The paragraphs after "\b" are not wrapped: a command must stay one that can be copied.
@@ -73,7 +74,7 @@ def generate(
         settings["seed"] = secrets.randbits(32)
     as_json = as_json or json_full
     tell_what_does_nothing(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
-    session = Session(*load_model(**loading), settings)
+    session = Session(*load_model(**loading), GenerationSettings(**settings))
     prompts = [line.prompt for line in lines if line.prompt is not None] or [prompt]
     tell_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
     if draw_seed and not as_json and not lines:
@@ -124,7 +125,7 @@ def tell_of_context(session: Session, results: Sequence[Generation]) -> None:
     """Say on stderr where a continuation ended because the context was full."""
     full = [len(result.token_ids) for result in results if result.finish_reason == "context"]
     if full:
-        asked = session.settings["max_tokens"]
+        asked = session.settings.max_tokens
         note(
             f"the context of {session.model.config.n_ctx} tokens is full: {max(full)} of {asked} tokens were generated"
         )
@@ -146,7 +147,7 @@ def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
 
 def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
     """Print each sample behind `start` when all are complete, or when Ctrl-C or an error ends them."""
-    texts = [""] * session.settings["num_samples"]
+    texts = [""] * session.settings.num_samples
     results: list[Generation] = []
     try:
         results = collect(session, prompt, texts)
@@ -158,7 +159,7 @@ def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
 
 def print_json(session: Session, prompt: str, logprobs: bool) -> list[Stats]:
     """Print a line of JSON for each sample."""
-    results = collect(session, prompt, [""] * session.settings["num_samples"])
+    results = collect(session, prompt, [""] * session.settings.num_samples)
     for sample, result in enumerate(results):
         write_json(
             {
@@ -175,7 +176,7 @@ def collect(session: Session, prompt: str, texts: list[str]) -> list[Generation]
     """Generate to the end, behind a progress bar; `texts` grows with each sample's text."""
     results = []
     pieces = await_first(session.stream(prompt))
-    with progress(len(texts) * session.settings["max_tokens"], "token") as bar:
+    with progress(len(texts) * (session.settings.max_tokens or 0), "token") as bar:
         for piece in pieces:
             texts[piece.index] += piece.text
             if piece.result is None:

@@ -8,45 +8,41 @@ from typing import Any
 
 import click
 
-from gpt_xp.registry import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.errors import SettingError
 from gpt_xp.generation.results import Generation, Piece
-from gpt_xp.generation.sampling import Sampling
-from gpt_xp.generation.stop_strings import check_stops
 from gpt_xp.hub.find import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.model import Model, load
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.registry import default_backend, get_backend
+from gpt_xp.settings import GenerationSettings
 from gpt_xp.tokenizer.bpe import Tokenizer
 
 PICOGPT_DEFAULT = "124M"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model under the name that the user gave, and the keyword arguments of `Model.stream`."""
+    """A loaded model under the name that the user gave, and how to generate."""
 
     name: str
     model: Model
-    settings: dict[str, Any]
+    settings: GenerationSettings
 
     def stream(self, prompt: str) -> Iterator[Piece]:
         """Continue a prompt; its errors come before this returns."""
-        return self.model.stream(prompt, **self.settings)
+        return self.model.stream(prompt, self.settings)
 
     def generate(self, prompts: Sequence[str]) -> list[Generation]:
         """Continue several prompts together; the samples of each stand together."""
-        results: list[Generation] = self.model.generate(prompts, **self.settings)
-        return results
+        return self.model.generate(list(prompts), self.settings)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise a usage error for what makes no sense, before a model is loaded."""
     try:
-        Sampling(**{name: settings[name] for name in SAMPLING}, seed=settings["seed"] or 0)
-        check_stops(settings["stop"])
+        GenerationSettings(**settings)
     except SettingError as error:
         raise click.UsageError(str(error)) from None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.registry import get_backend
+from gpt_xp.arrays import at_least_float32
 from gpt_xp.comparison.job import MODES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
@@ -20,8 +20,8 @@ from gpt_xp.generation.results import Stats
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.kv_cache import KVCache, Past
 from gpt_xp.model import Model, load
-from gpt_xp.arrays import at_least_float32
 from gpt_xp.parts import ReplacedParts
+from gpt_xp.registry import get_backend
 from gpt_xp.settings import GenerationSettings
 from gpt_xp.transformer import embed, hidden_states, transformer_block, unembed
 from gpt_xp.types import Array, Namespace, Params
@@ -123,9 +123,7 @@ def generate(model: Model, prompts: list[list[int]], job: dict[str, Any], mode: 
     return {"free": [out.token_ids for out in free], "forced": forced}
 
 
-def follow(
-    model: Model, ids: list[int], expected: list[int], settings: GenerationSettings
-) -> list[tuple[int, float]]:
+def follow(model: Model, ids: list[int], expected: list[int], settings: GenerationSettings) -> list[tuple[int, float]]:
     """Return the token and margin that would be chosen at each step; the text goes on with `expected`."""
     decoder, choosing = model._decoder, Choosing(model._generator.chooser, [Prompt(ids)], settings)
     logits, cache = decoder.prefill([ids])

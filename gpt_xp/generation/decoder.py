@@ -9,7 +9,7 @@ runs one token of each row. Both are the same function, `next_token_logits`, whi
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from gpt_xp.generation.step_functions import candidate_logits, decode_steps, nex
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.types import Array, Params
 
-Tokens = Sequence[Sequence[int]]
+Tokens: TypeAlias = "Sequence[Sequence[int]] | np.ndarray[Any, Any]"  # [batch, n_seq]; rows may differ in length
 
 
 class Decoder:
@@ -56,9 +56,7 @@ class Decoder:
         tokens, cache = self.start(token_ids)
         while (begin := cache.position) < tokens.shape[1]:
             chunk, cache = self.next_chunk(tokens, cache)
-            logits, cache = self._prompt_logits(
-                self.params, chunk, cache, config=self.config, xp=self.backend.xp
-            )
+            logits, cache = self._prompt_logits(self.params, chunk, cache, config=self.config, xp=self.backend.xp)
             cache = cache._replace(position=begin + chunk.shape[1])
             yield self.backend.to_numpy(logits)[:, : tokens.shape[1] - begin]
 
@@ -125,6 +123,7 @@ class Decoder:
 
     def _step(self, tokens: Array, cache: KVCache, count: int) -> tuple[Array, KVCache]:
         before = cache.position
+        logits: Array
         logits, cache = self._next_token_logits(
             self.params, tokens, cache, count, config=self.config, xp=self.backend.xp
         )

@@ -15,6 +15,7 @@ from gpt_xp.arrays import at_least_float32, device_of
 from gpt_xp.transformer import softmax
 from gpt_xp.types import Array, Namespace
 
+
 class Choice(NamedTuple):
     """The next token of each row, [batch] each.
 

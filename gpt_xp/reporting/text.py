@@ -45,7 +45,6 @@ def wrapped(text: str) -> str:
 
 def closest_first(word: str, known: Iterable[str]) -> list[str]:
     """Return `known` with the names that a mistyped `word` most likely means first."""
-    import difflib  # only for an error
 
     names = list(known)
     close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)

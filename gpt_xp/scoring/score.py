@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt_xp.arrays import at_least_float32
 from gpt_xp.errors import NumericalError, PromptError, SettingError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.sampling import log_probability
-from gpt_xp.settings import check_count
 from gpt_xp.scoring.windows import Windows
+from gpt_xp.settings import check_count
 from gpt_xp.tokenizer.bpe import Tokenizer
-from gpt_xp.arrays import at_least_float32
 from gpt_xp.transformer import hidden_states, unembed
 from gpt_xp.types import Array, Namespace
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_xp.settings import check_count
 from gpt_xp.errors import SettingError
+from gpt_xp.settings import check_count
 
 CONVENTIONS = ("huggingface", "lm-eval", "nanogpt")
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.backend import Backend, import_library
-from gpt_xp.registry import get_backend
 from gpt_xp.checkpoint.safetensors_file import NumpyArray
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
+from gpt_xp.registry import get_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.transformer import lm_loss
 from gpt_xp.tree import tree_map
