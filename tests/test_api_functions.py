@@ -63,7 +63,7 @@ def code(names: list[str]) -> str:
 def test_the_page_lists_the_functions_of_the_standard_that_are_used() -> None:
     found = re.search(f"{BEGIN}(.*?){END}", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found, "the page has no place for the list"
-    assert found[1] == section(), "run: python tests/test_api_functions.py"
+    assert found[1] == section(), "run: PYTHONPATH=tests/support python tests/test_api_functions.py"
 
 
 def test_the_recorder_sees_what_is_used() -> None:

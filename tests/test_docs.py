@@ -8,7 +8,7 @@
 | ```bash | shown; its gpt-xp commands are parsed |
 | ```output | all that the block before it prints |
 
-`python tests/test_docs.py` writes what is shown and printed anew.
+`PYTHONPATH=tests/support python tests/test_docs.py` writes what is shown and printed anew.
 """
 
 import ast
@@ -27,12 +27,12 @@ from typing import NamedTuple
 import click
 import pytest
 from commands import PATIENCE, Result
-from conftest import skipping_what_is_missing
-from test_training import story
+from folders import ROOT
+from libraries import skipping_what_is_missing
+from small_trainings import story
 
 from gpt_xp.cli.train import Bar
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- ([\w./]+)(?:: (\w+))? -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ITS_OWN_PROCESS = re.compile(r"^os\.environ\[|^jax\.config\.update", re.MULTILINE)  # settings that last
@@ -197,7 +197,7 @@ def test_the_commands_of_training(tmp_path: Path, call: Call, monkeypatch: pytes
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.shows], ids=str)
 def test_the_code_that_is_shown_is_the_code_that_is_here(block: Block) -> None:
-    assert block.code == shown(*block.shows), "run: python tests/test_docs.py"
+    assert block.code == shown(*block.shows), "run: PYTHONPATH=tests/support python tests/test_docs.py"
 
 
 @pytest.mark.parametrize("block", of("toml"), ids=str)
