@@ -1,6 +1,6 @@
 """The functions of the array API standard that gpt-xp uses: what an author of an array library wants to know.
 
-Run as a script, this file writes the list into docs/adding-a-backend.md. As a test, it checks that the page is up to date.
+Run as a script, this file writes the list into docs/adding-a-backend.md. As a test, it checks that the page has it.
 """
 
 import re

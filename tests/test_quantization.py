@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from gpt_xp.generation import decoder as generation
 from gpt_xp.quantization import GROUP, Quantized, QuantizedWeight, _quantized, quantization_of
 from gpt_xp.tolerances import TOLERANCE
 from gpt_xp.tree import leaves
+from gpt_xp.version import install_command
 
 N_TOKENS = 13  # one program of JAX for these and for one
 
@@ -325,7 +327,7 @@ def test_without_numba_numpy_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
     import sys
 
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(gpt_xp.errors.BackendError, match=r"pip install 'gpt-xp\[quantize\]'"):
+    with pytest.raises(gpt_xp.errors.BackendError, match=re.escape(install_command("quantize"))):
         gpt_xp.load("shakespeare", backend="numpy", quantize="int8")
 
 

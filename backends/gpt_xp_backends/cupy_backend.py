@@ -25,6 +25,7 @@ from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.types import Array
+from gpt_xp.version import install_command
 from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_attention import AppendingCache, Attending, attend
 from gpt_xp_backends.cupy_fusion import append, fused
@@ -40,7 +41,7 @@ KERNELS = {
     "attention": "attention of one query in one kernel (`cupy_attention`)",
     "greedy": "the likeliest token in two kernels and one copy (`cupy_greedy`)",
 }
-FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
+FIX = f"{install_command('cupy-cuda13x')} (for CUDA 12: cupy-cuda12x)"
 NEEDS = {"cupy": FIX}
 
 

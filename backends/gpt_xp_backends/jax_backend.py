@@ -29,9 +29,10 @@ from gpt_xp.errors import BackendError
 from gpt_xp.hub.store import home
 from gpt_xp.kv_cache import new_cache
 from gpt_xp.types import Array, Namespace
+from gpt_xp.version import install_command
 
-GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
-FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
+GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
+FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
 NEEDS = {"jax": FIX}
 BLOCK = 128  # the shortest window; pieces of a prompt are padded to multiples of it
 SHORT = 16  # a shorter piece for short prompts

@@ -28,10 +28,11 @@ from gpt_xp.backend import (
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import QuantizedNamespace
+from gpt_xp.version import install_command
 from gpt_xp_backends import numpy_replay
 from gpt_xp_backends.capture import Trust
 
-QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
+QUANTIZED_FIX = install_command("quantize")
 NEEDS_QUANTIZED = {"numba": QUANTIZED_FIX}
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache

@@ -29,8 +29,9 @@ from gpt_xp.backend import (
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
 from gpt_xp.types import Array
+from gpt_xp.version import install_command
 
-FIX = "pip install 'gpt-xp[torch]'"
+FIX = install_command("torch")
 NEEDS = {"torch": FIX}
 GPU_FIX = "https://pytorch.org/get-started/locally says which build of PyTorch finds which GPU"
 DTYPES = {

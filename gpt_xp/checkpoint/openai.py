@@ -35,6 +35,7 @@ from gpt_xp.checkpoint.safetensors_file import NumpyArray, n_bytes, open_regular
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.tokenizer.bpe import EOS
+from gpt_xp.version import install_command
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
@@ -96,7 +97,7 @@ def check_tensorflow() -> None:
         newest = " (with Python 3.13 or older)" if sys.version_info >= (3, 14) else ""
         raise CheckpointError(
             f"OpenAI's own checkpoints are read by TensorFlow, once each, and it is not installed: "
-            f"pip install 'gpt-xp[tensorflow]'{newest}. The Hub has the same weights in files that need no TensorFlow: "
+            f"{install_command('tensorflow')}{newest}. The Hub has the same weights in files that need no TensorFlow: "
             f"gpt-xp models pull NAME"
         )
 

@@ -20,8 +20,9 @@ from gpt_xp.training.settings import Settings
 from gpt_xp.transformer import lm_loss
 from gpt_xp.tree import tree_map
 from gpt_xp.types import Array, Namespace, Params
+from gpt_xp.version import install_command
 
-FIX = "pip install 'gpt-xp[train]'"
+FIX = install_command("train")
 State = dict[str, Any]  # a JAX pytree: the "params" that are trained, their "average" or None, the "optimizer"'s own
 
 
