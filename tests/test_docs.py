@@ -8,7 +8,7 @@
 | ```bash | shown; its gpt-xp commands are parsed |
 | ```output | all that the block before it prints |
 
-`PYTHONPATH=tests/support python tests/test_docs.py` writes what is shown and printed anew.
+`PYTHONPATH=tests/support python tests/test_docs.py` updates the pages.
 """
 
 import ast
@@ -232,7 +232,7 @@ def test_the_two_commands_come_first() -> None:
     assert second.code.splitlines()[-1].endswith("-m pytest -n auto")
 
 
-def write_anew() -> None:
+def update() -> None:
     """Put into the pages what the code is, and what the examples print."""
     printed = {}
     for program in programs():
@@ -255,4 +255,4 @@ def write_anew() -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        write_anew()
+        update()
