@@ -20,7 +20,7 @@ from gpt_xp.errors import CheckpointError, DownloadError, ModelNotFoundError, Se
 from gpt_xp.hub import find as hub
 from gpt_xp.hub import store
 from gpt_xp.hub.published import MODELS, OPENAI_FILES, OPENAI_WEIGHTS
-from gpt_xp.version import install_command
+from gpt_xp.installation import install_command
 
 TENSORS = openai_files.make_tensors()
 GOLDEN = small_published.GOLDEN

@@ -26,10 +26,10 @@ from gpt_xp.checkpoint.checkpoint import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
 from gpt_xp.generation import decoder as generation
+from gpt_xp.installation import install_command
 from gpt_xp.quantization import GROUP, Quantized, QuantizedWeight, _quantized, quantization_of
 from gpt_xp.tolerances import TOLERANCE
 from gpt_xp.tree import leaves
-from gpt_xp.version import install_command
 
 N_TOKENS = 13  # one program of JAX for these and for one
 

@@ -23,9 +23,9 @@ from gpt_xp.backend import (
 )
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.types import Array
-from gpt_xp.version import install_command
 from gpt_xp_backends.capture import Trust
 from gpt_xp_backends.cupy_attention import AppendingCache, Attending, attend
 from gpt_xp_backends.cupy_fusion import append, fused

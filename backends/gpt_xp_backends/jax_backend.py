@@ -27,9 +27,9 @@ from gpt_xp.backend import (
 )
 from gpt_xp.errors import BackendError
 from gpt_xp.hub.store import home
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import new_cache
 from gpt_xp.types import Array, Namespace
-from gpt_xp.version import install_command
 
 GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
 FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"

@@ -23,8 +23,8 @@ from gpt_xp.backend import (
     piece_on_gpu,
 )
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.types import Array
-from gpt_xp.version import install_command
 
 FIX = f"{install_command('mlx')}, with an NVIDIA GPU also 'mlx[cuda13]' or 'mlx[cuda12]'"
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32

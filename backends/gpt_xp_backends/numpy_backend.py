@@ -27,8 +27,8 @@ from gpt_xp.backend import (
 )
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.quantization import QuantizedNamespace
-from gpt_xp.version import install_command
 from gpt_xp_backends import numpy_replay
 from gpt_xp_backends.capture import Trust
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.types import Array
-from gpt_xp.version import install_command
 
 FIX = install_command("strict")
 NEEDS = {"array_api_strict": FIX}

@@ -28,8 +28,8 @@ from gpt_xp.backend import (
 )
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.types import Array
-from gpt_xp.version import install_command
 
 FIX = install_command("torch")
 NEEDS = {"torch": FIX}

@@ -34,8 +34,8 @@ from gpt_xp.checkpoint.config_json import config_entries, size_in
 from gpt_xp.checkpoint.safetensors_file import NumpyArray, n_bytes, open_regular, open_safetensors, write_safetensors
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
+from gpt_xp.installation import install_command
 from gpt_xp.tokenizer.bpe import EOS
-from gpt_xp.version import install_command
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_xp.checkpoint.checkpoint import written_aside
 from gpt_xp.errors import SettingError
-from gpt_xp.version import install_command
+from gpt_xp.installation import install_command
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TYPICAL_SIZE = 100_000  # bytes of a picture

@@ -23,8 +23,8 @@ from gpt_xp.comparison.worker import traced
 from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.generation import step_functions as steps
 from gpt_xp.generation.sampling import choose
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import new_cache
-from gpt_xp.version import install_command
 
 # Nothing is imported on spec.
 

@@ -25,7 +25,7 @@ from gpt_xp.checkpoint.checkpoint import align_weights, read_config, read_params
 from gpt_xp.checkpoint.openai import check_tensorflow, convert, is_openai_layout, read_hparams
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
-from gpt_xp.version import install_command
+from gpt_xp.installation import install_command
 
 GOLDEN = GOLDEN_FILES / "openai"
 WEIGHTS = "model.safetensors"

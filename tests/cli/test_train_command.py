@@ -19,9 +19,9 @@ from small_trainings import EVERYTHING, bits, log, story
 import gpt_xp
 from gpt_xp.cli.train import Bar
 from gpt_xp.hub.find import find_model
+from gpt_xp.installation import install_command
 from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
-from gpt_xp.version import install_command
 
 # The programs of test_training, which need not be compiled again.
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in EVERYTHING.items()]

@@ -25,9 +25,9 @@ from gpt_xp.comparison.figures import Difference, Figures, Flip, LayerFigures, L
 from gpt_xp.comparison.prompts import PROMPTS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.generation.decoder import PIECE
+from gpt_xp.installation import install_command
 from gpt_xp.reporting import plots as _plots
 from gpt_xp.tolerances import TOLERANCE
-from gpt_xp.version import install_command
 
 SHORT = ["ROMEO:", "My lord, I"]
 

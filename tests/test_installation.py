@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from folders import ROOT
 
-from gpt_xp import version
-from gpt_xp.version import install_command
+from gpt_xp import installation
+from gpt_xp.installation import install_command
 
 REPOSITORY = "https://example.org/gpt-xp.git"
 
@@ -28,10 +28,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]
         monkeypatch.setattr(
             importlib.metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: text)
         )
-        version._origin.cache_clear()
+        installation._origin.cache_clear()
 
     yield record
-    version._origin.cache_clear()
+    installation._origin.cache_clear()
 
 
 def test_a_checkout(recorded: Callable[[Any], None], tmp_path: Path) -> None:
