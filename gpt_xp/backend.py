@@ -9,7 +9,7 @@ An adapter is a module with two functions, named by an entry point of the group 
     info() -> BackendInfo
 
 It may have a `NEEDS`, such as {"torch": "pip install torch"}: the modules without which it cannot work, and how to get
-them. Importing an adapter must not import its library. docs/adding-a-backend.md shows one.
+them. Importing an adapter must not import its library. CONTRIBUTING shows one being written.
 """
 
 import contextlib
