@@ -217,6 +217,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_text_imports_is_there(page: Path) -> None:
+    for line in re.findall(r"`((?:from|import) gpt_xp[^`]*)`", page.read_text(encoding="utf-8")):
+        exec(line, {})
+
+
 def test_readme_is_one_page_and_leads_to_all_others() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 130
