@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from gpt_xp.checkpoint.checkpoint import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
 from gpt_xp.generation import decoder as generation
+from gpt_xp.installation import install_command
 from gpt_xp.quantization import GROUP, Quantized, QuantizedWeight, _quantized, quantization_of
 from gpt_xp.tolerances import TOLERANCE
 from gpt_xp.tree import leaves
@@ -325,7 +327,7 @@ def test_without_numba_numpy_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
     import sys
 
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(gpt_xp.errors.BackendError, match=r"pip install 'gpt-xp\[quantize\]'"):
+    with pytest.raises(gpt_xp.errors.BackendError, match=re.escape(install_command("quantize"))):
         gpt_xp.load("shakespeare", backend="numpy", quantize="int8")
 
 

@@ -19,12 +19,13 @@ from gpt_xp.backend import Backend, BackendInfo, DecodeStep, DeviceInfo, check_d
 from gpt_xp.config import GPT2Config
 from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array, Namespace
 
-GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
-FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
+GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
+FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
 BLOCK = 128  # the shortest cache; chunks of a prompt are padded to multiples of it
 SHORT = 16  # the length of a chunk for short prompts
 LONG = 512  # tokens of a chunk, over all rows: 512 at once take 0.83 of the time of four times 128

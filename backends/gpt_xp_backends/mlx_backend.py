@@ -15,11 +15,12 @@ import numpy as np
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, chunk_tokens_on_gpu, import_library
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[mlx]', with an NVIDIA GPU 'mlx[cuda13]' or 'mlx[cuda12]'"
+FIX = f"{install_command('mlx')}, with an NVIDIA GPU also 'mlx[cuda13]' or 'mlx[cuda12]'"
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32
 
 

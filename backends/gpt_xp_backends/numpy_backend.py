@@ -13,10 +13,11 @@ import threadpoolctl
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.memory import physical_memory
 from gpt_xp.quantization import QuantizedNamespace
 
-QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
+QUANTIZED_FIX = install_command("quantize")
 
 ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
 FEW = 3  # rows that are multiplied sooner one by one

@@ -11,10 +11,11 @@ import numpy as np
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[strict]'"
+FIX = install_command("strict")
 
 
 class StrictBackend(Backend):

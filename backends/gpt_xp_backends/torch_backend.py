@@ -19,10 +19,11 @@ import numpy as np
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, chunk_tokens_on_gpu, import_library
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[torch]'"
+FIX = install_command("torch")
 GPU_FIX = "https://pytorch.org/get-started/locally says which build of PyTorch finds which GPU"
 DTYPES = {
     "cpu": ("float32", "float64", "bfloat16", "float16"),

@@ -34,6 +34,7 @@ from gpt_xp.checkpoint.config_json import config_entries, size_in
 from gpt_xp.checkpoint.safetensors_file import NumpyArray, n_bytes, open_regular, open_safetensors, write_safetensors
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
+from gpt_xp.installation import install_command
 from gpt_xp.tokenizer.bpe import EOS
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
@@ -96,7 +97,7 @@ def check_tensorflow() -> None:
         newest = " (with Python 3.13 or older)" if sys.version_info >= (3, 14) else ""
         raise CheckpointError(
             f"OpenAI's own checkpoints are read by TensorFlow, once each, and it is not installed: "
-            f"pip install 'gpt-xp[tensorflow]'{newest}. The Hub has the same weights in files that need no TensorFlow: "
+            f"{install_command('tensorflow')}{newest}. The Hub has the same weights in files that need no TensorFlow: "
             f"gpt-xp models pull NAME"
         )
 

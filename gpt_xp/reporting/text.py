@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*\S+")
+COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*('[^']+'|\S+)")
 
 
 def size(n_bytes: float) -> str:

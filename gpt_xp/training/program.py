@@ -16,13 +16,14 @@ from gpt_xp.backend import Backend, import_library
 from gpt_xp.checkpoint.safetensors_file import NumpyArray
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.registry import get_backend
 from gpt_xp.training.settings import Settings
 from gpt_xp.transformer import lm_loss
 from gpt_xp.tree import tree_map
 from gpt_xp.types import Array, Namespace, Params
 
-FIX = "pip install 'gpt-xp[train]'"
+FIX = install_command("train")
 State = dict[str, Any]  # a JAX pytree: the "params" that are trained, their "average" or None, the "optimizer"'s own
 
 

@@ -242,7 +242,12 @@ def test_the_report_says_everything_in_80_columns(found):
 
 
 def test_a_command_to_copy_stays_on_one_line():
-    for command in ("pip install 'gpt-xp[quantize]'", "`gpt-xp models pull 124M`", "pip install -e ."):
+    for command in (
+        "pip install 'gpt-xp[quantize]'",
+        "pip install -e '/my folder[jax]'",
+        "`gpt-xp models pull 124M`",
+        "pip install -e .",
+    ):
         for n in range(40, 80):
             text = wrapped(f"{'x' * (n // 2)} {'y' * (n - n // 2)} it-is-not-installed: {command} and more words")
             assert command in text

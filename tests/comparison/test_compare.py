@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from gpt_xp.comparison.figures import ComparisonFigures, Difference, Flip, Layer
 from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.generation.decoder import PIECE
+from gpt_xp.installation import install_command
 from gpt_xp.reporting import plots as _plots
 from gpt_xp.tolerances import TOLERANCE
 
@@ -356,7 +358,7 @@ def test_a_plot(tmp_path):
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"pip install 'gpt-xp\[plot\]'"):
+    with pytest.raises(SettingError, match=re.escape(install_command("plot"))):
         plot.check_plot(Path("out.png"))
 
 
