@@ -8,6 +8,8 @@ and its code, openai/gpt-2 `src/model.py`; Vaswani et al. 2017; Jay Mody, "GPT i
 
 import math
 
+from array_api_compat import array_namespace
+
 from gpt_xp.arrays import at_least_float32, namespace_of
 from gpt_xp.config import GPT2Config
 from gpt_xp.kv_cache import KVCache, Past, positions_and_mask
@@ -93,8 +95,9 @@ def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace
 
 
 @part
-def unembed(x: Array, wte: Array, xp: Namespace) -> Array:
+def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
     """Return logits over the vocabulary, by the table of token embeddings: [..., n_embd] -> [..., n_vocab]."""
+    xp = xp or array_namespace(x, wte)
     rows = xp.reshape(x, (-1, x.shape[-1]))  # 2-D products are the fast ones.
     return xp.reshape(xp.matmul(rows, xp.matrix_transpose(wte)), (*x.shape[:-1], -1))
 

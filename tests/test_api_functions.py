@@ -4,7 +4,6 @@ Run as a script, this file writes the list into docs/adding-a-backend.md. As a t
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,7 +43,7 @@ def used_functions() -> tuple[list[str], list[str]]:
     gpt_xp.lm_loss(params, tokens, CONFIGS[name], xp=recorder)
     model = set(recorder.used)
 
-    running = Model(small_params(name), CONFIGS[name], backend=replace(backend, xp=recorder))
+    running = Model(small_params(name), CONFIGS[name], backend=backend.replace(xp=recorder))
     options = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 1}
     running.generate([[1, 2, 3], [4]], max_tokens=3, **options)
     running.logits([1, 2, 3])

@@ -1,7 +1,6 @@
 """The doctor: settings, what fits, and how fast memory is."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ from libraries import make_backend
 import gpt_xp
 from gpt_xp import Backend, BackendInfo
 from gpt_xp import hardware as doctor
-from gpt_xp.memory import ITEM_SIZE
 from gpt_xp.backend import DeviceInfo
-from gpt_xp.registry import get_backend
 from gpt_xp.hardware import Diagnosis, Outlook, diagnose, measure_bandwidth, outlook
 from gpt_xp.hub.published import MODELS
+from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.registry import get_backend
 
 NUMPY = BackendInfo("numpy", "2", (DeviceInfo("cpu", "2 cores", 8_000_000_000),))
 
@@ -97,13 +96,13 @@ def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytes
 
 def test_bandwidth_is_bytes_per_second(backend: Backend) -> None:
     # A device of 128 MB, of which an eighth is used: 16 MB.
-    small = replace(backend, device_memory=2**27)
+    small = backend.replace(device_memory=2**27)
     found = measure_bandwidth(small, seconds=0.02)
     assert 1e8 < found < 1e14
 
 
 def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, backend = [], replace(make_backend("numpy"), device_memory=None)
+    sides, backend = [], make_backend("numpy").replace(device_memory=None)
     monkeypatch.setattr(doctor, "SMALLEST", 2**4)
     monkeypatch.setattr(doctor, "LARGEST", 2**7)
 
@@ -118,7 +117,7 @@ def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest
     assert sides == [16, 16, 32, 32, 64, 64]
     limit = 10_000
     assert measure_bandwidth(backend) == 128 * 128 * 4 / 1e-3
-    assert measure_bandwidth(replace(backend, device_memory=8 * 4 * 32**2)) == 32 * 32 * 4 / 1e-3
+    assert measure_bandwidth(backend.replace(device_memory=8 * 4 * 32**2)) == 32 * 32 * 4 / 1e-3
 
 
 # The command

@@ -105,7 +105,7 @@ def test_jit_sees_the_replaced_part() -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed")
     params = tree_map(lambda leaf: jax.numpy.asarray(leaf, "float32"), PARAMS)
     tokens = jax.numpy.asarray(TOKENS)
-    forward = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window", "xp"))
+    forward = jax.jit(gpt_xp.gpt2, static_argnames=("config", "xp"))
     before = forward(params, tokens, CONFIG, xp=jax.numpy)
     after = forward(params, tokens, CONFIG, xp=gpt_xp.with_parts("jax", ffn=no_mlp).xp)
     assert_values(np.asarray(after), naive_gpt2(TOKENS, **without_mlp(), n_head=3), TOLERANCE["logits", "float32"])

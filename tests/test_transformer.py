@@ -208,7 +208,7 @@ def test_jit_is_eager(jax_params: Any) -> None:
     import jax
 
     config, tokens = CONFIGS["prime"], small_tokens("prime")
-    jitted = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window"))
+    jitted = jax.jit(gpt_xp.gpt2, static_argnames="config")
     eager = np.asarray(gpt_xp.gpt2(jax_params, jax.numpy.asarray(tokens), config))
     assert_close(jitted(jax_params, tokens, config), eager, make_backend("jax"), "same")
 
@@ -217,10 +217,10 @@ def test_jit_with_a_cache(jax_params: Any) -> None:
     import jax
 
     config, tokens = CONFIGS["prime"], small_tokens("prime")
-    jitted = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window"))
+    jitted = jax.jit(gpt_xp.gpt2_with_cache, static_argnames="config")
     cache = gpt_xp.new_cache(config, jax_params["wte"], 37, jax.numpy.zeros(3, dtype="int32"), jax.numpy)
     for begin in range(0, 30, 5):
-        logits, cache = jitted(jax_params, tokens[:, begin : begin + 5], config, cache=cache, window=37)
+        logits, cache = jitted(jax_params, tokens[:, begin : begin + 5], config, cache=cache)
     full = gpt_xp.gpt2(jax_params, jax.numpy.asarray(tokens[:, :30]), config)
     assert_close(logits, np.asarray(full)[:, 25:], make_backend("jax"), "same")
 

@@ -64,7 +64,7 @@ class NumPyBackend(Backend):
     def info(cls) -> BackendInfo:
         """Return NumPy's version and the CPU."""
         device = DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory())
-        return BackendInfo("numpy", np.__version__, (device,))
+        return BackendInfo(cls.name, np.__version__, (device,))
 
     def asarray(self, array: Any, dtype: str | None = None) -> Any:
         """Return the array itself, where it is one of NumPy in that dtype."""

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,16 +16,12 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Model
+from gpt_xp.backend import import_library
+from gpt_xp.benchmark.models import bench
+from gpt_xp.errors import BackendError, SettingError
+from gpt_xp.installation import install_command
 from gpt_xp.registry import check_installed, get_backend
 from gpt_xp.reporting.text import closest_first
-from gpt_xp.backend import import_library, is_step
-from gpt_xp.benchmark.models import bench
-from gpt_xp.comparison.worker import traced
-from gpt_xp.errors import BackendError, SettingError
-from gpt_xp.generation import step_functions as steps
-from gpt_xp.generation.sampling import choose
-from gpt_xp.installation import install_command
-from gpt_xp.kv_cache import new_cache
 
 # Nothing is imported on spec.
 
@@ -332,7 +327,7 @@ def rounded(x: Any) -> Any:
 
 def wrong_backend(function: str, replacement: Callable[..., Any]) -> Backend:
     names = {name: getattr(numpy_namespace, name) for name in dir(numpy_namespace) if not name.startswith("__")}
-    return replace(make_backend("numpy"), xp=SimpleNamespace(**names | {function: replacement}))
+    return make_backend("numpy").replace(xp=SimpleNamespace(**names | {function: replacement}))
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
@@ -350,14 +345,6 @@ def test_a_wrong_backend_is_caught(bug: str) -> None:
 def test_a_backend_through_the_same_namespace_is_right(name: str) -> None:
     model = Model(small_params(name), CONFIGS[name], backend=wrong_backend("tanh", np.tanh))
     assert_values(model.logits(small_tokens(name))[:, ::3], GOLDENS[f"{name}/logits"], TOLERANCE["logits", "float32"])
-
-
-def test_what_is_a_step_of_the_model() -> None:
-    for function in (steps.last_logits, steps.all_logits, steps.each_logits):
-        assert is_step(function)
-    # Those return more than logits and a cache, which CuPy's graph and NumPy's blocks would not know.
-    for other in (steps.decode_steps, choose, new_cache, traced):
-        assert not is_step(other)
 
 
 # --- what is not installed --------------------------------------------------------------------------------------------
