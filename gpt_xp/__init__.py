@@ -133,6 +133,7 @@ _NAMES_OF = {
     "generation.results": ("Generation", "Piece", "Stats"),
     "scoring.rank": ("RankedChoice",),
     "scoring.score": ("Score",),
+    "settings": ("GenerationSettings",),
     "tokenizer.bpe": ("Tokenizer",),
     "tokenizer.training": ("train_tokenizer",),
     "training.log": ("Evaluation", "Training"),

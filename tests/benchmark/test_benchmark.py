@@ -21,12 +21,14 @@ from libraries import make_backend
 
 from gpt_xp import SIZES, Model
 from gpt_xp.benchmark import contenders, plot, report
+from gpt_xp.benchmark.contenders import CHUNK_TOKENS
 from gpt_xp.benchmark.driver import run_benchmark
 from gpt_xp.benchmark.figures import Phase, Spread, Turn, Workload, WorkloadFigures, spread, turn_of, workload_figures
 from gpt_xp.benchmark.models import bench, default_context, gpt_xp_spec
 from gpt_xp.benchmark.process import ContenderProcess
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import BackendError, CheckpointError, SettingError
+from gpt_xp.generation.loop import BLOCK_STEPS
 from gpt_xp.hub.find import find_model
 from gpt_xp.reporting.text import wrapped
 

@@ -13,7 +13,7 @@ from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model
-from gpt_xp.generation import decoder, loop
+from gpt_xp.generation import choosing, decoder, loop
 from gpt_xp.tolerances import TOLERANCE
 
 TOKENS = small_tokens("prime")[0].tolist()
@@ -123,13 +123,13 @@ def test_few_programs_and_no_step_beside_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_noise_is_drawn_for_the_tokens_that_may_come_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    original = generation.gumbel_noise
+    original = choosing.gumbel_noise
 
     def spy(seed: int, sample: int, step: int, *rest: Any) -> Any:
         drawn.append(step)
         return original(seed, sample, step, *rest)
 
-    monkeypatch.setattr(generation, "gumbel_noise", spy)
+    monkeypatch.setattr(choosing, "gumbel_noise", spy)
     small(in_blocks(make_backend("numpy"))).generate(TOKENS[:3], max_tokens=18, ignore_eos=True, **FILTERS)
     assert drawn == list(range(18))
 
