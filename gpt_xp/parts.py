@@ -43,7 +43,9 @@ class ReplacedParts:
         self._xp, self.parts = xp, parts
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._xp, name)
+        value = getattr(self._xp, name)
+        setattr(self, name, value)  # found at once from now on
+        return value
 
     def without(self, name: str) -> "ReplacedParts":
         """Return the namespace with that part as it is in `model.py`."""

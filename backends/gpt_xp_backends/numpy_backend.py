@@ -4,9 +4,10 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import MappingProxyType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,8 +15,9 @@ import threadpoolctl
 
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
 from gpt_xp.errors import BackendError
-from gpt_xp.transformer import attention
+from gpt_xp.parts import ReplacedParts
 from gpt_xp.quantization import QuantizedNamespace
+from gpt_xp.transformer import attention
 
 QUANTIZED_FIX = "pip install 'gpt-xp[quantize]'"
 NEEDS_QUANTIZED = {"numba": QUANTIZED_FIX}
@@ -40,16 +42,10 @@ class NumPy(SimpleNamespace):
     That loads every corner of NumPy, its Fortran compiler too, which takes longer than NumPy itself.
     """
 
-    parts: Mapping[str, Callable[..., Any]] = MappingProxyType({})  # so that `__getattr__` is not asked for them
-
     def __getattr__(self, name: str) -> Any:
         import array_api_compat.numpy
 
         return getattr(array_api_compat.numpy, name)
-
-    def without(self, part: str) -> "NumPy":
-        """Return the namespace with that part of the model as it is in `transformer.py`."""
-        return NumPy(**vars(self) | {"parts": {name: each for name, each in self.parts.items() if name != part}})
 
 
 def info() -> BackendInfo:
@@ -62,14 +58,14 @@ def create(device: str | None = None, dtype: str = "float32", threads: int | Non
     """Return the NumPy backend; `threads` limits those of its BLAS while gpt-xp computes."""
     if device not in (None, "cpu"):
         raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
-    _keep_freed_memory()
     check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
+    _keep_freed_memory()
     return Backend(
         name="numpy",
         version=np.__version__,
         device="cpu",
         dtype=dtype,
-        xp=namespace(),
+        xp=ReplacedParts(namespace(), PARTS),
         asarray=lambda array, dtype=None: np.asarray(array, dtype=dtype),
         to_numpy=np.asarray,
         compile=functools.partial(_compile, _limited(threads)),
@@ -116,8 +112,7 @@ def namespace() -> NumPy:
             x, axis=axis, dtype=dtype
         ),  # NumPy 2.0 has no other
     }
-    parts = {"attention": _attention_by_heads}
-    return NumPy(**{name: getattr(np, name) for name in STANDARD} | shorter, parts=parts)
+    return NumPy(**{name: getattr(np, name) for name in STANDARD} | shorter)
 
 
 def _attention_by_heads(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
@@ -131,6 +126,9 @@ def _attention_by_heads(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
         heads = slice(first, first + n_heads)
         mixed[:, heads] = attention(q[:, heads], k[:, heads], v[:, heads], mask, xp)
     return mixed
+
+
+PARTS = {"attention": _attention_by_heads}
 
 
 def _matmul(x: Any, w: Any) -> Any:
@@ -273,15 +271,20 @@ def _quantized(threads: int | None, backend: Backend) -> Backend:
     def threads_of_blas() -> contextlib.AbstractContextManager[None]:
         return LIMITS(blas, threads or LIMITS.without(blas))
 
-    plain = NumPy(**vars(backend.xp) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
+    plain = NumPy(**vars(namespace()) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
     xp = QuantizedNamespace(plain, backend.dtype, functools.partial(numpy_quantized.product, threads_of_blas))
-    return replace(backend, xp=xp, compile=functools.partial(_compile, scope))
+    return replace(
+        backend,
+        xp=ReplacedParts(xp, PARTS),
+        compile=functools.partial(_compile, scope),
+        quantized=lambda backend: backend,  # it is by now
+    )
 
 
 def _settings(threads: int | None) -> dict[str, str]:
     """Return what is known of NumPy's BLAS: other libraries may have brought one of their own into the process."""
     found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    bundled = [pool for pool in found if "numpy" in pool["filepath"]]
+    bundled = [pool for pool in found if {"numpy", "numpy.libs"} & {*Path(pool["filepath"]).parts}]
     for pool in bundled or found:
         known = {
             "blas": f"{pool['internal_api']} {pool['version']}",
