@@ -31,7 +31,7 @@ SEVERAL, PART = 32, 2048
 
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
-    *("argmax", "asarray", "broadcast_to", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
+    *("argmax", "asarray", "broadcast_to", "concat", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
     *("tanh", "where", "zeros"),
 )
 
@@ -120,7 +120,8 @@ class NumPyBackend(Backend):
         plain = NumPy(**vars(namespace()) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
         xp = QuantizedNamespace(plain, self.dtype, functools.partial(numpy_quantized.product, threads_of_blas))
         quantized = self.replace(xp=ReplacedParts(xp, PARTS), _scope=scope)
-        return quantized.replace(quantized=lambda: quantized)
+        vars(quantized)["quantized"] = lambda: quantized  # it takes such weights by now
+        return quantized
 
     def settings(self) -> dict[str, str]:
         """Return what is known of NumPy's BLAS: other libraries may have brought one of their own into the process."""

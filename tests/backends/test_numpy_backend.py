@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +18,8 @@ from small_quantized import KINDS, float64_of, small
 
 import gpt_xp
 from gpt_xp import Model, transformer
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import PromptError
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 PLAIN = numpy_backend.namespace()
@@ -75,10 +74,10 @@ def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: Non
     prompts = [small_tokens("prime", 12)[row, : 1 + row % 4].tolist() for row in range(rows)]
 
     def steps(prompts: list[list[int]]) -> "np.ndarray[Any, Any]":
-        logits, cache, used = model._engine.prefill(prompts, 6)
+        logits, cache = model._decoder.prefill(prompts)
         found = [logits]
         for token in range(6):
-            logits, cache, used = model._engine.decode([token] * len(prompts), cache, used)
+            logits, cache = model._decoder.decode([token] * len(prompts), cache)
             found.append(logits)
         return np.stack(found)  # [steps, rows, n_vocab]
 
@@ -168,7 +167,7 @@ def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> Non
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_another_namespace_is_used_as_it_is(dtype: str) -> None:
     plain = make(dtype=dtype)
-    other = replace(plain.backend, xp=SimpleNamespace(**vars(PLAIN) | {"tanh": lambda x: x * 0}))
+    other = plain.backend.replace(xp=SimpleNamespace(**vars(PLAIN) | {"tanh": lambda x: x * 0}))
     wrong = Model(plain.params, plain.config, backend=other)
     tokens = small_tokens("prime", 1)[0]
     assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1
