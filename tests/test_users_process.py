@@ -13,8 +13,8 @@ from libraries import skipping_what_is_missing
 
 from gpt_xp.environment import says_yes
 from gpt_xp.hub import store
-from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
+from gpt_xp.training.settings import TrainingSettings
 
 # All that a program can have set: read before gpt-xp works, and after.
 SNAPSHOT = """
@@ -78,7 +78,7 @@ def no_jax_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def needs_jax() -> None:
     with skipping_what_is_missing("jax"):
-        jax_backend(Settings(data=("x",)))
+        jax_backend(TrainingSettings(data=("x",)))
 
 
 THEIRS = "variable KMP_DUPLICATE_LIB_OK"  # threadpoolctl sets it when it is imported

@@ -30,9 +30,8 @@ from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.cli.session import tell_spelled
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
-from gpt_xp.training import Evaluation, Settings, Watcher
-from gpt_xp.training.loop import CHANGEABLE
-from gpt_xp.training.settings import SHAPE
+from gpt_xp.training.log import Evaluation, Watcher
+from gpt_xp.training.settings import CHANGEABLE, SHAPE, TrainingSettings
 from gpt_xp.training.state import is_begun
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ class Bar(Watcher):
         """Say that a special token was read as plain text."""
         tell_spelled(token)
 
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
+    def begins(self, step: int, settings: TrainingSettings, config: GPT2Config, tokens: int) -> None:
         """Say what is trained, and begin the bar."""
         from tqdm import tqdm
 
