@@ -17,7 +17,7 @@ from libraries import skipping_what_is_missing
 from small_trainings import EVERYTHING, bits, log, story
 
 import gpt_xp
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
 from gpt_xp.training.program import jax_backend
 from gpt_xp.training.settings import TrainingSettings
@@ -182,10 +182,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 SLOW = """
 import sys, time
 from gpt_xp.cli import main
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
 
-show, waits = Bar.stepped, eval(sys.argv.pop(1))
+show, waits = TrainingBar.stepped, eval(sys.argv.pop(1))
 
 def stepped(self, step, loss, tokens):
     show(self, step, loss, tokens)
@@ -193,7 +193,7 @@ def stepped(self, step, loss, tokens):
         print(f"after step {step}", file=sys.stderr, flush=True)
         time.sleep(waits[step])
 
-Bar.stepped = stepped
+TrainingBar.stepped = stepped
 main()
 """
 
@@ -269,7 +269,7 @@ def test_a_full_disk_keeps_what_was_there(
     """The room is too little for the second checkpoint; or only for the state, which is four times as large."""
     with monkeypatch.context() as patch, files_of_at_most(10_000_000):
 
-        def full(bar: Bar, step: int, loss: float, tokens: int) -> None:
+        def full(bar: TrainingBar, step: int, loss: float, tokens: int) -> None:
             if step == 4:
                 import resource
 
@@ -277,7 +277,7 @@ def test_a_full_disk_keeps_what_was_there(
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
         before: dict[str, Any] = {}
-        patch.setattr(Bar, "stepped", full)
+        patch.setattr(TrainingBar, "stepped", full)
         failed = call(*begin(text, out))
     assert failed.code == 1
     error = failed.err.splitlines()[-1]
