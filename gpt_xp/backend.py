@@ -13,7 +13,6 @@ them. Importing an adapter must not import its library. CONTRIBUTING shows one b
 """
 
 import contextlib
-import difflib
 import importlib.util
 import inspect
 import os
@@ -31,6 +30,7 @@ from gpt_xp.errors import BackendError
 from gpt_xp.generation.sampling import Choice
 from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.parts import ReplacedParts
+from gpt_xp.reporting.text import closest_first
 from gpt_xp.types import Array, Namespace
 
 Step: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
@@ -235,13 +235,6 @@ def check_installed(name: str, quantized: bool = False) -> None:
     for module, fix in needs.items():
         if importlib.util.find_spec(module) is None:
             raise BackendError(f"{module} is not installed", fix)
-
-
-def closest_first(word: str, known: Iterable[str]) -> list[str]:
-    """Return `known` with the likeliest meanings of a mistyped `word` first."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
-    return close + [name for name in names if name not in close]
 
 
 def import_library(module: str, fix: str) -> ModuleType:

@@ -1,6 +1,7 @@
-"""Reading environment variables that say yes or no: one rule for the library, the backends and the command."""
+"""Environment variables that several parts of gpt-xp read: yes or no, `GPT_XP_HOME`, offline."""
 
 import os
+from pathlib import Path
 
 NO = ("0", "false", "f", "no", "n", "off")
 
@@ -14,3 +15,31 @@ def says_yes(variable: str, default: bool = False) -> bool:
     """Return whether a variable says yes; `default` where it is not set or empty."""
     value = os.environ.get(variable, "")
     return is_yes(value) if value.strip() else default
+
+
+def is_offline() -> bool:
+    """Return whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids the use of the network."""
+    return says_yes("GPT_XP_OFFLINE") or says_yes("HF_HUB_OFFLINE")
+
+
+def gpt_xp_home() -> Path | None:
+    """Return the folder for models and compiled programs: `GPT_XP_HOME`, or gpt-xp's folder in the user's cache.
+
+    Return None where there is no place for one, as for a numeric user of a container without a home directory. Nothing
+    is kept then.
+    """
+    if named := os.environ.get("GPT_XP_HOME"):
+        folder = os.path.expanduser(named)
+        return None if folder.startswith("~") else Path(os.path.abspath(folder))
+    import platformdirs
+
+    try:
+        folder = platformdirs.user_cache_dir("gpt-xp")
+    except (RuntimeError, OSError):
+        return None
+    return Path(folder) if os.path.isabs(folder) else None  # some versions return "~/.cache/gpt-xp"
+
+
+def gpt_xp_home_text() -> str:
+    """Return `gpt_xp_home()` as messages name it."""
+    return str(gpt_xp_home() or "GPT_XP_HOME (which is not set, and this user has no home directory)")

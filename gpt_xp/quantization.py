@@ -12,14 +12,16 @@ such weights too.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from gpt_xp.backend import Backend
 from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.tree import leaves
 from gpt_xp.types import Array, Namespace, Params
+
+if TYPE_CHECKING:
+    from gpt_xp.backend import Backend
 
 KINDS = ("int8", "int4")
 GROUP = 32  # of int4: codes that share a scale
@@ -173,7 +175,7 @@ def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
     return xp.reshape((xp.astype(codes, dtype) - 8) * scale[:, :, None], rows_and_columns(weight))
 
 
-def quantized_backend(backend: Backend) -> Backend:
+def quantized_backend(backend: "Backend") -> "Backend":
     """Return the same backend with a namespace that knows quantized weights.
 
     Raises `BackendError` where the backend needs a library for that, and it is not installed.

@@ -11,8 +11,7 @@ import pytest
 from commands import Result, in_a_new_process, posix, process
 from libraries import skipping_what_is_missing
 
-from gpt_xp.environment import says_yes
-from gpt_xp.hub import store
+from gpt_xp.environment import gpt_xp_home, is_offline, says_yes
 from gpt_xp.training.program import jax_backend
 from gpt_xp.training.settings import TrainingSettings
 
@@ -46,8 +45,7 @@ WORK = """
 import tempfile
 from pathlib import Path
 import gpt_xp
-from gpt_xp import comparison, training
-from gpt_xp import benchmark as bench
+import gpt_xp.benchmark.models, gpt_xp.comparison.driver, gpt_xp.training.loop
 %(imports)s
 before = snapshot()
 model = gpt_xp.load("shakespeare", backend=%(backend)r, threads=2)
@@ -221,7 +219,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_place_each_command_says_so(call: Callable[..., Result], nowhere: None, tmp_path: Path) -> None:
-    assert store.home() is None
+    assert gpt_xp_home() is None
     assert '"folder": null' in call("models", "--json").out
     for args in (("models", "pull", "124M"), ("-m", "124M", "A")):
         assert call(*args) == (
@@ -244,10 +242,10 @@ def test_a_download_says_where_it_cannot_write(call: Callable[..., Result], monk
 
 def test_a_tilde_that_stands_for_nothing_is_no_folder(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_XP_HOME", "~/models")
-    assert store.home() is None
+    assert gpt_xp_home() is None
     monkeypatch.delenv("GPT_XP_HOME")
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"~/.cache/{name}")  # some versions of it
-    assert store.home() is None
+    assert gpt_xp_home() is None
 
 
 # --- variables that say yes or no -------------------------------------------------------------------------------------
@@ -270,7 +268,7 @@ def test_a_yes_is_the_same_everywhere(
     call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, value: str, is_yes: bool | None
 ) -> None:
     monkeypatch.setenv("GPT_XP_OFFLINE", value)
-    assert store.is_offline() == bool(is_yes)
+    assert is_offline() == bool(is_yes)
     assert says_yes("GPT_XP_OFFLINE", default=True) == (is_yes is not False)
     if is_yes:  # otherwise the command would go and fetch it
         assert "gpt-xp is offline" in call("-m", "124M", "A").err

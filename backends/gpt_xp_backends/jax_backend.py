@@ -25,8 +25,8 @@ from gpt_xp.backend import (
     peak_process_memory,
     physical_memory,
 )
+from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import BackendError
-from gpt_xp.hub.store import home
 from gpt_xp.kv_cache import new_cache
 from gpt_xp.types import Array, Namespace
 
@@ -280,7 +280,7 @@ def _keep_compiled(jax: Any) -> None:
     JAX takes the folder for the whole process, from its first program on: so the command calls this, and never the
     library.
     """
-    kept = home()
+    kept = gpt_xp_home()
     if jax.config.jax_compilation_cache_dir is not None or kept is None:
         return
     folder = kept / "jax" / _shareable(jax)

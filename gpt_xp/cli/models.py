@@ -7,6 +7,7 @@ import click
 from gpt_xp.checkpoint.checkpoint import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
+from gpt_xp.environment import gpt_xp_home, gpt_xp_home_text
 from gpt_xp.errors import ModelNotFoundError
 from gpt_xp.hub import store
 from gpt_xp.hub.find import BUNDLED, bundled, default_model, find_model, get_published
@@ -69,7 +70,7 @@ def rm(name: str) -> None:
     for copy in store.copies(model):
         note(f"{copy.folder} is not gpt-xp's, and stays")
     if not removed:
-        raise ModelNotFoundError(f"gpt-xp has nothing of {model.name} in {store.place()}")
+        raise ModelNotFoundError(f"gpt-xp has nothing of {model.name} in {gpt_xp_home_text()}")
 
 
 @models.command(context_settings=CONTEXT)
@@ -85,7 +86,7 @@ def verify(ctx: click.Context, name: str | None) -> None:
     if name and not found:
         _is_not_here(asked[0])
     if not found:
-        note(f"there is nothing to verify in {store.place()}")
+        note(f"there is nothing to verify in {gpt_xp_home_text()}")
     bad = [copy for model, copy in found if not _verify(copy, model)]
     for copy in bad:
         fate = (
@@ -122,7 +123,7 @@ def show(as_json: bool) -> None:
     if as_json:
         write_json(
             {
-                "folder": None if (home := store.home()) is None else str(home),
+                "folder": None if (home := gpt_xp_home()) is None else str(home),
                 "default": default_model(),
                 "models": records,
             }
@@ -135,7 +136,7 @@ def show(as_json: bool) -> None:
         here = ", ".join(f"{size(copy['n_bytes'])} ({copy['source']})" for copy in record["copies"]) or "no"
         rows.append((record["name"], also, f"{n_params / 1e6:.1f}M", size(4 * n_params), here))
     write(table(rows))
-    write(f"`gpt-xp models pull NAME` fetches one; they are kept in {store.place()}\n")
+    write(f"`gpt-xp models pull NAME` fetches one; they are kept in {gpt_xp_home_text()}\n")
 
 
 def _record(model: Published) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from gpt_xp.backend import closest_first
 from gpt_xp.checkpoint.openai import convert, has_index, has_tensorflow, is_openai_layout
 from gpt_xp.errors import CheckpointError, ModelNotFoundError
 from gpt_xp.hub import store
 from gpt_xp.hub.published import MODELS, Published, find_published
+from gpt_xp.reporting.text import closest_first
 
 BUNDLED = Path(__file__).parents[1] / "models"
 BUNDLED_DEFAULT = "shakespeare"

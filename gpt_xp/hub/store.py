@@ -20,7 +20,7 @@ from typing import Any
 from gpt_xp.checkpoint import openai as openai_checkpoint
 from gpt_xp.checkpoint.checkpoint import align_weights, read_config
 from gpt_xp.config import GPT2Config
-from gpt_xp.environment import says_yes
+from gpt_xp.environment import gpt_xp_home, is_offline
 from gpt_xp.errors import DownloadError, ModelNotFoundError
 from gpt_xp.hub import published
 from gpt_xp.hub.digests import digest_of
@@ -47,33 +47,6 @@ class Copy:
     def n_bytes(self) -> int:
         """What its files take on the disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
-
-
-def home() -> Path | None:
-    """Return the cache folder: `GPT_XP_HOME`, or the user's own for gpt-xp.
-
-    None where there is no place for one: a numeric user of a container has no home directory. Then nothing is cached.
-    """
-    if own := os.environ.get("GPT_XP_HOME"):
-        folder = os.path.expanduser(own)
-        return None if folder.startswith("~") else Path(os.path.abspath(folder))
-    import platformdirs
-
-    try:
-        folder = platformdirs.user_cache_dir("gpt-xp")
-    except (RuntimeError, OSError):
-        return None
-    return Path(folder) if os.path.isabs(folder) else None  # some versions return "~/.cache/gpt-xp"
-
-
-def place() -> str:
-    """Return the cache folder as it is written for people."""
-    return str(home() or "GPT_XP_HOME (which is not set, and this user has no home directory)")
-
-
-def is_offline() -> bool:
-    """Whether `GPT_XP_OFFLINE` or `HF_HUB_OFFLINE` forbids to use the network."""
-    return says_yes("GPT_XP_OFFLINE") or says_yes("HF_HUB_OFFLINE")
 
 
 def copies(model: Published) -> list[Copy]:
@@ -107,8 +80,8 @@ def pull(
 ) -> Path:
     """Return a folder with `model` from `source` ("hub", "openai"), fetching what is not in it.
 
-    It is one in `home()`, or `folder`. OpenAI's files are converted there. Raises `DownloadError`, `CheckpointError`,
-    and `ModelNotFoundError` where something would have to be fetched and must not be.
+    It is one in `gpt_xp_home()`, or `folder`. OpenAI's files are converted there. Raises `DownloadError`,
+    `CheckpointError`, and `ModelNotFoundError` where something would have to be fetched and must not be.
     """
     progress = progress or StderrProgress()
     folder = folder or _folder(model, source)
@@ -285,7 +258,7 @@ def _check_online(model: Published, offline: bool) -> None:
         raise ModelNotFoundError(
             f"{model.name} is not on this machine, and gpt-xp is offline (--offline, GPT_XP_OFFLINE or "
             f"HF_HUB_OFFLINE): run `gpt-xp models pull {model.name}` with a network, here or where "
-            f"{home() or 'its cache folder'} can be copied from"
+            f"{gpt_xp_home() or 'its cache folder'} can be copied from"
         )
 
 
@@ -296,7 +269,7 @@ def _check_in_bucket(model: Published) -> None:
 
 
 def _folder(model: Published, source: str) -> Path | None:
-    kept = home()
+    kept = gpt_xp_home()
     return kept and kept / "models" / model.name / source
 
 
@@ -326,7 +299,7 @@ def _pull(model: Published, source: str, folder: Path, progress: Progress) -> No
     server = _endpoint() if source == "hub" else published.BUCKET
     progress.note(f"fetching {model.name} from {origin(server)[1]} into {folder}")
     _throw_away_damaged(model, folder, source, progress)
-    if home() in folder.parents:
+    if gpt_xp_home() in folder.parents:
         _sweep(folder)
     (_pull_hub if source == "hub" else _pull_openai)(model, folder, progress)
 
@@ -349,7 +322,7 @@ def _busy(folder: Path, progress: Progress) -> Iterator[None]:
         with _lock(folder, progress):
             yield
     except (OSError, NotImplementedError) as error:  # NotImplementedError: filelock's, for a disk without locks
-        other = "set GPT_XP_HOME to another folder" if home() in folder.parents else "name another folder"
+        other = "set GPT_XP_HOME to another folder" if gpt_xp_home() in folder.parents else "name another folder"
         raise DownloadError(
             f"cannot work in {folder} ({error}): check the space and the permissions there, or {other}"
         ) from error

@@ -1,9 +1,9 @@
-"""How things are written for people."""
+"""Text for people: sizes, tables, lists of names, lines that are wrapped."""
 
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*\S+")
@@ -40,6 +40,15 @@ def wrapped(text: str) -> str:
     whole = COMMAND.sub(lambda found: found[0].replace(" ", "\0"), text)
     lines = textwrap.fill(whole, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return lines.replace("\0", " ") + "\n"
+
+
+def closest_first(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known` with the names that a mistyped `word` most likely means first."""
+    import difflib  # only for an error
+
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)
+    return close + [name for name in names if name not in close]
 
 
 def listed(values: Any) -> list[Any]:

@@ -16,13 +16,14 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.backend import check_installed, closest_first, get_backend, import_library, is_step
+from gpt_xp.backend import check_installed, get_backend, import_library, is_step
 from gpt_xp.benchmark.models import bench
 from gpt_xp.comparison.worker import traced
 from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.generation import step_functions as steps
 from gpt_xp.generation.sampling import choose
 from gpt_xp.kv_cache import new_cache
+from gpt_xp.reporting.text import closest_first
 
 # Nothing is imported on spec.
 

@@ -15,7 +15,7 @@ from commands import PATIENCE, Result, Terminal, posix, process, start
 from servers import reset, status
 from small_published import path_of
 
-from gpt_xp.hub import store
+from gpt_xp.environment import gpt_xp_home
 from gpt_xp.hub.published import MODELS
 
 WEIGHTS = "model.safetensors"
@@ -59,7 +59,7 @@ def test_the_table(call, server, folder):
 def test_the_table_as_json(call, server, folder):
     def record() -> dict[str, Any]:
         content = json.loads(call("models", "--json").out)
-        assert content["folder"] == str(store.home())
+        assert content["folder"] == str(gpt_xp_home())
         return content | {each["name"]: each for each in content["models"]}
 
     assert record()["default"] == "shakespeare"

@@ -15,6 +15,7 @@ from servers import status
 from small_published import path_of
 
 import gpt_xp
+from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import CheckpointError, DownloadError, GptXpError, ModelNotFoundError
 from gpt_xp.hub import find as hub
 from gpt_xp.hub import store
@@ -274,11 +275,11 @@ def _full(*args: object) -> str:
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("GPT_XP_HOME", str(tmp_path))
-    assert store.home() == tmp_path
+    assert gpt_xp_home() == tmp_path
     monkeypatch.setenv("GPT_XP_HOME", "~/models")
-    assert store.home() == Path.home() / "models"
+    assert gpt_xp_home() == Path.home() / "models"
     monkeypatch.delenv("GPT_XP_HOME")
-    assert store.home().name == "gpt-xp"
+    assert gpt_xp_home().name == "gpt-xp"
 
 
 # --- what others have fetched -----------------------------------------------------------------------------------------
