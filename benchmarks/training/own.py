@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.training.program import Program, jax_backend
 from gpt_xp.training.settings import TrainingSettings
 from training import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY

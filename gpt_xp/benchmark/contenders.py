@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.backend import get_backend
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.generation.decoder import BLOCK, PIECE
 from gpt_xp.model import load
 

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
 from gpt_xp.environment import gpt_xp_home, gpt_xp_home_text

@@ -12,10 +12,10 @@ from gpt_xp.cli.output import note, progress_bar
 from gpt_xp.cli.prompts import sources
 from gpt_xp.cli.wording import Command, Option
 from gpt_xp.errors import CheckpointError
-from gpt_xp.tokenizer.bpe import EOS
 from gpt_xp.tokenizer.files import PAIRS, TOKENIZER_JSON
 from gpt_xp.tokenizer.text_files import size_of, text_pieces
 from gpt_xp.tokenizer.training import check_special_tokens, check_vocab_size, count_words, learn
+from gpt_xp.tokenizer.words import EOS
 
 
 @click.group(context_settings=CONTEXT)

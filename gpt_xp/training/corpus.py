@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_json, sync, write_json, written_aside
-from gpt_xp.checkpoint.safetensors_file import NumpyArray, mapping_errors
+from gpt_xp.atomic_files import sync, write_json, written_aside
+from gpt_xp.checked_files import mapping_errors, read_json
 from gpt_xp.errors import CheckpointError, TextError
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import size_of, text_pieces
 from gpt_xp.training.settings import TrainingSettings
+from gpt_xp.types import NumpyArray
 
 TRAIN, VAL, COUNTS = "train.bin", "val.bin", "corpus.json"
 Advance = Callable[[int], object]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt_xp import json_text
+from gpt_xp.atomic_files import sync, written_aside
 from gpt_xp.backend import Backend
-from gpt_xp.checkpoint.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
 from gpt_xp.training.corpus import Advance

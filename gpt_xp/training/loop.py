@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_carried, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_carried
 from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.model import Model
 from gpt_xp.reporting.plots import check_plot
@@ -241,7 +242,7 @@ class TrainingRun:
 
     def _save_checkpoint(self, weights: Any) -> None:
         weights = tree_map(lambda leaf: leaf.astype(self.settings.save_dtype), weights)
-        save_checkpoint(self.directory, weights, self.config, self.tokenizer, self.carried)
+        checkpoint.save(self.directory, weights, self.config, self.tokenizer, self.carried)
 
     def _save_state(self) -> None:
         self.counters.seconds = time.monotonic() - self.begun

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_xp.atomic_files import write_json, written_aside
 from gpt_xp.checkpoint import checkpoint
-from gpt_xp.checkpoint.safetensors_file import NumpyArray
+from gpt_xp.checkpoint.config_json import config_of, read_carried, stated_quantization
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_model
-from gpt_xp.tokenizer.bpe import EOS, Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.training import check_vocab_size, train_tokenizer
+from gpt_xp.tokenizer.words import EOS
 from gpt_xp.training.corpus import COUNTS, Advance, Span, n_bytes, text_of
 from gpt_xp.training.settings import VOCAB_SIZE, TrainingSettings
 from gpt_xp.training.state import RUN, START, STATE
-from gpt_xp.types import Params
+from gpt_xp.types import NumpyArray, Params
 
 STD = 0.02  # of all other matrices, as in openai/gpt-2 `src/model.py`
 STD_WPE = 0.01
@@ -48,8 +50,8 @@ def begin_run(folder: Path, settings: TrainingSettings) -> None:
     for name in (RUN, COUNTS):  # A former attempt may have left files of other settings.
         (folder / name).unlink(missing_ok=True)
     keep_start(settings, folder / START)
-    with checkpoint.written_aside(folder / RUN, 1000) as aside:
-        checkpoint.write_json(aside, settings.as_dict())
+    with written_aside(folder / RUN, 1000) as aside:
+        write_json(aside, settings.as_dict())
 
 
 def keep_start(settings: TrainingSettings, folder: Path) -> None:
@@ -61,14 +63,11 @@ def keep_start(settings: TrainingSettings, folder: Path) -> None:
     if settings.source is None:
         return
     source = find_model(settings.source)
-    tokenizer = Tokenizer.from_directory(source)
     if settings.start is None:
-        tokenizer.save(folder)
+        Tokenizer.from_directory(source).save(folder)
         return
-    carried = checkpoint.read_carried(source)
-    config = checkpoint.config_of(carried)
-    params = checkpoint.read_params(source, config, dtype=None)
-    checkpoint.save_checkpoint(folder, params, config, tokenizer, carried)
+    found = checkpoint.read(source)
+    checkpoint.save(folder, found.params, found.config, found.tokenizer, found.carried)
 
 
 def kept_start(settings: TrainingSettings, folder: Path) -> Path | None:
@@ -101,10 +100,11 @@ def find_config(settings: TrainingSettings, tokenizer: Tokenizer | None, source:
         if tokenizer is None:
             return settings.new_config(1)
         return settings.new_config(tokenizer.n_vocab, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    config = checkpoint.read_config(source)
+    carried = read_carried(source)
+    config = config_of(carried)
     if settings.freeze > config.n_layer:
         raise SettingError(f"freeze {settings.freeze}: the model has {config.n_layer} blocks")
-    if (kind := checkpoint.read_quantization(source)) is not None:
+    if (kind := stated_quantization(carried)) is not None:
         raise SettingError(f"{settings.start} is quantized ({kind}), which cannot be trained: start from the original")
     return config
 
@@ -113,7 +113,7 @@ def first_params(settings: TrainingSettings, config: GPT2Config, source: Path | 
     """Return the params before the first step, NumPy arrays of float32; from the directory `source`, or random."""
     if settings.start is None or source is None:
         return random_params(config, settings.seed)
-    return checkpoint.read_params(source, config)
+    return checkpoint.read(source, "float32").params
 
 
 def random_params(config: GPT2Config, seed: int) -> Params:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpt_xp import json_text
-from gpt_xp.checkpoint.checkpoint import SAVING, read_json, sync, written_aside
+from gpt_xp.atomic_files import ASIDE_PREFIX, sync, written_aside
+from gpt_xp.checked_files import read_json
 from gpt_xp.checkpoint.safetensors_file import open_safetensors
 from gpt_xp.errors import CheckpointError, SettingError, TextError, TokenizerError
 from gpt_xp.training.log import LOG
@@ -75,7 +76,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove files that a killed process was writing. Call it while `folder` is locked."""
     for file in (*folder.glob("*.part"), *folder.parent.glob(f"{LOG}.*.part")):
         file.unlink(missing_ok=True)
-    for aside in folder.parent.glob(f"{SAVING}*"):
+    for aside in folder.parent.glob(f"{ASIDE_PREFIX}*"):
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -19,7 +19,9 @@ from small_trainings import EVERYTHING, SHAPE, SMALL, bits, log, story
 
 import gpt_xp
 from gpt_xp import Evaluation, GptXpError, Training
-from gpt_xp.checkpoint.checkpoint import read_config, read_params, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import BackendError, CheckpointError, NumericalError, SettingError, TextError
 from gpt_xp.training import corpus
 from gpt_xp.training.corpus import Span, crops, validation_rows
@@ -67,7 +69,7 @@ def save_start(directory: Path, seed: int) -> None:
     """Write a model to start from, of random params."""
     tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
     config = gpt_xp.GPT2Config(n_vocab=277, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=276)
-    save_checkpoint(directory, random_params(config, seed), config, tokenizer)
+    checkpoint.save(directory, random_params(config, seed), config, tokenizer)
 
 
 FROZEN = {name: value for name, value in SMALL.items() if name not in SHAPE} | {"freeze": 1}
@@ -299,7 +301,8 @@ def test_the_corpus_is_the_text(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    from gpt_xp.tokenizer.bpe import CHARACTER_OF_BYTE, EOS, Tokenizer
+    from gpt_xp.tokenizer.bpe import Tokenizer
+    from gpt_xp.tokenizer.words import CHARACTER_OF_BYTE, EOS
 
     tokenizer = Tokenizer({character: 70_000 + i for i, character in enumerate(CHARACTER_OF_BYTE)} | {EOS: 3}, [])
     (tmp_path / "t.txt").write_text("abcdefghij" * 10)

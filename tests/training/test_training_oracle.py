@@ -15,8 +15,9 @@ from libraries import skipping_what_is_missing
 from small_trainings import SMALL, story
 
 import gpt_xp
-from gpt_xp.checkpoint.checkpoint import WEIGHTS, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.safetensors_file import open_safetensors
+from gpt_xp.checkpoint.weights import WEIGHTS
 from gpt_xp.training.corpus import crops
 from gpt_xp.training.program import Program, jax_backend
 from gpt_xp.training.settings import TrainingSettings
@@ -123,7 +124,7 @@ def assert_moved_alike(
 def test_steps_are_those_of_torch(tmp_path: Path) -> None:
     settings = TrainingSettings(data=("x",), steps=5, warmup=2, **HOW)
     params = random_params(CONFIG, seed=3)
-    save_checkpoint(tmp_path / "before", params, CONFIG)
+    checkpoint.save(tmp_path / "before", params, CONFIG)
     theirs = Torch(tmp_path / "before", settings)
     program = Program(settings, CONFIG, params, jax_backend(settings))
     state, norms = program.initial_state(), []
@@ -135,7 +136,7 @@ def test_steps_are_those_of_torch(tmp_path: Path) -> None:
         assert float(loss) == pytest.approx(expected, rel=1e-6)
         norms.append(norm)
     assert min(norms) < settings.clip < max(norms)  # some are clipped and others not
-    save_checkpoint(tmp_path / "after", program.weights(state), CONFIG)
+    checkpoint.save(tmp_path / "after", program.weights(state), CONFIG)
     assert_moved_alike(read(tmp_path / "after"), theirs.tensors(), theirs.before)
 
 
@@ -145,7 +146,7 @@ def test_fine_tuning_with_frozen_blocks_is_that_of_torch(tmp_path: Path) -> None
 
     text = story(3000)
     (tmp_path / "text.txt").write_bytes(text.encode())
-    save_checkpoint(
+    checkpoint.save(
         tmp_path / "before", random_params(CONFIG, seed=3), CONFIG, gpt_xp.train_tokenizer([text], CONFIG.n_vocab)
     )
     how = {**HOW, "steps": 3, "warmup": 0, "eval_every": 3, "seq_len": 31, "seed": 7}
