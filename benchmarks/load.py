@@ -25,7 +25,7 @@ from typing import Any
 CHILD = """
 import json, sys, time
 import gpt_xp
-from gpt_xp.backend import peak_process_memory
+from gpt_xp.memory import peak_process_memory
 before = peak_process_memory()
 begin = time.perf_counter()
 model = gpt_xp.load(sys.argv[1], backend="numpy")

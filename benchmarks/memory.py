@@ -24,7 +24,7 @@ from typing import Any
 from startup import machine, make_model
 
 N_NEW = 2
-PEAK = "\nfrom gpt_xp.backend import peak_process_memory as peak\n"
+PEAK = "\nfrom gpt_xp.memory import peak_process_memory as peak\n"
 GPT_XP = f"""
 import json, sys
 import gpt_xp

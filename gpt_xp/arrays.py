@@ -1,4 +1,4 @@
-"""The library and the device of an array, and the errors for arguments that are no arrays."""
+"""Ask an array for its library and device, widen half precision, and refuse what is no array."""
 
 from typing import Any
 
@@ -20,6 +20,11 @@ def device_of(x: Array) -> Any:
     except AttributeError:
         return None
     return None if hasattr(type(device), "device_set") else device
+
+
+def at_least_float32(x: Array, xp: Namespace) -> Array:
+    """Widen half precision, in which sums and squares lose digits or overflow. Leave float32 and float64 alone."""
+    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
 def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> Namespace:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpt_xp.arrays import device_of
-from gpt_xp.backend import ITEM_SIZE, Backend, BackendInfo, DeviceInfo, get_backend
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.hub.published import MODELS
+from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.registry import get_backend
 from gpt_xp.types import Array, Namespace
 
 # Rows of the square float32 matrix that is read. They take 1 GB, which is more than processors cache, and 4 GB.

@@ -1,17 +1,19 @@
-"""The key/value cache: what attention has computed for the tokens so far, so that no token is computed twice.
+"""The key/value cache: the keys and values of all tokens so far, so that no token is computed twice.
 
-A `KVCache` is a value. `gpt2` takes one and returns the next, and the one that was passed in is consumed: NumPy
-writes into it in place, and JAX may reuse its memory. `copy` forks a cache that is needed twice.
+A `KVCache` is a value. The model takes one and returns the next, and the one that was passed in is consumed: NumPy
+writes into it in place, and JAX may reuse its memory. `copy` forks a cache that is needed twice. Attention looks at
+all slots, so a cache is only as long as it must be, and grows (`grow_cache`).
 
-Every row of a batch writes to the same slot at the same time; shorter prompts are padded on the left, and
-`start[b]` is the slot at which row b really begins. The buffers are a ring: after the last slot comes the first
-again. No row ever looks back further than its context, so `n_ctx` slots are enough for any batch.
+Every row of a batch writes to the same slot at the same time. Shorter prompts are padded on the left, and `start[b]`
+is the slot at which row b really begins. The slots are a ring: after the last one comes the first again. No row looks
+back further than its context, so `n_ctx` slots are enough for any batch.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import array_api_extra as xpx
-from array_api_compat import array_namespace, is_writeable_array
+from array_api_compat import array_namespace, is_jax_array, is_writeable_array
 
 from gpt_xp.arrays import device_of
 from gpt_xp.config import GPT2Config, check_config
@@ -19,84 +21,113 @@ from gpt_xp.errors import PromptError
 from gpt_xp.types import Array, Namespace
 
 
-class KVCache(NamedTuple):
-    """Keys and values of every layer, and where the next token goes.
-
-    `k` and `v` are [n_layer, batch, n_head, n_slots, d_head] in the dtype of the params; `position` counts the
-    tokens written to each row, padding included (an int, or an int32 scalar under `jax.jit`); `start` is [batch]
-    int32.
-    """
+class LayerCache(NamedTuple):
+    """The keys and values of one layer, each [batch, n_head, n_slots, d_head], and how many tokens were written."""
 
     k: Array
     v: Array
     position: int | Array
-    start: Array
 
-    @property
-    def n_slots(self) -> int:
-        """How many tokens fit before the ring begins again."""
-        return int(self.k.shape[3])
+    def append(self, k: Array, v: Array, xp: Namespace) -> "LayerCache":
+        """Write the keys and values [batch, n_head, n_seq, d_head] of the next tokens into their slots.
 
-    def positions(self, n_seq: int, n_ctx: int, xp: Namespace) -> Array:
-        """The positions [batch, n_seq], int32, of the next `n_seq` tokens of each row, counted from its start."""
-        positions = self._slots(n_seq, xp)[None, :] - self.start[:, None]
-        # Padding has negative positions, and rows that have ended run on past the context: both are computed with
-        # the rest of the batch and looked at by nobody, but they must not read outside the table.
-        return xp.clip(positions, 0, n_ctx - 1)
-
-    def visible(self, n_seq: int, window: int | None, xp: Namespace) -> Array:
-        """Which of the first `window` slots each of the next `n_seq` tokens may look at: [batch, 1, n_seq, window]."""
-        query = self._slots(n_seq, xp)[:, None]  # [n_seq, 1]
-        slot = xp.arange(window or self.n_slots, dtype=xp.int32, device=device_of(self.start))  # [window]
-        # A slot's content was written at the last turn of the ring that is not after the query.
-        # In a ring of 8, query 9 finds tokens 8, 9 in slots 0, 1 and the older 2 .. 7 in slots 2 .. 7.
-        written = query - (query - slot) % self.n_slots  # [n_seq, window]
-        return written >= self.start[:, None, None, None]
-
-    def write(self, layer: int, k: Array, v: Array, xp: Namespace) -> "KVCache":
-        """Put the keys and values [batch, n_head, n_seq, d_head] of the next `n_seq` tokens into one layer."""
-        n_seq = k.shape[2]
-        first = self.position % self.n_slots
-        room = self.n_slots - (first if isinstance(first, int) else 0)
+        Raises `PromptError` for more tokens than there are slots before the ring begins again.
+        """
+        n_seq, n_slots = k.shape[2], self.k.shape[2]
+        first = self.position % n_slots
+        room = n_slots - (first if isinstance(first, int) else 0)
         if n_seq > room:
             raise PromptError(
                 f"{n_seq} tokens were given, and the cache has room for {room} before its ring begins again: "
                 "make it larger, or pass fewer tokens at a time"
             )
-        if isinstance(first, int):
-            slots = slice(first, first + n_seq)
-        elif n_seq == 1:
-            slots = first[None]
-        else:
-            slots = first + xp.arange(n_seq, dtype=xp.int32)
-        # A full index, of which one entry may be traced: JAX then updates the buffer in place.
-        index = (slice(layer, layer + 1), slice(None), slice(None), slots, slice(None))
-        return KVCache(_put(self.k, index, k), _put(self.v, index, v), self.position, self.start)
+        return LayerCache(_put(self.k, first, k, xp), _put(self.v, first, v, xp), self.position)
 
-    def read(self, layer: int, window: int | None) -> tuple[Array, Array]:
-        """Keys and values of the first `window` slots of one layer, each [batch, n_head, window, d_head]."""
-        return self.k[layer, :, :, :window, :], self.v[layer, :, :, :window, :]
 
-    def advance(self, n_seq: int) -> "KVCache":
-        """Count `n_seq` tokens as written."""
-        return self._replace(position=self.position + n_seq)
+Past: TypeAlias = LayerCache | None  # without a cache, there is no past
+
+
+class KVCache(NamedTuple):
+    """The keys and values of every layer, and where the next token goes.
+
+    `layers` has (k, v) for each layer, each [batch, n_head, n_slots, d_head] in the dtype of the params. `position`
+    counts the tokens written to each row, padding included; it is an int, or an int32 scalar that JAX has computed.
+    `start` is [batch] int32.
+    """
+
+    layers: list[tuple[Array, Array]]
+    position: int | Array
+    start: Array
+
+    @property
+    def n_slots(self) -> int:
+        """The number of tokens that fit before the ring begins again, or before the cache grows."""
+        return int(self.layers[0][0].shape[2])
+
+    def layer(self, index: int) -> LayerCache:
+        """Return the cache of one layer."""
+        return LayerCache(*self.layers[index], self.position)
+
+    def after(self, layers: Sequence[Any], n_seq: int) -> "KVCache":
+        """Return the cache with the layers as they are after `n_seq` more tokens."""
+        return KVCache([(each.k, each.v) for each in layers], self.position + n_seq, self.start)
 
     def copy(self, xp: Namespace = None) -> "KVCache":
-        """A cache of its own with the same content, so that two continuations can begin here."""
-        xp = xp or array_namespace(self.k)
-        # All of it: a compiled step that may reuse the memory of a cache takes its position too.
-        return KVCache(*(part if isinstance(part, int) else xp.asarray(part, copy=True) for part in self))
+        """Return another cache with the same content, so that two continuations can begin here."""
+        xp = xp or array_namespace(self.layers[0][0])
 
-    def _slots(self, n_seq: int, xp: Namespace) -> Array:
-        return xp.arange(n_seq, dtype=xp.int32, device=device_of(self.start)) + self.position
+        def copied(x: Any) -> Any:  # A compiled step that may reuse the memory of a cache takes its position too.
+            return x if isinstance(x, int) else xp.asarray(x, copy=True)
+
+        return KVCache([(copied(k), copied(v)) for k, v in self.layers], copied(self.position), copied(self.start))
 
 
-def _put(buffer: Array, index: tuple[Any, ...], new: Array) -> Array:
-    """Return `buffer` with `new` at `index`: in place where that can be done, and a new array in JAX."""
-    if is_writeable_array(buffer):  # what `at` would find out too, at more cost, twice in every layer of every step
-        buffer[index] = new[None, ...]
+def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None, xp: Namespace) -> tuple[Array, Array]:
+    """Return the position of each token [batch * n_seq], int32, and the mask of attention, float32.
+
+    The mask is added to the scores: 0 where a token may look, and the smallest float32 where it may not. Without a
+    cache it is [n_seq, n_seq]: each token looks at itself and back. With one it is [batch, 1, n_seq, n_slots].
+    """
+    n_seq = tokens.shape[-1]
+    numbers = xp.arange(n_seq, dtype=xp.int32, device=device_of(tokens))
+    if cache is None:
+        config.check_length(n_seq)
+        positions = xp.broadcast_to(numbers, (*tokens.shape[:-1], n_seq))
+        visible = numbers[None, :] <= numbers[:, None]
+    else:
+        query = numbers + cache.position  # the slots of these tokens, [n_seq]
+        # Padding has negative positions, and rows that have ended run on past the context. Both are computed with the
+        # rest of the batch and then ignored, but they must not read outside the table.
+        positions = xp.clip(query[None, :] - cache.start[:, None], 0, config.n_ctx - 1)
+        visible = _written(query[:, None], cache.n_slots, xp) >= cache.start[:, None, None, None]
+    # Finite: a row that may look nowhere (padding) stays free of NaN.
+    mask = float(xp.finfo(xp.float32).min) * xp.astype(~visible, xp.float32)
+    return xp.reshape(positions, (-1,)), mask
+
+
+def _written(query: Array, n_slots: int, xp: Namespace) -> Array:
+    """Return which token each slot holds that the token `query` [n_seq, 1] may look at: [n_seq, n_slots].
+
+    It was written at the last turn of the ring that is not after the query. In a ring of 8, query 9 finds tokens 8 and
+    9 in slots 0 and 1, and the older 2 to 7 in slots 2 to 7.
+    """
+    slot = xp.arange(n_slots, dtype=xp.int32, device=device_of(query))
+    return query - (query - slot) % n_slots
+
+
+def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
+    """Return `buffer` with `new` [batch, n_head, n_seq, d_head] from slot `first` on, in place where possible."""
+    if is_jax_array(buffer):
+        from jax.lax import dynamic_update_slice_in_dim  # in place when compiled, where `at` with an index is slower
+
+        return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
+    n_seq = new.shape[2]
+    slots = slice(first, first + n_seq) if isinstance(first, int) else first + xp.arange(n_seq, dtype=xp.int32)
+    index = (slice(None), slice(None), slots, slice(None))
+    if is_writeable_array(buffer):  # `at` would find this out too, but takes longer, twice in every layer.
+        buffer[index] = new
         return buffer
-    return xpx.at(buffer, index).set(new[None, ...])
+    return xpx.at(buffer, index).set(new)
 
 
 def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace = None) -> KVCache:
@@ -110,8 +141,26 @@ def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: N
     start = xp.asarray(start, dtype=xp.int32, device=device_of(like))
     if len(start.shape) != 1:
         raise PromptError(f"start must have one whole number for each row, [batch], and its shape is {start.shape}")
-    shape = (config.n_layer, start.shape[0], config.n_head, n_slots, config.n_embd // config.n_head)
-    # Two calls: k and v must not share memory, or JAX cannot reuse it.
-    k = xp.zeros(shape, dtype=like.dtype, device=device_of(like))
-    v = xp.zeros(shape, dtype=like.dtype, device=device_of(like))
-    return KVCache(k, v, 0, start)
+    shape = start.shape[0], config.n_head, n_slots, config.n_embd // config.n_head
+
+    def zeros() -> Array:
+        return xp.zeros(shape, dtype=like.dtype, device=device_of(like))
+
+    return KVCache([(zeros(), zeros()) for _ in range(config.n_layer)], 0, start)
+
+
+def grow_cache(cache: KVCache, n_slots: int, xp: Namespace = None) -> KVCache:
+    """Return the cache with `n_slots` slots; its ring must not have begun again. The cache passed in is consumed.
+
+    Each layer is replaced in turn, so that memory never holds two caches.
+    """
+    xp = xp or array_namespace(cache.layers[0][0])
+
+    def longer(x: Array) -> Array:
+        batch, n_head, before, d_head = x.shape
+        more = xp.zeros((batch, n_head, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
+        return xp.concat([x, more], axis=2)
+
+    for i, (k, v) in enumerate(cache.layers):
+        cache.layers[i] = longer(k), longer(v)
+    return cache

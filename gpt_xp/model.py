@@ -1,39 +1,43 @@
-"""The public face: a `Model` ties params, config, tokenizer and backend together, and `load` makes one."""
+"""A `Model` ties params, config, tokenizer and backend together; `load` makes one, and `save` writes one."""
 
 import contextlib
 import functools
-import math
-import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral, Number
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 
-from gpt_xp.backend import ITEM_SIZE, Backend, get_backend
+from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.carried import Carried
 from gpt_xp.checkpoint.tensors import check_params
 from gpt_xp.config import GPT2Config, check_config
 from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
-from gpt_xp.generation.decoder import Engine
-from gpt_xp.generation.results import Piece, Prompt
-from gpt_xp.generation.sampling import Sampling
-from gpt_xp.generation.stop_strings import check_stops
+from gpt_xp.generation.decoder import Decoder
+from gpt_xp.generation.loop import Generator
+from gpt_xp.generation.results import Generation, Piece
+from gpt_xp.generation.rows import Prompt
 from gpt_xp.hub.find import find_model
+from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
-from gpt_xp.reporting.text import size
+from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokensDone, score_tokens
 from gpt_xp.scoring.windows import Windows
+from gpt_xp.settings import GenerationOptions, GenerationSettings
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Params
 
 Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
+OnePrompt: TypeAlias = str | list[int] | tuple[int, ...]
+Prompts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...] | list[str | list[int]]
+Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq]
 
 
 class Model:
@@ -65,7 +69,7 @@ class Model:
 
         Raises `ConfigError` where they do not fit the config, and `DeviceMemoryError` where they do not fit the device.
         """
-        return self._engine.params
+        return self._decoder.params
 
     @params.setter
     def params(self, params: Params) -> None:
@@ -75,7 +79,8 @@ class Model:
         self._bytes = sum(map(self._leaf_bytes, leaves(params)))
         with self._memory_errors(batch=0):
             moved: Params = tree_map(self._move, params)
-        self._engine = Engine(moved, self.config, self.tokenizer, self.backend)
+        self._decoder = Decoder(moved, self.config, self.backend)
+        self._generator = Generator(self._decoder, self.tokenizer)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse to replace a part that others were made for."""
@@ -101,63 +106,62 @@ class Model:
         self.config.check_length(ids.shape[-1])
         rows = ids[None] if ids.ndim == 1 else ids
         with self._memory_errors(batch=len(rows)):
-            logits = np.concatenate(list(self._engine.logits(rows)), axis=1)
+            logits = np.concatenate(list(self._decoder.prompt_logits(rows)), axis=1)
         return logits[0] if ids.ndim == 1 else logits
 
+    @overload
     def generate(
         self,
-        prompt: Text | Sequence[Text],
+        prompt: OnePrompt,
+        settings: GenerationSettings | None = None,
         *,
-        max_tokens: int | None = 40,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
+        num_samples: Literal[1] = 1,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        settings: GenerationSettings | None = None,
+        *,
         num_samples: int = 1,
-        speculate: bool = False,
-        special_tokens: bool = False,
-    ) -> Any:
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: OnePrompt | Prompts | Numbers,
+        settings: GenerationSettings | None = None,
+        *,
+        num_samples: int = 1,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation | list[Generation]: ...
+
+    def generate(
+        self, prompt: Any, settings: GenerationSettings | None = None, **options: Any
+    ) -> Generation | list[Generation]:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
-        A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). In text, the
-        spelling of a special token such as `<|endoftext|>` is plain text, unless `special_tokens` reads it as that
-        token. With `num_samples`, the samples of the first prompt come first, then those of the second. `max_tokens`
-        None goes on to the end of the context. `temperature` 0 is greedy; with `seed` None one is drawn. `ignore_eos`
-        goes on after an end token, and keeps it. See `sampling.Sampling` for the filters. `speculate` guesses tokens
-        from repeats in the text and checks several at once, while that saves time: the same text, but for choices whose
-        margin is within rounding.
+        A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). The options are
+        the fields of `GenerationSettings`, which describes them; they come before those of `settings`. With
+        `num_samples`, the samples of the first prompt come first, then those of the second.
 
-        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for other
-        arguments that make no sense, `DeviceMemoryError`.
+        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for options
+        that make no sense, `DeviceMemoryError`.
         """
-        pieces = self.stream(
-            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed, ignore_eos=ignore_eos, num_samples=num_samples,
-            speculate=speculate, special_tokens=special_tokens,
-        )  # fmt: skip
-        results = [piece.result for piece in pieces if piece.result is not None]
-        return results[0] if _is_one(prompt) and num_samples == 1 else results
+        chosen = _settings(settings, options)
+        results = [piece.result for piece in self.stream(prompt, chosen) if piece.result is not None]
+        return results[0] if _is_one(prompt) and chosen.num_samples == 1 else results
 
     def stream(
         self,
-        prompt: Text | Sequence[Text],
+        prompt: OnePrompt | Prompts | Numbers,
+        settings: GenerationSettings | None = None,
         *,
-        max_tokens: int | None = 40,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        num_samples: int = 1,
-        speculate: bool = False,
-        special_tokens: bool = False,
+        num_samples: int | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -165,20 +169,16 @@ class Model:
         and are checked before this returns.
         """
         called = time.perf_counter()
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            seed=secrets.randbits(32) if seed is None else seed,
-        )  # fmt: skip
-        stops = check_stops(stop)
-        if stops and self.tokenizer is None:
+        if num_samples is not None:
+            settings = _settings(settings, {"num_samples": num_samples})
+        chosen = _settings(settings, options).with_seed()
+        if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
-        _check_count("max_tokens", max_tokens)
-        _check_count("num_samples", num_samples)
-        texts: Sequence[Any] = [prompt] if _is_one(prompt) else prompt
-        encoded = [self._encode(text, special_tokens) for text in texts]
-        self._check_memory(encoded, num_samples, max_tokens)
-        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(num_samples)]
-        return self._guarded(prompts, sampling, max_tokens, stops, ignore_eos, speculate, called)
+        texts: Any = [prompt] if _is_one(prompt) else prompt
+        encoded = [self._encode(text, chosen.special_tokens) for text in texts]
+        self._check_memory(encoded, chosen)
+        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
+        return self._guarded(prompts, chosen, called)
 
     def score(
         self,
@@ -208,7 +208,7 @@ class Model:
         ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
             return score_tokens(
-                self._engine, ids, windows, batch_size, progress, text if isinstance(text, str) else None
+                self._generator, ids, windows, batch_size, progress, text if isinstance(text, str) else None
             )
 
     def rank(
@@ -232,7 +232,7 @@ class Model:
         given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
         encode = functools.partial(self._token_ids, special_tokens=special_tokens)
         with self._memory_errors(batch=batch_size):
-            return rank_choices(self._engine, given[0], given[1:], by, batch_size, encode)
+            return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
     def _move(self, leaf: Any) -> Any:
         """Return an array, or a quantized weight, on the device."""
@@ -241,16 +241,16 @@ class Model:
         return self.backend.asarray(leaf, self.backend.dtype)
 
     def _leaf_bytes(self, leaf: Any) -> int:
-        return n_bytes(leaf) if isinstance(leaf, Quantized) else math.prod(leaf.shape) * ITEM_SIZE[self.backend.dtype]
+        return n_bytes(leaf) if isinstance(leaf, Quantized) else array_bytes(leaf, self.backend.dtype)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
         save(self, directory)
 
-    def _guarded(self, prompts: list[Prompt], *arguments: Any) -> Iterator[Piece]:
+    def _guarded(self, prompts: list[Prompt], settings: GenerationSettings, called: float) -> Iterator[Piece]:
         if prompts:
             with self._memory_errors(batch=len(prompts)):
-                yield from self._engine.run(prompts, *arguments)
+                yield from self._generator.run(prompts, settings, called)
 
     def _token_ids(self, prompt: Text, special_tokens: bool = False) -> list[int]:
         """Return the token ids of a prompt. Raises `PromptError` for those that the model does not have."""
@@ -268,9 +268,9 @@ class Model:
     def _encode(self, prompt: Text, special_tokens: bool) -> list[int]:
         ids = self._token_ids(prompt, special_tokens)
         if not ids:
-            if self._engine.first_token is None:
+            if self._generator.first_token is None:
                 raise PromptError("an empty prompt begins with the model's bos_token_id, and this model has none")
-            ids = [self._engine.first_token]
+            ids = [self._generator.first_token]
         if len(ids) > self.config.n_ctx:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, and the context of this model holds {self.config.n_ctx}: "
@@ -278,17 +278,14 @@ class Model:
             )
         return ids
 
-    def _check_memory(self, prompts: list[list[int]], num_samples: int, max_tokens: int | None) -> None:
+    def _check_memory(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
         """Raise `DeviceMemoryError` for a cache that can never fit, before memory runs out on the way there."""
-        rows, n_ctx = len(prompts) * num_samples, self.config.n_ctx
+        rows, n_ctx = len(prompts) * settings.num_samples, self.config.n_ctx
         longest = max(map(len, prompts), default=0)
-        n_slots = self.backend.slots(min(longest + (max_tokens or n_ctx), n_ctx), n_ctx)
-        if self.backend.device_memory and self._cache_bytes(rows, n_slots) > self.backend.device_memory:
+        n_slots = self.backend.cache_slots(min(longest + (settings.max_tokens or n_ctx), n_ctx), n_ctx)
+        has = self.backend.device_memory
+        if has and cache_bytes(self.config, rows, n_slots, self.backend.dtype) > has:
             raise self._memory_error(rows, n_slots)
-
-    def _cache_bytes(self, rows: int, n_slots: int) -> int:
-        config = self.config
-        return 2 * rows * n_slots * config.n_layer * config.n_embd * ITEM_SIZE[self.backend.dtype]
 
     def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
         # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
@@ -312,16 +309,7 @@ class Model:
             raise self._memory_error(batch, self.config.n_ctx) from error
 
     def _memory_error(self, rows: int, n_slots: int) -> DeviceMemoryError:
-        backend = self.backend
-        needs = f"the params take {size(self._bytes)} in {backend.dtype}"
-        if rows:
-            needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
-            needs += size(self._cache_bytes(rows, n_slots))
-        has = f", and the device has {size(backend.device_memory)} in all" if backend.device_memory else ""
-        return DeviceMemoryError(
-            f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
-            "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
-        )
+        return DeviceMemoryError(too_little_memory(self.backend, self.config, self._bytes, rows, n_slots))
 
 
 def load(
@@ -388,7 +376,5 @@ def _is_one(prompt: Any) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], Number)
 
 
-def _check_count(name: str, value: object) -> None:
-    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-    if not whole and not (value is None and name == "max_tokens"):
-        raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")
+def _settings(settings: GenerationSettings | None, options: Any) -> GenerationSettings:
+    return replace(settings or GenerationSettings(), **options)

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import get_backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_in_models_dir
 from gpt_xp.quantization import Quantized, QuantizedTable, dequantize
+from gpt_xp.registry import get_backend
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import tree_map
 from gpt_xp.types import Params

@@ -11,7 +11,6 @@ such weights too.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -176,15 +175,11 @@ def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
 
 
 def quantized_backend(backend: "Backend") -> "Backend":
-    """Return the same backend with a namespace that knows quantized weights.
+    """Return the same backend with a namespace that takes quantized weights; one that has it already as it is.
 
     Raises `BackendError` where the backend needs a library for that, and it is not installed.
     """
-    if isinstance(backend.xp, QuantizedNamespace):
-        return backend
-    if backend.quantized is not None:
-        return backend.quantized(backend)
-    return replace(backend, xp=QuantizedNamespace(backend.xp, backend.dtype))
+    return backend if isinstance(backend.xp, QuantizedNamespace) else backend.quantized()
 
 
 class QuantizedNamespace:

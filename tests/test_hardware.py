@@ -1,7 +1,6 @@
 """The report on a backend: settings, which models fit, and how fast memory is."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,11 @@ from libraries import make_backend
 
 import gpt_xp
 from gpt_xp import Backend, BackendInfo, hardware
-from gpt_xp.backend import ITEM_SIZE, DeviceInfo, get_backend
+from gpt_xp.backend import DeviceInfo
 from gpt_xp.hardware import BackendReport, ModelFit, measure_bandwidth, model_fit, report_on_backends
 from gpt_xp.hub.published import MODELS
+from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.registry import get_backend
 
 NUMPY = BackendInfo("numpy", "2", (DeviceInfo("cpu", "2 cores", 8_000_000_000),))
 
@@ -94,13 +95,13 @@ def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytes
 
 def test_bandwidth_is_bytes_per_second(backend: Backend) -> None:
     # A device of 128 MB, of which an eighth is used: 16 MB.
-    small = replace(backend, device_memory=2**27)
+    small = backend.replace(device_memory=2**27)
     found = measure_bandwidth(small, seconds=0.02)
     assert 1e8 < found < 1e14
 
 
 def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, backend = [], replace(make_backend("numpy"), device_memory=None)
+    sides, backend = [], make_backend("numpy").replace(device_memory=None)
     monkeypatch.setattr(hardware, "SMALLEST_MATRIX", 2**4)
     monkeypatch.setattr(hardware, "LARGEST_MATRIX", 2**7)
 
@@ -115,7 +116,7 @@ def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest
     assert sides == [16, 16, 32, 32, 64, 64]
     limit = 10_000
     assert measure_bandwidth(backend) == 128 * 128 * 4 / 1e-3
-    assert measure_bandwidth(replace(backend, device_memory=8 * 4 * 32**2)) == 32 * 32 * 4 / 1e-3
+    assert measure_bandwidth(backend.replace(device_memory=8 * 4 * 32**2)) == 32 * 32 * 4 / 1e-3
 
 
 # The command
@@ -125,7 +126,9 @@ def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest
 def small_memory(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [NUMPY, BackendInfo("cupy", problem="none here")])
     monkeypatch.setattr("gpt_xp.hardware.get_backend", lambda name, **options: get_backend(name, **options, threads=1))
-    monkeypatch.setattr("gpt_xp_backends.numpy_backend._settings", lambda threads: {"blas": "some 1.2", "threads": "1"})
+    monkeypatch.setattr(
+        "gpt_xp_backends.numpy_backend.NumPyBackend.settings", lambda self: {"blas": "some 1.2", "threads": "1"}
+    )
 
 
 def test_the_table(call, small_memory: None) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cached import CONFIG, TOKENS, forward, run, setup
+from cached import CONFIG, TOKENS, forward, forward_with_cache, run, setup
 from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,25 +15,26 @@ from gpt_xp import Backend
 from gpt_xp.errors import ConfigError, PromptError
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact window", "all slots"])
-def test_pieces_are_the_full_forward_pass(backend: Backend, exact: bool) -> None:
-    params, cache = setup(backend)
+@pytest.mark.parametrize("grow", [False, True], ids=["all slots", "growing"])
+def test_pieces_are_the_full_forward_pass(backend: Backend, grow: bool) -> None:
+    params, cache = setup(backend, n_slots=5 if grow else 37)
     full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS), CONFIG))
-    pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], exact)
+    pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], grow)
     assert_values(pieces, full, TOLERANCE["same", "float32"])
     assert int(after.position) == 31
-    assert after.k.shape == (2, 3, 3, 37, 13)
+    assert [k.shape for k, _ in after.layers] == [(3, 3, 31 if grow else 37, 13)] * 2
+    assert [v.shape for _, v in after.layers] == [k.shape for k, _ in after.layers]
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.sets(st.integers(1, 30), max_size=30).map(lambda cuts: [*sorted(cuts), 31]), st.booleans())
-def test_any_pieces_are_the_full_forward_pass(cuts: list[int], exact: bool) -> None:
+def test_any_pieces_are_the_full_forward_pass(cuts: list[int], grow: bool) -> None:
     from libraries import make_backend
 
     backend = make_backend("numpy")
-    params, cache = setup(backend)
+    params, cache = setup(backend, n_slots=1 if grow else 37)
     full = forward(backend)(params, TOKENS, CONFIG)
-    assert_values(run(backend, params, cache, TOKENS, cuts, exact)[0], full, TOLERANCE["same", "float32"])
+    assert_values(run(backend, params, cache, TOKENS, cuts, grow)[0], full, TOLERANCE["same", "float32"])
 
 
 def test_rows_padded_on_the_left_are_rows_alone(backend: Backend) -> None:
@@ -62,9 +63,9 @@ def test_a_short_row_goes_on_around_the_ring(backend: Backend) -> None:
 def test_padding_behind_a_piece_is_overwritten(backend: Backend) -> None:
     params, cache = setup(backend)
     junk = np.concatenate([TOKENS[:, :7], np.full((3, 9), 5, dtype=np.int32)], axis=1)
-    _, cache = forward(backend)(params, backend.asarray(junk), CONFIG, cache=cache)
+    _, cache = forward_with_cache(backend)(params, backend.asarray(junk), CONFIG, cache=cache)
     cache = cache._replace(position=7)
-    logits, _ = forward(backend)(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
+    logits, _ = forward_with_cache(backend)(params, backend.asarray(TOKENS[:, 7:9]), CONFIG, cache=cache)
     full = forward(backend)(params, backend.asarray(TOKENS[:, :9]), CONFIG)
     assert_close(logits, backend.to_numpy(full)[:, 7:], backend, "same")
 
@@ -76,7 +77,7 @@ def test_a_copy_is_another_cache(backend: Backend) -> None:
     run_on = {}
     for name, branch, begin in (("left", cache, 11), ("right", fork, 17)):  # the right one sees other tokens
         tokens = backend.asarray(TOKENS[:, begin : begin + 5])
-        run_on[name], _ = forward(backend)(params, tokens, CONFIG, cache=branch)
+        run_on[name], _ = forward_with_cache(backend)(params, tokens, CONFIG, cache=branch)
     for name, begin in (("left", 11), ("right", 17)):
         whole = np.concatenate([TOKENS[:, :11], TOKENS[:, begin : begin + 5]], axis=1)
         full = forward(backend)(params, backend.asarray(whole), CONFIG)
@@ -104,7 +105,7 @@ def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
     params, cache = setup(backend, n_slots=19)
     xp = xp_of(backend)
     with pytest.raises(PromptError, match="20 tokens were given, and the cache has room for 19"):
-        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache, xp=xp)
-    _, cache = gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache, xp=xp)
+        gpt_xp.gpt2_with_cache(params, backend.asarray(TOKENS[:, :20]), CONFIG, cache=cache, xp=xp)
+    _, cache = gpt_xp.gpt2_with_cache(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache, xp=xp)
     with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
-        gpt_xp.gpt2(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache, xp=xp)
+        gpt_xp.gpt2_with_cache(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache, xp=xp)

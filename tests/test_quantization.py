@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,15 @@ from small_quantized import KINDS, decode, float32_params, float64_of, small
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.backend import get_backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.config_json import read_carried, stated_quantization
 from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
-from gpt_xp.generation import decoder as generation
+from gpt_xp.generation import decoder
+from gpt_xp.installation import install_command
 from gpt_xp.quantization import GROUP, Quantized, QuantizedWeight, _quantized, quantization_of
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 from gpt_xp.tree import leaves
 
@@ -130,13 +132,13 @@ def test_one_token_at_a_time_is_the_whole_text(backend: Backend) -> None:
 def test_models_of_one_shape_share_the_programs_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     params, config = small("int8")
     traced: list[tuple[int, ...]] = []
-    original = generation.last_logits
+    original = decoder.next_token_logits
 
-    def spy(params: Any, tokens: Any, cache: Any, count: Any, config: Any, window: int, xp: Any) -> Any:
+    def spy(params: Any, tokens: Any, cache: Any, count: Any, config: Any, xp: Any) -> Any:
         traced.append(tokens.shape)
-        return original(params, tokens, cache, count, config, window, xp)
+        return original(params, tokens, cache, count, config, xp)
 
-    monkeypatch.setattr(generation, "last_logits", spy)
+    monkeypatch.setattr(decoder, "next_token_logits", spy)
     Model(params, config, backend=make_backend("jax")).generate([5, 3], max_tokens=3, ignore_eos=True)
     assert len(traced) == 2  # prefill and decode
     Model(params, config, backend=make_backend("jax")).generate([7, 2], max_tokens=3, ignore_eos=True)
@@ -325,7 +327,7 @@ def test_without_numba_numpy_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
     import sys
 
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(gpt_xp.errors.BackendError, match=r"pip install 'gpt-xp\[quantize\]'"):
+    with pytest.raises(gpt_xp.errors.BackendError, match=re.escape(install_command("quantize"))):
         gpt_xp.load("shakespeare", backend="numpy", quantize="int8")
 
 

@@ -161,7 +161,7 @@ def test_tokens_of_another_library_are_refused(jax_params: Any) -> None:
 def test_gelu(backend: Backend) -> None:
     x = np.linspace(-7, 7, 211)
     expected = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x]
-    assert_close(model.gelu(backend.asarray(x, "float32"), xp_of(backend)), np.array(expected), backend, "function")
+    assert_close(model.gelu(backend.asarray(x, "float32"), backend.xp), np.array(expected), backend, "function")
     # Hendrycks & Gimpel 2016: x * Phi(x), which the tanh form meets to three digits.
     exact = np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
     assert 1e-5 < np.abs(np.array(expected) - exact).max() < 1e-3
@@ -171,7 +171,7 @@ def test_softmax(backend: Backend) -> None:
     x = np.random.RandomState(0).standard_normal((3, 5, 7)) * 300  # exp would overflow without the maximum
     expected = np.exp(x - x.max(-1, keepdims=True))
     expected /= expected.sum(-1, keepdims=True)
-    assert_close(model.softmax(backend.asarray(x, "float32"), xp_of(backend)), expected, backend, "gradient", "float32")
+    assert_close(model.softmax(backend.asarray(x, "float32"), backend.xp), expected, backend, "gradient", "float32")
 
 
 def test_layer_norm(backend: Backend) -> None:
@@ -179,21 +179,21 @@ def test_layer_norm(backend: Backend) -> None:
     x, g, b = random.standard_normal((3, 5, 7)) * 2 + 1, random.standard_normal(7), random.standard_normal(7)
     deviation = np.sqrt(((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True) + 1e-5)
     expected = (x - x.mean(-1, keepdims=True)) / deviation * g + b
-    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=xp_of(backend))
+    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=backend.xp)
     assert_close(actual, expected, backend, "function")
 
 
 def test_layer_norm_of_a_constant_is_its_shift(backend: Backend) -> None:
     # Powers of two, so that their mean is exact and no rounding error is blown up by the division.
     x, g, b = np.full((2, 8), 4.0), np.ones(8), np.arange(8.0)
-    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=xp_of(backend))
+    actual = model.layer_norm(*(backend.asarray(a, "float32") for a in (x, g, b)), xp=backend.xp)
     assert_close(actual, np.stack([b, b]), backend, "function")
 
 
 def test_attention_that_may_look_nowhere_is_finite(backend: Backend) -> None:
     q, k, v = (backend.asarray(np.ones((3, 5)), "float32") for _ in range(3))
     mask = model.mask_of(backend.asarray(np.zeros((3, 3), dtype=bool)), backend.xp)
-    assert_close(model.attention(q, k, v, mask, xp_of(backend)), np.ones((3, 5)), backend, "function")
+    assert_close(model.attention(q, k, v, mask, backend.xp), np.ones((3, 5)), backend, "function")
 
 
 # JAX's transformations, on the functions as they stand.
@@ -208,7 +208,7 @@ def test_jit_is_eager(jax_params: Any) -> None:
     import jax
 
     config, tokens = CONFIGS["prime"], small_tokens("prime")
-    jitted = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window"))
+    jitted = jax.jit(gpt_xp.gpt2, static_argnames="config")
     eager = np.asarray(gpt_xp.gpt2(jax_params, jax.numpy.asarray(tokens), config))
     assert_close(jitted(jax_params, tokens, config), eager, make_backend("jax"), "same")
 
@@ -217,10 +217,10 @@ def test_jit_with_a_cache(jax_params: Any) -> None:
     import jax
 
     config, tokens = CONFIGS["prime"], small_tokens("prime")
-    jitted = jax.jit(gpt_xp.gpt2, static_argnames=("config", "window"))
+    jitted = jax.jit(gpt_xp.gpt2_with_cache, static_argnames="config")
     cache = gpt_xp.new_cache(config, jax_params["wte"], 37, jax.numpy.zeros(3, dtype="int32"), jax.numpy)
     for begin in range(0, 30, 5):
-        logits, cache = jitted(jax_params, tokens[:, begin : begin + 5], config, cache=cache, window=37)
+        logits, cache = jitted(jax_params, tokens[:, begin : begin + 5], config, cache=cache)
     full = gpt_xp.gpt2(jax_params, jax.numpy.asarray(tokens[:, :30]), config)
     assert_close(logits, np.asarray(full)[:, 25:], make_backend("jax"), "same")
 

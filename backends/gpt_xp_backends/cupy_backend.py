@@ -12,17 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    is_step,
-    piece_on_gpu,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, is_step, piece_on_gpu
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.types import Array
 from gpt_xp_backends.capture import Trust
@@ -40,7 +33,7 @@ KERNELS = {
     "attention": "attention of one query in one kernel (`cupy_attention`)",
     "greedy": "the likeliest token in two kernels and one copy (`cupy_greedy`)",
 }
-FIX = "pip install 'gpt-xp[cupy-cuda13x]' (for CUDA 12: 'gpt-xp[cupy-cuda12x]')"
+FIX = f"{install_command('cupy-cuda13x')} (for CUDA 12: cupy-cuda12x)"
 NEEDS = {"cupy": FIX}
 
 

@@ -11,123 +11,146 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    Step,
-    check_dtype,
-    import_library,
-    peak_process_memory,
-    physical_memory,
-)
+from gpt_xp.backend import Backend, BackendInfo, DecodeStep, DeviceInfo, check_dtype, import_library
+from gpt_xp.config import GPT2Config
 from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import BackendError
-from gpt_xp.kv_cache import new_cache
+from gpt_xp.installation import install_command
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array, Namespace
 
-GPU_FIX = "for an NVIDIA GPU, pip install 'gpt-xp[jax-cuda13]' (for CUDA 12: 'gpt-xp[jax-cuda12]')"
-FIX = f"pip install 'gpt-xp[jax]'; {GPU_FIX}"
-NEEDS = {"jax": FIX}
-BLOCK = 128  # the shortest window; pieces of a prompt are padded to multiples of it
-SHORT = 16  # a shorter piece for short prompts
-LONG = 512  # tokens of a piece, over all rows: 512 at once take 0.83 of the time of four times 128
+GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
+FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
+BLOCK = 128  # the shortest cache; chunks of a prompt are padded to multiples of it
+SHORT = 16  # the length of a chunk for short prompts
+LONG = 512  # tokens of a chunk, over all rows: 512 at once take 0.83 of the time of four times 128
 
 
-def info() -> BackendInfo:
-    """Return JAX's version and devices; raises `BackendError` where it is not installed."""
-    jax = import_library("jax", FIX)
-    try:
-        return BackendInfo("jax", jax.__version__, tuple(_device_info(device) for device in _all_devices(jax)))
-    except BackendError as error:
-        return BackendInfo("jax", jax.__version__, problem=error.problem, fix=error.fix)
+class JaxBackend(Backend):
+    """JAX on `device` ("cpu", "gpu", "cuda:1"; default: JAX's first)."""
 
+    name = "jax"
+    needs: ClassVar = {"jax": FIX}
 
-def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
-    """Return the JAX backend on `device` ("cpu", "gpu", "cuda:1"; default: JAX's first)."""
-    with contextlib.nullcontext() if threads is None else _starting_with(threads):
+    def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
+        with contextlib.nullcontext() if threads is None else _starting_with(threads):
+            self._jax = jax = import_library("jax", FIX)
+            self._device = where = _find_device(jax, device)
+        # XLA's CPU compiler widens 16-bit products to float32: slower than float32, and not what was asked for.
+        half = () if where.platform == "cpu" else ("bfloat16", "float16")
+        check_dtype("jax", _name(where), dtype, ("float32", "float64", *half))
+        self._scope = functools.partial(_scope, jax, dtype)
+        self._compile_seconds = _stopwatch(jax)
+        self.version, self.device, self.dtype = jax.__version__, _name(where), dtype
+        self.device_memory = _device_info(where).memory
+        vars(self).update(on_cpus() if where.platform == "cpu" else on_accelerators())
+
+    @classmethod
+    def info(cls) -> BackendInfo:
+        """Return JAX's version and devices."""
         jax = import_library("jax", FIX)
-        where = _find_device(jax, device)
-    on_cpu = where.platform == "cpu"
-    # XLA's CPU compiler widens 16-bit products to float32: slower than float32, and not what was asked for.
-    half = () if on_cpu else ("bfloat16", "float16")
-    check_dtype("jax", _name(where), dtype, ("float32", "float64", *half))
-    scope = functools.partial(_scope, jax, dtype)
+        try:
+            return BackendInfo("jax", jax.__version__, tuple(_device_info(device) for device in _all_devices(jax)))
+        except BackendError as error:
+            return BackendInfo("jax", jax.__version__, problem=error.problem, fix=error.fix)
 
-    def asarray(array: "np.ndarray[Any, Any]", dtype: str | None = None) -> Array:
-        with scope():
-            # Cast on the device: NumPy alone knows no bfloat16.
-            moved = jax.device_put(array, where)
+    def asarray(self, array: Any, dtype: str | None = None) -> Array:
+        """Return a NumPy array, or one of JAX, on the device. It is cast there: NumPy alone knows no bfloat16."""
+        with self._scope():
+            moved = self._jax.device_put(array, self._device)
             return moved if dtype is None else moved.astype(dtype)
 
-    return Backend(
-        name="jax",
-        version=jax.__version__,
-        device=_name(where),
-        dtype=dtype,
-        asarray=asarray,
-        to_numpy=np.asarray,
-        compile=functools.partial(_compile, jax, scope),
-        synchronize=lambda array: array.block_until_ready(),
-        window=window,
-        piece=lambda batch: max(LONG // batch // BLOCK, 1) * BLOCK,
-        pad=lambda n, total: SHORT if total <= SHORT else -(-n // BLOCK) * BLOCK,
-        is_out_of_memory=lambda error: "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError),
-        device_memory=_device_info(where).memory,
-        peak_memory=functools.partial(_peak_memory, where),
-        compile_seconds=_stopwatch(jax),
-        keep_compiled=functools.partial(_keep_compiled, jax),
-        settings=functools.partial(_settings, jax, where, scope),
-        **(on_cpus(scope) if on_cpu else on_accelerators()),
-    )
+    def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
+        """Return an array of JAX as one of NumPy."""
+        return np.asarray(array)
+
+    def compile(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return the function, jitted, inside the backend's settings."""
+        jitted = self._jax.jit(function, static_argnames=static, donate_argnames=donate)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._scope():
+                return jitted(*args, **kwargs)
+
+        return call
+
+    def synchronize(self, array: Array) -> None:
+        """Wait until the array is computed."""
+        array.block_until_ready()
+
+    def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
+        """Return one of few sizes: each has a compiled program of its own."""
+        return min(few_sizes(n_tokens), -(-n_ctx // BLOCK) * BLOCK)
+
+    def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:
+        """Return an empty cache, also in float64."""
+        with self._scope():
+            return super().new_cache(config, like, n_slots, start)
+
+    def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
+        """Return the cache with more slots, also in float64."""
+        with self._scope():
+            return super().grow_cache(cache, n_slots)
+
+    def chunk_tokens(self, batch: int) -> int:
+        """Return a multiple of `BLOCK`."""
+        return max(LONG // batch // BLOCK, 1) * BLOCK
+
+    def padded_length(self, n_tokens: int, n_prompt: int) -> int:
+        """Return one of few lengths."""
+        return SHORT if n_prompt <= SHORT else -(-n_tokens // BLOCK) * BLOCK
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether XLA says so."""
+        return "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
+
+    def peak_memory(self) -> int | None:
+        """Return the peak of the device, where it counts it, or of the process."""
+        stats = self._device.memory_stats()
+        return stats.get("peak_bytes_in_use") if stats else super().peak_memory()
+
+    def compile_seconds(self) -> float:
+        """Return the seconds of tracing and compiling."""
+        return self._compile_seconds()
+
+    def keep_compiled(self) -> None:
+        """Keep compiled programs in the user's cache folder."""
+        _keep_compiled(self._jax)
+
+    def settings(self) -> dict[str, str]:
+        """Return XLA's version, and the variables that it reads."""
+        return _settings(self._jax, self._device, self._scope)
 
 
-def on_cpus(scope: Callable[[], Any]) -> dict[str, Any]:
+def on_cpus() -> dict[str, Any]:
     """Return what the backend has of its own on a CPU, where a step takes longer than its dispatch."""
-    from gpt_xp_backends.jax_cache import grown, new_layered_cache
-
-    return {
-        "xp": _namespace_for_cpus(),
-        "slots": lambda n, n_ctx: min(window(n), all_slots(n, n_ctx)),
-        "new_cache": new_layered_cache,
-        "grown": functools.partial(grown, scope),
-        "decode_block": None,
-        "samples_on_host": True,
-    }
+    return {"xp": _namespace_for_cpus(), "decode_block": None, "samples_on_host": True}
 
 
 def on_accelerators() -> dict[str, Any]:
     """Return what it has on a GPU or TPU instead."""
     import jax.numpy
 
-    return {
-        "xp": jax.numpy,
-        "slots": all_slots,
-        "new_cache": new_cache,
-        "grown": None,
-        "decode_block": decode_block,
-        "samples_on_host": False,
-    }
+    return {"xp": jax.numpy, "decode_block": decode_block, "samples_on_host": False}
 
 
-def all_slots(n: int, n_ctx: int) -> int:
-    """As many as a context may need: one size, or each would be compiled anew."""
-    return -(-n_ctx // BLOCK) * BLOCK
-
-
-def window(n: int) -> int:
-    """Round up to 128, 256, 512, 768, 1024, ...: a compiled program for each, and none looks at twice what it must."""
+def few_sizes(n: int) -> int:
+    """Round up to 128, 256, 512, 768, 1024, ...: few sizes, and none is twice what it must be."""
     size = BLOCK
     while size < n:
         size *= 2
     return size * 3 // 4 if size == 8 * BLOCK and n <= size * 3 // 4 else size
 
 
-def decode_block(step: Step, state: Any, k: int) -> tuple[Any, Any]:
+def decode_block(step: DecodeStep, state: Any, k: int) -> tuple[Any, Any]:
     """Run `step` k times without the host; see `Backend.decode_block`."""
     import jax
 
@@ -173,23 +196,6 @@ def _scope(jax: Any, dtype: str) -> Iterator[None]:
         yield
 
 
-def _compile(
-    jax: Any,
-    scope: Callable[[], contextlib.AbstractContextManager[None]],
-    function: Callable[..., Any],
-    static: tuple[str, ...] = (),
-    donate: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with scope():
-            return jitted(*args, **kwargs)
-
-    return call
-
-
 def _all_devices(jax: Any) -> list[Any]:
     """Return JAX's devices, its default first. Raises `BackendError` where its settings leave it none."""
     try:
@@ -230,11 +236,6 @@ def _device_info(device: Any) -> DeviceInfo:
         return DeviceInfo(_name(device), f"{os.cpu_count()} cores", physical_memory())
     stats = device.memory_stats() or {}
     return DeviceInfo(_name(device), device.device_kind, stats.get("bytes_limit"))
-
-
-def _peak_memory(device: Any) -> int | None:
-    stats = device.memory_stats()
-    return stats.get("peak_bytes_in_use") if stats else peak_process_memory()
 
 
 _threads_at_start: list[int] = []  # the number of threads, if gpt-xp has started XLA with one

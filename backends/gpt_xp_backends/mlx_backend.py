@@ -12,67 +12,104 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    peak_process_memory,
-    physical_memory,
-    piece_on_gpu,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, chunk_tokens_on_gpu, import_library
+from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[mlx]', with an NVIDIA GPU 'mlx[cuda13]' or 'mlx[cuda12]'"
+FIX = f"{install_command('mlx')}, with an NVIDIA GPU also 'mlx[cuda13]' or 'mlx[cuda12]'"
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32
 
 
-def info() -> BackendInfo:
-    """Return MLX's version and devices; raises `BackendError` where it is not installed."""
-    mx = _import()
-    return BackendInfo("mlx", mx.__version__, _devices(mx))
+class MLXBackend(Backend):
+    """MLX on `device` ("cpu", "gpu"; default: MLX's own)."""
 
+    name = "mlx"
+    samples_on_host = True  # The host reads the same memory.
 
-def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
-    """Return the MLX backend on `device` ("cpu", "gpu"; default: MLX's own)."""
-    mx = _import()
-    where = _find_device(mx, device)
-    on_cpu = where.name == "cpu"
-    check_dtype("mlx", where.name, dtype, DTYPES)
-    if threads is not None:
-        raise BackendError("mlx has no threads to set: leave --threads out")
-    if not on_cpu and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32") != "0":
-        raise BackendError(
-            "mlx rounds float32 products to TF32 on some GPUs", "set MLX_ENABLE_TF32=0 before Python starts"
-        )
-    computing = functools.partial(mx.stream, _device(mx, where.name))
+    def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
+        self._mx = mx = _import()
+        where = _find_device(mx, device)
+        self._on_cpu = where.name == "cpu"
+        check_dtype("mlx", where.name, dtype, DTYPES)
+        if threads is not None:
+            raise BackendError("mlx has no threads to set: leave --threads out")
+        if not self._on_cpu and dtype == "float32" and os.environ.get("MLX_ENABLE_TF32") != "0":
+            raise BackendError(
+                "mlx rounds float32 products to TF32 on some GPUs", "set MLX_ENABLE_TF32=0 before Python starts"
+            )
+        self._computing = functools.partial(mx.stream, _device(mx, where.name))
+        self.version, self.device, self.dtype, self.xp = mx.__version__, where.name, dtype, _namespace(mx)
+        self.device_memory = where.memory
 
-    def asarray(array: Any, dtype: str | None = None) -> Array:
-        with computing():
+    @classmethod
+    def info(cls) -> BackendInfo:
+        """Return MLX's version and devices."""
+        mx = _import()
+        return BackendInfo("mlx", mx.__version__, _devices(mx))
+
+    def asarray(self, array: Any, dtype: str | None = None) -> Array:
+        """Return a NumPy array, or one of MLX, as one of MLX."""
+        mx = self._mx
+        with self._computing():
             if isinstance(array, mx.array):
                 return array.astype(getattr(mx, dtype)) if dtype else array
             array = np.ascontiguousarray(array).reshape(np.shape(array))  # without axes it gets one
             return mx.array(array, dtype=getattr(mx, dtype or array.dtype.name.replace("bool", "bool_")))
 
-    return Backend(
-        name="mlx",
-        version=mx.__version__,
-        device=where.name,
-        dtype=dtype,
-        xp=_namespace(mx),
-        asarray=asarray,
-        to_numpy=lambda array: np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array),
-        compile=functools.partial(_compile, mx, computing),
-        synchronize=mx.eval,
-        piece=Backend.piece if on_cpu else piece_on_gpu,
-        samples_on_host=True,  # the host reads the same memory
-        is_out_of_memory=lambda error: isinstance(error, MemoryError) or "[malloc]" in str(error),
-        device_memory=where.memory,
-        peak_memory=peak_process_memory if on_cpu else mx.get_peak_memory,
-        settings=lambda: {"tf32": os.environ.get("MLX_ENABLE_TF32", "MLX's choice")},
-    )
+    def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
+        """Return an array of MLX as one of NumPy, which has no bfloat16: float32 holds it exactly."""
+        return np.array(array.astype(self._mx.float32) if array.dtype == self._mx.bfloat16 else array)
+
+    def compile(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return a function that computes on the device, and at once."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._computing():
+                result = function(*args, **kwargs)
+                self._mx.eval(result)
+            return result
+
+        return call
+
+    def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:
+        """Return an empty cache on the device."""
+        with self._computing():
+            return super().new_cache(config, like, n_slots, start)
+
+    def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
+        """Return the cache with more slots, each layer computed before the next: memory never holds two caches."""
+        with self._computing():
+            cache = super().grow_cache(cache, n_slots)
+            for layer in cache.layers:
+                self._mx.eval(layer)
+            return cache
+
+    def synchronize(self, array: Array) -> None:
+        """Compute the array."""
+        self._mx.eval(array)
+
+    def chunk_tokens(self, batch: int) -> int:
+        """Return more tokens on a GPU."""
+        return super().chunk_tokens(batch) if self._on_cpu else chunk_tokens_on_gpu(batch)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether MLX says so, by a message."""
+        return isinstance(error, MemoryError) or "[malloc]" in str(error)
+
+    def peak_memory(self) -> int | None:
+        """Return the peak of the process, or of the GPU."""
+        return super().peak_memory() if self._on_cpu else self._mx.get_peak_memory()
+
+    def settings(self) -> dict[str, str]:
+        """Return whether products may be rounded to TF32."""
+        return {"tf32": os.environ.get("MLX_ENABLE_TF32", "MLX's choice")}
 
 
 def _import() -> Any:
@@ -128,22 +165,3 @@ def _namespace(mx: Any) -> SimpleNamespace:
     names = {name: getattr(mx, name) for name in dir(mx) if not name.startswith("_")}
     made = {name: without_device(names[name]) for name in ("arange", "asarray", "full", "ones", "zeros")}
     return SimpleNamespace(**names | made | {"astype": astype, "sort": sort, "sum": total})
-
-
-def _compile(
-    mx: Any,
-    computing: Callable[[], Any],
-    function: Callable[..., Any],
-    static: tuple[str, ...] = (),
-    donate: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    """Return a function that computes on the device, and at once."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with computing():
-            result = function(*args, **kwargs)
-            mx.eval(result)
-        return result
-
-    return call

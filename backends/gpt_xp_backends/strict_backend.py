@@ -5,57 +5,59 @@ makes float32 where no dtype is given, as PyTorch does, and "no_float64" of newe
 """
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library, physical_memory
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
+from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[strict]'"
-NEEDS = {"array_api_strict": FIX}
+FIX = install_command("strict")
 
 
-def info() -> BackendInfo:
-    """Return array-api-strict's version and devices; raises `BackendError` where it is not installed."""
-    xp = import_library("array_api_strict", FIX)
-    kind, memory = f"{os.cpu_count()} cores", physical_memory()
-    return BackendInfo(
-        "array-api-strict", xp.__version__, tuple(DeviceInfo(name, kind, memory) for name in _devices(xp))
-    )
+class StrictBackend(Backend):
+    """array-api-strict on `device` (default: "CPU_DEVICE", also called "cpu")."""
 
+    name = "array-api-strict"
+    needs: ClassVar = {"array_api_strict": FIX}
 
-def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
-    """Return the array-api-strict backend on `device` (default: "CPU_DEVICE", also called "cpu")."""
-    xp = import_library("array_api_strict", FIX)
-    name = "CPU_DEVICE" if device in (None, "cpu") else device
-    if name not in _devices(xp):
-        raise BackendError(f"array-api-strict has no device {name!r}, only {', '.join(_devices(xp))}")
-    if threads is not None:
-        raise BackendError("array-api-strict has no threads to set: leave --threads out")
-    where, host = _devices(xp)[name], _devices(xp)["CPU_DEVICE"]
-    known = xp.__array_namespace_info__().dtypes(device=where, kind="real floating")
-    check_dtype("array-api-strict", name, dtype, known, why=" (the standard has no half precision)")
+    def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
+        xp = import_library("array_api_strict", FIX)
+        self.device = "CPU_DEVICE" if device in (None, "cpu") else str(device)
+        if self.device not in _devices(xp):
+            raise BackendError(f"array-api-strict has no device {device!r}, only {', '.join(_devices(xp))}")
+        if threads is not None:
+            raise BackendError("array-api-strict has no threads to set: leave --threads out")
+        self._device, self._host = _devices(xp)[self.device], _devices(xp)["CPU_DEVICE"]
+        known = xp.__array_namespace_info__().dtypes(device=self._device, kind="real floating")
+        check_dtype(self.name, self.device, dtype, known, why=" (the standard has no half precision)")
+        self.version, self.dtype, self.xp, self.device_memory = xp.__version__, dtype, xp, physical_memory()
 
-    def asarray(array: Any, dtype: str | None = None) -> Array:
-        return xp.asarray(np.array(array, dtype=dtype), device=where)
+    @classmethod
+    def info(cls) -> BackendInfo:
+        """Return array-api-strict's version and devices."""
+        xp = import_library("array_api_strict", FIX)
+        kind, memory = f"{os.cpu_count()} cores", physical_memory()
+        return BackendInfo(cls.name, xp.__version__, tuple(DeviceInfo(each, kind, memory) for each in _devices(xp)))
 
-    def compile(function: Any, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()) -> Any:
-        return np.errstate(all="ignore")(function)  # NumPy computes, and its flags say nothing: the logits are checked
+    def asarray(self, array: Any, dtype: str | None = None) -> Array:
+        """Return a NumPy array as one of array-api-strict on the device."""
+        return self.xp.asarray(np.array(array, dtype=dtype), device=self._device)
 
-    return Backend(
-        name="array-api-strict",
-        version=xp.__version__,
-        device=name,
-        dtype=dtype,
-        xp=xp,
-        asarray=asarray,
-        to_numpy=lambda array: np.from_dlpack(array.to_device(host)),  # the one way that every version has
-        compile=compile,
-        device_memory=physical_memory(),
-        settings=lambda: {"standard": xp.get_array_api_strict_flags()["api_version"]},
-    )
+    def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
+        """Return an array of array-api-strict as one of NumPy."""
+        return np.from_dlpack(array.to_device(self._host))  # the one way that every version has
+
+    def compile(self, function: Any, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()) -> Any:
+        """Return the function, without the floating-point flags of NumPy, which computes: the logits are checked."""
+        return np.errstate(all="ignore")(function)
+
+    def settings(self) -> dict[str, str]:
+        """Return the version of the standard."""
+        return {"standard": self.xp.get_array_api_strict_flags()["api_version"]}
 
 
 def _devices(xp: Any) -> dict[str, Any]:

@@ -12,26 +12,18 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_xp.backend import (
-    Backend,
-    BackendInfo,
-    DeviceInfo,
-    check_dtype,
-    import_library,
-    peak_process_memory,
-    physical_memory,
-    piece_on_gpu,
-)
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, chunk_tokens_on_gpu, import_library
 from gpt_xp.environment import says_yes
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
+from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
-FIX = "pip install 'gpt-xp[torch]'"
-NEEDS = {"torch": FIX}
+FIX = install_command("torch")
 GPU_FIX = "https://pytorch.org/get-started/locally says which build of PyTorch finds which GPU"
 DTYPES = {
     "cpu": ("float32", "float64", "bfloat16", "float16"),
@@ -40,10 +32,91 @@ DTYPES = {
 }
 
 
-def info() -> BackendInfo:
-    """Return PyTorch's version and devices; raises `BackendError` where it is not installed."""
-    torch = import_library("torch", FIX)
-    return BackendInfo("torch", torch.__version__, _devices(torch))
+class TorchBackend(Backend):
+    """PyTorch on `device` ("cuda:1", "mps"; default: where PyTorch itself makes arrays, the CPU)."""
+
+    name = "torch"
+    needs: ClassVar = {"torch": FIX}
+
+    def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
+        self._torch = torch = import_library("torch", FIX)
+        where = _find_device(torch, device)
+        self._kind = kind = where.name.partition(":")[0]
+        check_dtype("torch", where.name, dtype, DTYPES[kind])
+        if threads is not None and kind != "cpu":
+            raise BackendError(f"torch computes on {where.name} and has no threads to set there: leave --threads out")
+        self._is_compiled = says_yes("GPT_XP_TORCH_COMPILE")
+        self._scope = functools.partial(_scope, torch, kind, threads)
+        self.version, self.device, self.dtype, self.xp = torch.__version__, where.name, dtype, _namespace(torch)
+        self.device_memory = where.memory
+        self.samples_on_host = kind == "cpu"  # PyTorch sorts a vocabulary there in 4 to 8 ms, NumPy in 0.3
+
+    @classmethod
+    def info(cls) -> BackendInfo:
+        """Return PyTorch's version and devices."""
+        torch = import_library("torch", FIX)
+        return BackendInfo("torch", torch.__version__, _devices(torch))
+
+    def asarray(self, array: Any, dtype: str | None = None) -> Array:
+        """Return a NumPy array, or a tensor, as a tensor on the device."""
+        tensor = array if isinstance(array, self._torch.Tensor) else self._torch.from_numpy(_unmarked(array))
+        return tensor.to(device=self.device, dtype=getattr(self._torch, dtype) if dtype else None)
+
+    def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
+        """Return a tensor as an array of NumPy."""
+        found: np.ndarray[Any, Any] = array.numpy(force=True)
+        return found
+
+    def compile(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return the function inside the backend's settings, compiled by PyTorch where that is asked for."""
+        faster = self._torch.compile(function) if self._is_compiled else function
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._scope():
+                return faster(*args, **kwargs)
+
+        return call
+
+    def synchronize(self, array: Array) -> None:
+        """Wait for the GPU."""
+        if self._kind != "cpu":
+            getattr(self._torch, self._kind).synchronize()
+
+    def chunk_tokens(self, batch: int) -> int:
+        """Return more tokens on a GPU."""
+        return super().chunk_tokens(batch) if self._kind == "cpu" else chunk_tokens_on_gpu(batch)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether PyTorch says so, by a class or by a message."""
+        messages = ("DefaultCPUAllocator:", "MPS backend out of memory")  # where there is no class of its own
+        of_a_kind = isinstance(error, self._torch.OutOfMemoryError | MemoryError)
+        return of_a_kind or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
+
+    def peak_memory(self) -> int | None:
+        """Return the peak of the process, or of the GPU; PyTorch does not count it on mps."""
+        if self._kind == "mps":
+            return None
+        return super().peak_memory() if self._kind == "cpu" else self._torch.cuda.max_memory_allocated(self.device)
+
+    def settings(self) -> dict[str, str]:
+        """Return PyTorch's threads, libraries and precision."""
+        torch = self._torch
+        with self._scope():
+            found = {
+                "threads": torch.get_num_threads(),
+                "interop_threads": torch.get_num_interop_threads(),
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "mkl": "yes" if torch.backends.mkl.is_available() else "no",
+                "matmul_precision": _matmul(torch, self._kind).fp32_precision,
+                "compiled": "yes" if self._is_compiled else "no",
+            }
+        if self._kind == "cuda":
+            cuda = torch.version.cuda or f"ROCm {torch.version.hip}"
+            found |= {"cuda": cuda, "cudnn": torch.backends.cudnn.version()}
+        return {key: str(value) for key, value in found.items()}
 
 
 def _devices(torch: Any) -> tuple[DeviceInfo, ...]:
@@ -54,43 +127,6 @@ def _devices(torch: Any) -> tuple[DeviceInfo, ...]:
     if torch.backends.mps.is_available():
         found.append(DeviceInfo("mps", "Apple GPU", torch.mps.recommended_max_memory()))
     return tuple(found)
-
-
-def create(device: str | None = None, dtype: str = "float32", threads: int | None = None) -> Backend:
-    """Return the PyTorch backend on `device` ("cuda:1", "mps"; default: where PyTorch itself makes arrays, the CPU).
-
-    `threads` limits those of the CPU while gpt-xp computes.
-    """
-    torch = import_library("torch", FIX)
-    where = _find_device(torch, device)
-    kind = where.name.partition(":")[0]
-    check_dtype("torch", where.name, dtype, DTYPES[kind])
-    if threads is not None and kind != "cpu":
-        raise BackendError(f"torch computes on {where.name} and has no threads to set there: leave --threads out")
-    compiled = says_yes("GPT_XP_TORCH_COMPILE")
-    scope = functools.partial(_scope, torch, kind, threads)
-
-    def asarray(array: Any, dtype: str | None = None) -> Array:
-        tensor = array if isinstance(array, torch.Tensor) else torch.from_numpy(_unmarked(array))
-        return tensor.to(device=where.name, dtype=getattr(torch, dtype) if dtype else None)
-
-    return Backend(
-        name="torch",
-        version=torch.__version__,
-        device=where.name,
-        dtype=dtype,
-        xp=_namespace(torch),
-        asarray=asarray,
-        to_numpy=lambda tensor: tensor.numpy(force=True),
-        compile=functools.partial(_compile, scope, torch.compile if compiled else None),
-        synchronize=lambda tensor: None if kind == "cpu" else getattr(torch, kind).synchronize(),
-        piece=Backend.piece if kind == "cpu" else piece_on_gpu,
-        samples_on_host=kind == "cpu",  # PyTorch sorts a vocabulary there in 4 to 8 ms, NumPy in 0.3
-        is_out_of_memory=functools.partial(_is_out_of_memory, torch),
-        device_memory=where.memory,
-        peak_memory=functools.partial(_peak_memory, torch, where.name),
-        settings=functools.partial(_settings, torch, kind, scope, compiled),
-    )
 
 
 def _find_device(torch: Any, name: str | None) -> DeviceInfo:
@@ -143,47 +179,3 @@ def _scope(torch: Any, kind: str, threads: int | None) -> Iterator[None]:
 def _matmul(torch: Any, kind: str) -> Any:
     """Return the object whose `fp32_precision` says how float32 products are computed."""
     return torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn.matmul
-
-
-def _compile(
-    scope: Callable[[], contextlib.AbstractContextManager[None]],
-    compiler: Callable[..., Any] | None,
-    function: Callable[..., Any],
-    static: tuple[str, ...] = (),
-    donate: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    faster = function if compiler is None else compiler(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with scope():
-            return faster(*args, **kwargs)
-
-    return call
-
-
-def _is_out_of_memory(torch: Any, error: BaseException) -> bool:
-    messages = ("DefaultCPUAllocator:", "MPS backend out of memory")  # where there is no class of its own
-    of_a_kind = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return of_a_kind or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
-
-
-def _peak_memory(torch: Any, device: str) -> int | None:
-    if device == "mps":
-        return None  # PyTorch does not count it
-    return peak_process_memory() if device == "cpu" else torch.cuda.max_memory_allocated(device)
-
-
-def _settings(torch: Any, kind: str, scope: Callable[..., Any], compiled: bool) -> dict[str, str]:
-    with scope():
-        found = {
-            "threads": torch.get_num_threads(),
-            "interop_threads": torch.get_num_interop_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "mkl": "yes" if torch.backends.mkl.is_available() else "no",
-            "matmul_precision": _matmul(torch, kind).fp32_precision,
-            "compiled": "yes" if compiled else "no",
-        }
-    if kind == "cuda":
-        found |= {"cuda": torch.version.cuda or f"ROCm {torch.version.hip}", "cudnn": torch.backends.cudnn.version()}
-    return {key: str(value) for key, value in found.items()}

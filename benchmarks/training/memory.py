@@ -21,7 +21,7 @@ LIMIT = 8e9  # bytes
 TEXT = 200_000  # characters: of a tenth of them, even 16 rows of 256 tokens can be made to validate on
 CHILD = """
 import atexit
-from gpt_xp.backend import peak_process_memory
+from gpt_xp.memory import peak_process_memory
 atexit.register(lambda: print("peak", peak_process_memory()))
 from gpt_xp.cli import main
 main()

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import get_backend
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.weights import read_params
-from gpt_xp.generation.decoder import BLOCK, PIECE
+from gpt_xp.generation.loop import BLOCK_STEPS
 from gpt_xp.model import load
+from gpt_xp.registry import get_backend
 
 NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Work = Callable[[], None]
 
 LINEAR = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
+CHUNK_TOKENS = 128  # of prefill, for the floor
 TRIALS = 3  # runs of each way, to find the fastest way
 
 
@@ -84,7 +85,7 @@ class GptXp:
         """Return how many tokens were computed for `n_later` after the first; a block is always computed to its end."""
         if self._sampling.get("speculate"):
             return max(n_later, 1)
-        return max(-(-n_later // BLOCK) * BLOCK, 1)
+        return max(-(-n_later // BLOCK_STEPS) * BLOCK_STEPS, 1)
 
     def peak_memory(self) -> int | None:
         """Return the peak memory in bytes."""
@@ -135,7 +136,7 @@ class Floor:
         return np.diff(times).tolist()
 
     def _prefill(self, batch: int, context: int) -> Work:
-        chunks = [batch * min(PIECE, context - begin) for begin in range(0, context, PIECE)]
+        chunks = [batch * min(CHUNK_TOKENS, context - begin) for begin in range(0, context, CHUNK_TOKENS)]
 
         def in_sizes(sizes: list[int]) -> Work:
             blocks = [self._products(rows, self._linears) for rows in sizes]

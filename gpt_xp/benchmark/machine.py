@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_xp.backend import physical_memory
+from gpt_xp.memory import physical_memory
 from gpt_xp.version import __version__
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.backend import check_installed
 from gpt_xp.benchmark.driver import run_benchmark
 from gpt_xp.benchmark.figures import N_NEW, Workload
 from gpt_xp.benchmark.results import Benchmark, ContenderSpec
@@ -15,6 +14,7 @@ from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import default_model, find_model
 from gpt_xp.processes import StageProgress, check_dtypes, no_stage_progress, own_command, usable_backends
 from gpt_xp.quantization import check_kind
+from gpt_xp.registry import check_installed
 from gpt_xp.reporting.text import listed
 
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.backend import peak_process_memory
 from gpt_xp.errors import GptXpError
+from gpt_xp.memory import peak_process_memory
 
 
 class Contender(Protocol):

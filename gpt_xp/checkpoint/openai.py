@@ -26,6 +26,7 @@ from gpt_xp.checkpoint.tensors import PREFIX, check_tensors, tensor_shapes
 from gpt_xp.checkpoint.weights import WEIGHTS
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
+from gpt_xp.installation import install_command
 from gpt_xp.tokenizer.words import EOS
 from gpt_xp.types import NumpyArray
 
@@ -89,7 +90,7 @@ def check_tensorflow() -> None:
         newest = " (with Python 3.13 or older)" if sys.version_info >= (3, 14) else ""
         raise CheckpointError(
             f"OpenAI's own checkpoints are read by TensorFlow, once each, and it is not installed: "
-            f"pip install 'gpt-xp[tensorflow]'{newest}. The Hub has the same weights in files that need no TensorFlow: "
+            f"{install_command('tensorflow')}{newest}. The Hub has the same weights in files that need no TensorFlow: "
             f"gpt-xp models pull NAME"
         )
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import click
 
-from gpt_xp.backend import BackendInfo, DeviceInfo, default_backend
-from gpt_xp.backend import backends as find_backends
+from gpt_xp.backend import BackendInfo, DeviceInfo
 from gpt_xp.cli.options import CONTEXT, flag, json_option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
 from gpt_xp.hardware import BackendReport, ModelFit, report_on_backends
+from gpt_xp.registry import backends as find_backends
+from gpt_xp.registry import default_backend
 from gpt_xp.reporting.text import table, wrapped
 
 

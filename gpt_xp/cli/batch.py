@@ -78,7 +78,7 @@ class Batches:
                 self.n_failed += 1
                 write_json({"type": "error", **source, "error": line.error})
                 continue
-            for sample in range(self.session.settings["num_samples"]):
+            for sample in range(self.session.settings.num_samples):
                 result = next(each)
                 more = shared_fields(self.session, result) if self.full else {}
                 write_json({"type": "result", **source, **continuation_fields(sample, result, self.logprobs), **more})

@@ -19,6 +19,7 @@ from gpt_xp.cli.report import add_stats, continuation_fields, logprob_table, sha
 from gpt_xp.cli.session import Session, check_settings
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
+from gpt_xp.settings import GenerationSettings
 
 LOADING_OPTIONS = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
 # click does not wrap the paragraphs after "\b", so that commands can be copied.
@@ -74,7 +75,7 @@ def generate(
         settings["seed"] = secrets.randbits(32)
     as_json = as_json or json_full
     note_options_without_effect(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
-    session = Session(*load_model(**loading), settings)
+    session = Session(*load_model(**loading), GenerationSettings(**settings))
     prompts = [line.prompt for line in lines if line.prompt is not None] or [prompt]
     note_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
     if draw_seed and not as_json and not lines:
@@ -125,7 +126,7 @@ def note_full_context(session: Session, results: Sequence[Generation]) -> None:
     """Write a line to stderr where a continuation ended because the context was full."""
     full = [len(result.token_ids) for result in results if result.finish_reason == "context"]
     if full:
-        asked = session.settings["max_tokens"]
+        asked = session.settings.max_tokens
         note(
             f"the context of {session.model.config.n_ctx} tokens is full: {max(full)} of {asked} tokens were generated"
         )
@@ -147,7 +148,7 @@ def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
 
 def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
     """Print `start` and each sample when all are complete, or when Ctrl-C or an error ends them."""
-    texts = [""] * session.settings["num_samples"]
+    texts = [""] * session.settings.num_samples
     results: list[Generation] = []
     try:
         results = collect(session, prompt, texts)
@@ -159,7 +160,7 @@ def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
 
 def print_json(session: Session, prompt: str, logprobs: bool) -> list[Stats]:
     """Print a line of JSON for each sample."""
-    results = collect(session, prompt, [""] * session.settings["num_samples"])
+    results = collect(session, prompt, [""] * session.settings.num_samples)
     for sample, result in enumerate(results):
         write_json(
             {
@@ -176,7 +177,7 @@ def collect(session: Session, prompt: str, texts: list[str]) -> list[Generation]
     """Generate all samples with a progress bar, and return them; add their text to `texts` on the way."""
     results = []
     pieces = await_first(session.stream(prompt))
-    with progress_bar(len(texts) * session.settings["max_tokens"], "token") as bar:
+    with progress_bar(len(texts) * (session.settings.max_tokens or 0), "token") as bar:
         for piece in pieces:
             texts[piece.index] += piece.text
             if piece.result is None:

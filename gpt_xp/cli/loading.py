@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 import gpt_xp
-from gpt_xp.backend import default_backend, get_backend
 from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.hub.find import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.registry import default_backend, get_backend
 
 PICOGPT_DEFAULT = "124M"
 

@@ -35,8 +35,8 @@ def session_fields(session: Session) -> dict[str, Any]:
     """Return the JSON fields that all continuations of a session share."""
     backend = session.model.backend
     return {
-        "seed": session.settings["seed"],
-        "settings": {name: value for name, value in session.settings.items() if name != "seed"},
+        "seed": session.settings.seed,
+        "settings": {name: value for name, value in dataclasses.asdict(session.settings).items() if name != "seed"},
         "model": session.name,
         "backend": backend.name,
         "device": backend.device,

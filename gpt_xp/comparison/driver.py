@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.backend import check_installed
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.comparison.figures import ComparisonFigures, compare_layers, compare_logits, compare_tokens
 from gpt_xp.comparison.job import MODES, PROMPTS
@@ -29,6 +28,7 @@ from gpt_xp.processes import (
     thread_variables,
     usable_backends,
 )
+from gpt_xp.registry import check_installed
 from gpt_xp.reporting.text import listed
 from gpt_xp.tokenizer.bpe import Tokenizer
 

@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.backend import get_backend
+from gpt_xp.arrays import at_least_float32
 from gpt_xp.comparison.job import MODES
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import NumericalError
-from gpt_xp.generation.decoder import PIECE, Engine
-from gpt_xp.generation.results import Prompt, Stats
-from gpt_xp.generation.sampling import Sampling
-from gpt_xp.kv_cache import KVCache
+from gpt_xp.generation.choosing import Choosing
+from gpt_xp.generation.results import Stats
+from gpt_xp.generation.rows import Prompt
+from gpt_xp.kv_cache import KVCache, Past
 from gpt_xp.model import Model, load
-from gpt_xp.transformer import at_least_float32, layer_norm, residual_stream, unembed
+from gpt_xp.parts import ReplacedParts
+from gpt_xp.registry import get_backend
+from gpt_xp.settings import GenerationSettings
+from gpt_xp.transformer import embed, hidden_states, transformer_block, unembed
 from gpt_xp.types import Array, Namespace, Params
 
+CHUNK_TOKENS = 128  # tokens whose logits are computed together, on every backend
 DECODED_TOKENS = 5  # tokens at the end of each prompt that are decoded one by one, so that this is compared too
 
 
@@ -60,38 +64,47 @@ def work(job_file: Path) -> None:
 
 
 def traced(
-    tokens: Array, params: Params, cache: KVCache, count: int | Array, config: GPT2Config, window: int, xp: Namespace
+    params: Params, tokens: Array, cache: KVCache, count: int | Array, config: GPT2Config, xp: Namespace
 ) -> tuple[list[Array], Array, KVCache]:
-    """Return the residual stream after each layer, the logits, and the cache; arrays in at least float32.
+    """Return the embeddings and the output of each layer and of the last norm, the logits, and the cache.
 
-    It returns more than a step does, and by the order of its arguments backends do not take it for one.
+    The arrays are [n_seq, n_embd] and [n_seq, n_vocab], in at least float32, of a batch of one row.
     """
     seen: list[Array] = []
-    after: KVCache | None = cache
-    for x, after in residual_stream(params, tokens, config, cache, window, xp):  # noqa: B007
+
+    def seen_embed(*args: Any, **options: Any) -> Array:
+        seen.append(embed(*args, **options))
+        return seen[-1]
+
+    def seen_block(*args: Any, **options: Any) -> tuple[Array, Past]:
+        x, past = transformer_block(*args, **options)
         seen.append(x)
-    seen.append(layer_norm(seen[-1], **params["ln_f"], xp=xp))
-    logits = unembed(seen[-1], params["wte"], xp)
+        return x, past
+
+    looking = ReplacedParts(xp, {"embed": seen_embed, "transformer_block": seen_block})
+    x, after = hidden_states(params, tokens, config, cache, looking)
     assert after is not None
-    wide = [at_least_float32(each, xp) for each in (*seen, logits)]
-    return wide[:-1], wide[-1], after._replace(position=cache.position + count)
+    seen.append(x[0, ...])
+    logits = at_least_float32(unembed(seen[-1], params["wte"], xp), xp)
+    return [at_least_float32(each, xp) for each in seen], logits, after._replace(position=cache.position + count)
 
 
 def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
     """Return layers and logits of a prompt, computed with a cache: in chunks, and the last tokens one at a time."""
-    engine, backend = model._engine, model.backend
-    step = backend.compile(traced, static=("config", "window", "xp"), donate=("cache",))
-    tokens, cache, total = engine._begin([ids], n_new=0)
-    first = max(total - DECODED_TOKENS, 1)
+    decoder, backend = model._decoder, model.backend
+    step = backend.compile(traced, static=("config", "xp"), donate=("cache",))
+    tokens, cache = decoder.start([ids])
+    first = max(len(ids) - DECODED_TOKENS, 1)
     layers, logits = [], []
-    for begin in [*range(0, first, PIECE), *range(first, total)]:
+    while (begin := cache.position) < len(ids):
         if begin < first:
-            piece, cache, window = engine._piece(tokens[:, :first], begin, cache)
-            count = min(PIECE, first - begin)
+            chunk, cache = decoder.next_chunk(tokens[:, :first], cache, CHUNK_TOKENS)
+            count = min(CHUNK_TOKENS, first - begin)
         else:
-            piece, count = backend.asarray(tokens[:, begin : begin + 1]), 1
-            cache, window = engine._fitting(cache, begin + 1)
-        seen, scores, cache = step(piece, model.params, cache, count, config=model.config, window=window, xp=backend.xp)
+            chunk, count = backend.asarray(tokens[:, begin : begin + 1]), 1
+            cache = decoder.grow_cache(cache, begin + 1)
+        seen, scores, cache = step(model.params, chunk, cache, count, config=model.config, xp=backend.xp)
+        cache = cache._replace(position=begin + count)
         layers.append(np.stack([backend.to_numpy(each)[:count] for each in seen]))
         logits.append(backend.to_numpy(scores)[:count])
     return np.concatenate(layers, axis=1), np.concatenate(logits)
@@ -105,22 +118,22 @@ def generate(model: Model, prompts: list[list[int]], job: dict[str, Any], mode: 
     settings = {**MODES[mode], "seed": job["seed"], "max_tokens": job["max_tokens"], "ignore_eos": True}
     free = [model.generate(ids, **settings) for ids in prompts]
     expected = job["expected"][mode] if job["expected"] else [out.token_ids for out in free]
-    sampling = Sampling(**MODES[mode], seed=job["seed"])
-    forced = [follow(model._engine, ids, row, sampling) for ids, row in zip(prompts, expected, strict=True)]
+    choosing = GenerationSettings(**MODES[mode], seed=job["seed"])
+    forced = [follow(model, ids, row, choosing) for ids, row in zip(prompts, expected, strict=True)]
     return {"free": [out.token_ids for out in free], "forced": forced}
 
 
-def follow(engine: Engine, ids: list[int], expected: list[int], sampling: Sampling) -> list[tuple[int, float]]:
+def follow(model: Model, ids: list[int], expected: list[int], settings: GenerationSettings) -> list[tuple[int, float]]:
     """Return the token and margin that would be chosen at each step; the text goes on with `expected`."""
-    row = engine._row(Prompt(ids), len(expected), (), ignore_eos=True)
-    logits, cache, used = engine.prefill([ids], len(expected))
+    decoder, choosing = model._decoder, Choosing(model._generator.chooser, [Prompt(ids)], settings)
+    logits, cache = decoder.prefill([ids])
     choices = []
     for step, token in enumerate(expected):
-        choice = engine._sample(logits, [row], sampling, step)
+        choice = choosing.choose(logits, step)
         choices.append((int(choice.token[0]), float(choice.margin[0])))
-        row.take(token, 0.0, 0.0)
+        choosing.add([token])
         if step + 1 < len(expected):
-            logits, cache, used = engine.decode([token], cache, used)
+            logits, cache = decoder.decode([token], cache)
     return choices
 
 

@@ -7,65 +7,13 @@ the draw only where two tokens are all but tied, so backends that agree up to ro
 Filters come in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from gpt_xp.arrays import device_of
-from gpt_xp.errors import SettingError
-from gpt_xp.transformer import at_least_float32, softmax
+from gpt_xp.arrays import at_least_float32, device_of
+from gpt_xp.transformer import softmax
 from gpt_xp.types import Array, Namespace
-
-TINY, HUGE = 1e-30, 1e30  # what float32 logits can be divided by without running over
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. Raises `SettingError` for values that make no sense.
-
-    `temperature` 0 takes the likeliest token (greedy), and `top_k`, `top_p` and `min_p` then change nothing; the
-    repetition penalty still does. None (and 0 for `top_k`) turns a filter off. `seed` is 0 to 2^64 - 1.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(
-            "temperature",
-            self.temperature,
-            lambda x: x == 0 or TINY <= x <= HUGE,
-            "0 (greedy) or a number from 1e-30 to 1e30",
-        )
-        _check("top_k", self.top_k, _whole, "a whole number of at least 0 (0 is off)")
-        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1 (1 is off)")
-        _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
-        _check(
-            "repetition_penalty",
-            self.repetition_penalty,
-            lambda x: TINY <= x <= HUGE,
-            "a number from 1e-30 to 1e30 (1 is off)",
-        )
-        _check("seed", self.seed, lambda x: _whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The arguments of `choose`, with None for what is off: off is another program to JAX, a value is not."""
-        greedy = self.temperature == 0
-        return {
-            "temperature": None if greedy else float(self.temperature),
-            "top_k": None if greedy or not self.top_k else self.top_k,
-            "top_p": None if greedy or self.top_p in (None, 1) else self.top_p,
-            "min_p": None if greedy or not self.min_p else self.min_p,
-            "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
-        }
 
 
 class Choice(NamedTuple):
@@ -191,14 +139,3 @@ def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     chosen = xp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
     return chosen - xp.log(xp.sum(xp.exp(shifted), axis=-1))
-
-
-def _whole(x: Any) -> bool:
-    return isinstance(x, Integral) and int(x) >= 0
-
-
-def _check(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
-    if value is None and name not in ("temperature", "seed"):
-        return
-    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
-        raise SettingError(f"{name} must be {expected}, not {value!r}")

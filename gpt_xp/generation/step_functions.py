@@ -1,47 +1,49 @@
-"""The programs that generation runs, pure functions which a backend may compile: logits of tokens after a cache."""
+"""The programs that generation runs: pure functions, which a backend may compile."""
 
 from typing import Any
 
-from gpt_xp.arrays import device_of
-from gpt_xp.backend import DecodeBlock
+from gpt_xp.arrays import at_least_float32, device_of
 from gpt_xp.config import GPT2Config
 from gpt_xp.generation.sampling import Choice, choose
 from gpt_xp.kv_cache import KVCache
-from gpt_xp.transformer import at_least_float32, gpt2, hidden_states, unembed
+from gpt_xp.transformer import gpt2_with_cache, hidden_states, unembed
 from gpt_xp.types import Array, Namespace, Params
 
 
-def last_logits(
-    params: Params,
-    tokens: Array,
-    cache: KVCache,
-    count: int | Array,
-    config: GPT2Config,
-    window: int,
-    xp: Namespace,
+def next_token_logits(
+    params: Params, tokens: Array, cache: KVCache, count: int | Array, config: GPT2Config, xp: Namespace
 ) -> tuple[Array, KVCache]:
-    """Logits [batch, n_vocab], at least float32, after the first `count` of tokens [batch, n_seq]; more is padding."""
-    x, after = hidden_states(params, tokens, config, cache, window, xp)  # [batch, n_seq, n_embd]
+    """Return logits [batch, n_vocab], at least float32, after the first `count` of tokens [batch, n_seq].
+
+    The other tokens are padding. They are written into the cache too, where nothing looks at them, and the next tokens
+    overwrite them.
+    """
+    x, after = hidden_states(params, tokens, config, cache, xp)  # [batch, n_seq, n_embd]
     assert after is not None
     logits = at_least_float32(unembed(x[:, count - 1, :], params["wte"], xp), xp)
-    # Padding was written into the cache too. Nobody looks at it, and the next token overwrites it.
     return logits, after._replace(position=cache.position + count)
 
 
-def all_logits(
-    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
+def prompt_logits(
+    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, xp: Namespace
 ) -> tuple[Array, KVCache]:
-    """Logits [batch, n_seq, n_vocab] in at least float32, which NumPy has."""
-    logits, cache = gpt2(params, tokens, config, cache, window, xp)
+    """Return logits [batch, n_seq, n_vocab], at least float32, after each of tokens [batch, n_seq]."""
+    logits, cache = gpt2_with_cache(params, tokens, config, cache, xp)
     return at_least_float32(logits, xp), cache
 
 
-def each_logits(
-    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, window: int, xp: Namespace
+def candidate_logits(
+    params: Params, tokens: Array, cache: KVCache, config: GPT2Config, xp: Namespace
 ) -> tuple[list[Array], KVCache]:
-    """Logits [batch, n_vocab], at least float32, after each of tokens [batch, n_seq]."""
-    logits, cache = all_logits(params, tokens, cache, config, window, xp)
+    """Return the same as a list of [batch, n_vocab], one for each of the n_seq tokens of a row."""
+    logits, cache = prompt_logits(params, tokens, cache, config, xp)
     return [logits[:, position, :] for position in range(tokens.shape[1])], cache
+
+
+def mark(seen: Array, token: Array, xp: Namespace) -> Array:
+    """Return `seen` [batch, n_vocab], which tokens each row holds, with one more token [batch] int32 of each row."""
+    ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device_of(seen))
+    return seen | (ids == token[:, None])
 
 
 def decode_steps(
@@ -52,28 +54,24 @@ def decode_steps(
     noise: Array | None,
     allowed: Array | None,
     k: int,
-    decode_block: DecodeBlock,
+    decode_block: Any,
     config: GPT2Config,
-    window: int,
     xp: Namespace,
-    **numbers: Any,
-) -> tuple[Choice, KVCache]:
-    """Decode `k` more tokens after the latest, `token` [batch] int32: `Choice` of [k, batch] each, and the cache.
+    **filters: Any,
+) -> tuple[Choice, tuple[KVCache, Array | None]]:
+    """Decode `k` more tokens after `token` [batch] int32: return a `Choice` of [k, batch] each, the cache, and `seen`.
 
-    `noise` is [k, batch, n_vocab]; the rest of the arguments are those of `choose` and `last_logits`.
+    `noise` is [k, batch, n_vocab]. `decode_block` is the backend's; the other arguments are those of `choose`.
     """
     first = cache.position
 
     def step(state: tuple[Array, KVCache, Array | None]) -> tuple[Any, Choice]:
         token, cache, seen = state
         drawn = None if noise is None else noise[cache.position - first, ...]
-        logits, cache = last_logits(params, token[:, None], cache, 1, config, window, xp)
-        choice = choose(logits, drawn, seen, allowed, xp=xp, **numbers)
+        logits, cache = next_token_logits(params, token[:, None], cache, 1, config, xp)
+        choice = choose(logits, drawn, seen, allowed, xp=xp, **filters)
         token = xp.astype(choice.token, xp.int32)
-        if seen is not None:
-            ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device_of(seen))
-            seen = seen | (ids == token[:, None])
-        return (token, cache, seen), choice
+        return (token, cache, None if seen is None else mark(seen, token, xp)), choice
 
-    (_, cache, _), choices = decode_block(step, (token, cache, seen), k)
-    return choices, cache
+    (_, cache, seen), choices = decode_block(step, (token, cache, seen), k)
+    return choices, (cache, seen)

@@ -3,7 +3,6 @@
 import codecs
 from collections.abc import Sequence
 
-from gpt_xp.errors import SettingError
 from gpt_xp.tokenizer.bpe import Tokenizer
 
 
@@ -39,15 +38,6 @@ class TextStream:
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the stop strings as a tuple; `SettingError` for anything but non-empty strings."""
-    stops = tuple(stop or ()) if stop is None or isinstance(stop, list | tuple) else (stop,)
-    for each in stops:
-        if not isinstance(each, str) or not each:
-            raise SettingError(f"a stop must be a string of at least one character, not {each!r}")
-    return stops
 
 
 def _overlap(text: str, stop: str) -> int:

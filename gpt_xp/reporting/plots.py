@@ -6,6 +6,7 @@ from typing import Any
 
 from gpt_xp.atomic_files import written_aside
 from gpt_xp.errors import SettingError
+from gpt_xp.installation import install_command
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TYPICAL_SIZE = 100_000  # bytes of a picture
@@ -18,7 +19,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise SettingError(f"a plot cannot be written to {path}: its name must end in {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise SettingError("a plot needs matplotlib, which is not installed: pip install 'gpt-xp[plot]'")
+        raise SettingError(f"a plot needs matplotlib, which is not installed: {install_command('plot')}")
     if not path.parent.is_dir():
         raise SettingError(f"a plot cannot be written to {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):

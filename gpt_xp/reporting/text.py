@@ -1,12 +1,13 @@
 """Text for people: sizes, tables, lists of names, lines that are wrapped."""
 
+import difflib
 import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*\S+")
+COMMAND = re.compile(r"`[^`]+`|pip install (-\S+ )*('[^']+'|\S+)")
 
 
 def size(n_bytes: float) -> str:
@@ -44,7 +45,6 @@ def wrapped(text: str) -> str:
 
 def closest_first(word: str, known: Iterable[str]) -> list[str]:
     """Return `known` with the names that a mistyped `word` most likely means first."""
-    import difflib  # only for an error
 
     names = list(known)
     close = difflib.get_close_matches(word, names, n=len(names), cutoff=0.5)

@@ -6,9 +6,9 @@ from itertools import takewhile
 from typing import Any
 
 from gpt_xp.errors import PromptError, SettingError
-from gpt_xp.generation.decoder import Engine
+from gpt_xp.generation.loop import Generator
 from gpt_xp.scoring.score import Floats, ScoredRow, begin_token, row_logprobs
-from gpt_xp.scoring.windows import check_count
+from gpt_xp.settings import check_count
 
 MEASURES = ("total", "token", "byte")
 
@@ -48,7 +48,7 @@ class RankedChoice:
 
 
 def rank_choices(
-    engine: Engine,
+    generator: Generator,
     prompt: str | list[int],
     choices: Sequence[str | list[int]],
     by: str,
@@ -66,14 +66,14 @@ def rank_choices(
         raise SettingError(f"by must be one of {', '.join(MEASURES)}, not {by!r}")
     if by == "byte" and not isinstance(prompt, str):
         raise SettingError("by 'byte' needs text, and token ids were given")
-    wholes, n_context = _encode_choices(engine, prompt, choices, encode)
-    longest = max(map(len, wholes))
-    if longest > engine.config.n_ctx + 1:  # The last token is predicted and not read.
+    wholes, n_context = _encode_choices(generator, prompt, choices, encode)
+    longest, n_ctx = max(map(len, wholes)), generator.decoder.config.n_ctx
+    if longest > n_ctx + 1:  # The last token is predicted and not read.
         raise PromptError(
-            f"the prompt and its longest choice have {longest} tokens, and this model takes {engine.config.n_ctx} and "
-            f"predicts one more: shorten the prompt by {longest - engine.config.n_ctx - 1}"
+            f"the prompt and its longest choice have {longest} tokens, and this model takes {n_ctx} and "
+            f"predicts one more: shorten the prompt by {longest - n_ctx - 1}"
         )
-    found = row_logprobs(engine, [ScoredRow(ids, n_context) for ids in wholes], batch_size)
+    found = row_logprobs(generator.decoder, [ScoredRow(ids, n_context) for ids in wholes], batch_size)
     ranked = [
         RankedChoice(index, choice, ids[n_context:], logprobs)
         for index, (choice, ids, logprobs) in enumerate(zip(choices, wholes, found, strict=True))
@@ -82,7 +82,7 @@ def rank_choices(
 
 
 def _encode_choices(
-    engine: Engine, prompt: str | list[int], choices: Sequence[Any], encode: Callable[[str], list[int]]
+    generator: Generator, prompt: str | list[int], choices: Sequence[Any], encode: Callable[[str], list[int]]
 ) -> tuple[list[list[int]], int]:
     """Return the token ids of the prompt with each choice, and the number of first tokens that are not scored.
 
@@ -100,7 +100,7 @@ def _encode_choices(
     n_context = min(_shared(context, ids) for ids in wholes)
     if n_context:
         return wholes, n_context
-    eos = begin_token(engine, "a choice without a prompt before it")
+    eos = begin_token(generator, "a choice without a prompt before it")
     return [[eos, *ids] for ids in wholes], 1
 
 

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt_xp.arrays import at_least_float32
 from gpt_xp.errors import NumericalError, PromptError, SettingError
-from gpt_xp.generation.decoder import Engine
+from gpt_xp.generation.decoder import Decoder
+from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.sampling import log_probability
-from gpt_xp.scoring.windows import Windows, check_count
+from gpt_xp.scoring.windows import Windows
+from gpt_xp.settings import check_count
 from gpt_xp.tokenizer.bpe import Tokenizer
-from gpt_xp.transformer import at_least_float32, hidden_states, unembed
+from gpt_xp.transformer import hidden_states, unembed
 from gpt_xp.types import Array, Namespace
 
 LOGITS_AT_A_TIME = 2**23  # 32 MB in float32
@@ -96,7 +99,7 @@ class Score:
 
 
 def score_tokens(
-    engine: Engine,
+    generator: Generator,
     token_ids: Sequence[int],
     windows: Windows,
     batch_size: int,
@@ -105,17 +108,17 @@ def score_tokens(
 ) -> Score:
     """Return the `Score` of the token ids of `text`; see `Model.score`."""
     check_count("batch_size", batch_size)
-    windows = windows.resolve(engine.config.n_ctx)
+    windows = windows.resolve(generator.decoder.config.n_ctx)
     ids = np.asarray(token_ids, dtype=np.int32)
     sequence = ids
     if windows.convention == "lm-eval" and ids.size:
-        sequence = np.concatenate([[begin_token(engine, "the convention lm-eval")], ids]).astype(np.int32)
+        sequence = np.concatenate([[begin_token(generator, "the convention lm-eval")], ids]).astype(np.int32)
     _check_length(len(sequence), windows)
     cut = [window for window in windows.cut(len(sequence)) if window.first < window.end]
     total, done = sum(window.end - window.first for window in cut), 0
     found: list[Floats] = []
     for part in row_logprobs(
-        engine, [ScoredRow(sequence[w.begin : w.end], w.first - w.begin) for w in cut], batch_size
+        generator.decoder, [ScoredRow(sequence[w.begin : w.end], w.first - w.begin) for w in cut], batch_size
     ):
         found.append(part)
         done += len(part)
@@ -129,7 +132,7 @@ def score_tokens(
             logprobs[window.first : window.end] = part
         logprobs = logprobs[len(sequence) - len(ids) :]
     result = Score(scored, logprobs, windows)
-    return result if engine.tokenizer is None else _with_counts(result, ids, engine.tokenizer, text)
+    return result if generator.tokenizer is None else _with_counts(result, ids, generator.tokenizer, text)
 
 
 def _with_counts(score: Score, ids: Ints, tokenizer: Tokenizer, text: str | None) -> Score:
@@ -166,12 +169,12 @@ def label_logprobs(x: Array, places: Array, labels: Array, wte: Array, xp: Names
     return log_probability(at_least_float32(unembed(rows, wte, xp), xp), labels, xp)
 
 
-def row_logprobs(engine: Engine, rows: Sequence[ScoredRow], batch_size: int) -> Iterator[Floats]:
+def row_logprobs(decoder: Decoder, rows: Sequence[ScoredRow], batch_size: int) -> Iterator[Floats]:
     """Yield the log-probabilities of the scored tokens of each row, computed `batch_size` rows at a time.
 
     Raises `NumericalError` where the model's logits are not finite.
     """
-    reader = Reader(engine)
+    reader = Reader(decoder)
     # All batches have one shape, so that a compiler compiles once. Padding comes after the tokens and changes nothing.
     n_batches = math.ceil(len(rows) / batch_size)
     shape = math.ceil(len(rows) / n_batches), max(len(row.token_ids) for row in rows) - 1
@@ -187,26 +190,26 @@ def row_logprobs(engine: Engine, rows: Sequence[ScoredRow], batch_size: int) -> 
 
 
 class Reader:
-    """Computes log-probabilities with an engine's model; logits stay on the device, a limited number at a time."""
+    """Computes log-probabilities with a decoder's model; logits stay on the device, a limited number at a time."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._backend = engine, engine.backend
-        self._pads = engine.backend.pad(1, 2) > 1  # The backend compiles, and needs arrays of one shape.
-        self._hidden_states = self._backend.compile(hidden_states, static=("config", "window", "xp"), donate=("cache",))
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._backend = decoder, decoder.backend
+        self._pads = self._backend.padded_length(1, 2) > 1  # The backend compiles, and needs arrays of one shape.
+        self._hidden_states = self._backend.compile(hidden_states, static=("config", "xp"), donate=("cache",))
         self._label_logprobs = self._backend.compile(label_logprobs, static=("xp",))
 
     def logprobs(self, tokens: Any, labels: Ints) -> Floats:
         """Return the log-probability [batch, n_seq] of the label after each token; NaN where a label is below 0."""
-        engine = self._engine
+        decoder = self._decoder
         found = np.full(labels.shape, np.nan)
-        length = self._backend.piece(len(tokens))
-        tokens, cache, total = engine._begin(tokens, 0, length)
-        for begin in range(0, total, length):
-            piece, cache, window = engine._piece(tokens, begin, cache, length)
+        tokens, cache = decoder.start(tokens)
+        while (begin := cache.position) < tokens.shape[1]:
+            chunk, cache = decoder.next_chunk(tokens, cache)
             x, cache = self._hidden_states(
-                engine.params, piece, config=engine.config, cache=cache, window=window, xp=self._backend.xp
+                decoder.params, chunk, config=decoder.config, cache=cache, xp=self._backend.xp
             )
-            row, place = np.nonzero(labels[:, begin : begin + length] >= 0)
+            cache = cache._replace(position=begin + chunk.shape[1])
+            row, place = np.nonzero(labels[:, begin : begin + chunk.shape[1]] >= 0)
             found[row, begin + place] = self._of_labels(x, row * x.shape[1] + place, labels[row, begin + place])
         if not np.isfinite(found[labels >= 0]).all():
             raise NumericalError(
@@ -218,25 +221,25 @@ class Reader:
     def _of_labels(self, x: Array, places: Ints, labels: Ints) -> Floats:
         """Return the log-probabilities of `labels` [n] after positions `places` [n] of hidden states `x`."""
         backend, found, n_rows = self._backend, np.empty(len(places)), x.shape[0] * x.shape[1]
-        size = math.ceil(n_rows / math.ceil(n_rows * self._engine.config.n_vocab / LOGITS_AT_A_TIME))
+        size = math.ceil(n_rows / math.ceil(n_rows * self._decoder.config.n_vocab / LOGITS_AT_A_TIME))
         for begin in range(0, len(places), size):
             part = slice(begin, begin + size)
             missing = size - len(places[part]) if self._pads else 0
             logprobs = self._label_logprobs(
                 x,
                 *(backend.asarray(np.pad(ids[part], (0, missing)).astype(np.int32)) for ids in (places, labels)),
-                wte=self._engine.params["wte"],
+                wte=self._decoder.params["wte"],
                 xp=backend.xp,
             )
             found[part] = backend.to_numpy(logprobs)[: len(places[part])]
         return found
 
 
-def begin_token(engine: Engine, what: str) -> int:
+def begin_token(generator: Generator, what: str) -> int:
     """Return the token that begins a text. Raises `SettingError` where the model has none; `what` needs it."""
-    if engine.first_token is None:
+    if generator.first_token is None:
         raise SettingError(f"{what} is predicted from the token that begins a text (bos_token_id): this model has none")
-    return engine.first_token
+    return generator.first_token
 
 
 def _check_length(n: int, windows: Windows) -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_xp.errors import SettingError
+from gpt_xp.settings import check_count
 
 CONVENTIONS = ("huggingface", "lm-eval", "nanogpt")
 
@@ -111,9 +112,3 @@ def random_crops(n: int, window: int, crops: int, seed: int) -> Iterator[Window]
     # The stream of RandomState never changes between versions of NumPy, unlike that of default_rng.
     for begin in np.random.RandomState(seed).randint(0, n - window, size=crops).tolist():
         yield Window(begin, begin + window + 1, begin + 1)
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise `SettingError` unless `value` is a whole number of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")

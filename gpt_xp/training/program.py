@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.backend import Backend, get_backend, import_library
+from gpt_xp.backend import Backend, import_library
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
+from gpt_xp.registry import get_backend
 from gpt_xp.training.settings import TrainingSettings
 from gpt_xp.transformer import lm_loss
 from gpt_xp.tree import tree_map
 from gpt_xp.types import Array, Namespace, NumpyArray, Params
 
-FIX = "pip install 'gpt-xp[train]'"
+FIX = install_command("train")
 TrainState = dict[str, Any]  # a JAX pytree: the trained "params", their "average" or None, the "optimizer" state
 
 

@@ -291,7 +291,7 @@ def test_a_cache_of_another_size_takes_the_place_of_the_one_that_is_kept(cupy: F
         made.append([weakref.ref(cache.k.base), weakref.ref(cache.v.base)])
         return cache
 
-    model = small(replace(backend, new_cache=functools.wraps(original)(spy)))
+    model = small(backend.replace(new_cache=functools.wraps(original)(spy)))
     for prompts in (TOKENS[:5], TOKENS[:7], UNEVEN, TOKENS[:5]):
         model.generate(prompts, max_tokens=9)
         cupy.recorded = None
@@ -354,7 +354,7 @@ def test_where_a_copy_of_the_cache_does_not_fit_the_text_is_the_plain_one(cupy: 
         cache = original(*args, **kwargs)
         return cache._replace(k=cache.k.view(Full))
 
-    model = small(replace(backend, new_cache=functools.wraps(original)(new_cache)))
+    model = small(backend.replace(new_cache=functools.wraps(original)(new_cache)))
     with pytest.warns(RuntimeWarning, match="without a CUDA graph, and slower: MemoryError: out of memory"):
         out = model.generate(TOKENS[:5], max_tokens=9)
     assert cupy.log == 8 * STEP

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +18,8 @@ from small_models import CONFIGS, small_params, small_tokens, tree_map
 from small_quantized import KINDS, float64_of, small
 
 from gpt_xp import Model
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import PromptError
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 
@@ -120,7 +119,7 @@ def test_another_namespace_is_used_as_it_is(calls: list[int], dtype: str) -> Non
     assert bool(calls) == (dtype == "float32")
     calls.clear()
     backend = get_backend("numpy")
-    other = replace(backend, xp=SimpleNamespace(**vars(backend.xp) | {"tanh": lambda x: x * 0}))
+    other = backend.replace(xp=SimpleNamespace(**vars(backend.xp) | {"tanh": lambda x: x * 0}))
     plain = make()
     wrong = Model(plain.params, plain.config, backend=other)
     assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1

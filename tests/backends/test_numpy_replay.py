@@ -17,9 +17,9 @@ from small_models import CONFIGS, small_params, tree_map
 from small_quantized import KINDS, small
 
 from gpt_xp import Model
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import PromptError
 from gpt_xp.generation import decoder as generation
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5, 8], [9, 7, 9]]

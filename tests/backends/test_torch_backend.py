@@ -15,9 +15,10 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Model
-from gpt_xp.backend import DeviceInfo, get_backend
+from gpt_xp.backend import DeviceInfo
 from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import BackendError
+from gpt_xp.registry import get_backend
 
 
 @pytest.fixture
@@ -224,6 +225,6 @@ print(json.dumps([*outs, model.backend.settings()["compiled"]]))
 
 
 def test_a_prompt_is_computed_in_longer_pieces_on_a_gpu(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [get_backend("torch").piece(batch) for batch in (1, 8)] == [128, 128]
+    assert [get_backend("torch").chunk_tokens(batch) for batch in (1, 8)] == [128, 128]
     monkeypatch.setattr(torch_backend, "_devices", lambda torch: (DeviceInfo("cuda:0", "a GPU", 2**36),))
-    assert [get_backend("torch", device="cuda").piece(batch) for batch in (1, 8, 100)] == [1024, 512, 128]
+    assert [get_backend("torch", device="cuda").chunk_tokens(batch) for batch in (1, 8, 100)] == [1024, 512, 128]

@@ -11,8 +11,8 @@ from commands import in_a_new_process
 from folders import TESTS
 from third_party import WRONG_BACKENDS, installed
 
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import BackendError
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 RIGHT = TOLERANCE["logits", "float32"]
@@ -25,7 +25,6 @@ import numpy as np
 import gpt_xp
 from gpt_xp.kv_cache import new_cache
 from small_models import CONFIGS, small_params, small_tokens
-from folders import TESTS
 from third_party import with_large_scores
 
 def full(model, tokens):
@@ -34,10 +33,10 @@ def full(model, tokens):
 def cached(model, tokens):
     start = np.zeros(len(tokens), dtype=np.int32)
     cache = new_cache(model.config, model.params["wpe"], 64, start, model.backend.xp)
-    gpt2, logits = model.backend.compile(gpt_xp.gpt2), []
+    gpt2_with_cache, logits = model.backend.compile(gpt_xp.gpt2_with_cache), []
     for end in range(17, tokens.shape[1] + 1):
         piece = tokens[:, : end] if end == 17 else tokens[:, end - 1 : end]
-        new, cache = gpt2(model.params, piece, model.config, cache, window=end, xp=model.backend.xp)
+        new, cache = gpt2_with_cache(model.params, piece, model.config, cache, xp=model.backend.xp)
         logits.append(new)
     return np.concatenate(logits, axis=1)
 
@@ -116,12 +115,12 @@ def test_the_other_gelu_is_the_one_by_erf() -> None:
 import json, math
 import numpy as np
 import gpt_xp
-from gpt_xp.backend import get_backend
+from gpt_xp.registry import get_backend
 x = np.linspace(-9, 9, 4001)
 erf = x * np.asarray([(1 + math.erf(each / math.sqrt(2))) / 2 for each in x])
 xp = get_backend("wrong-gelu").xp
 errors = [np.abs(gpt_xp.transformer.gelu(x.astype(dtype), xp) - erf).max().item() for dtype in ("float32", "float64")]
-print(json.dumps([*errors, np.abs(gpt_xp.transformer.gelu(x) - erf).max().item()]))
+print(json.dumps([*errors, np.abs(gpt_xp.transformer.gelu(x, np) - erf).max().item()]))
 """
     float32, float64, right = in_a_new_process(code, **installed(WRONG_BACKENDS))
     assert float64 < 1e-14

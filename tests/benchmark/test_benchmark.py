@@ -6,7 +6,6 @@ import signal
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +21,14 @@ from libraries import make_backend
 
 from gpt_xp import SIZES, Model
 from gpt_xp.benchmark import contenders, plot, report
+from gpt_xp.benchmark.contenders import CHUNK_TOKENS
 from gpt_xp.benchmark.driver import run_benchmark
 from gpt_xp.benchmark.figures import Phase, Spread, Turn, Workload, WorkloadFigures, spread, turn_of, workload_figures
 from gpt_xp.benchmark.models import bench, default_context, gpt_xp_spec
 from gpt_xp.benchmark.process import ContenderProcess
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import BackendError, CheckpointError, SettingError
-from gpt_xp.generation.decoder import BLOCK, PIECE
+from gpt_xp.generation.loop import BLOCK_STEPS
 from gpt_xp.hub.find import find_model
 from gpt_xp.reporting.text import wrapped
 
@@ -242,7 +242,12 @@ def test_the_report_says_everything_in_80_columns(found):
 
 
 def test_a_command_to_copy_stays_on_one_line():
-    for command in ("pip install 'gpt-xp[quantize]'", "`gpt-xp models pull 124M`", "pip install -e ."):
+    for command in (
+        "pip install 'gpt-xp[quantize]'",
+        "pip install -e '/my folder[jax]'",
+        "`gpt-xp models pull 124M`",
+        "pip install -e .",
+    ):
         for n in range(40, 80):
             text = wrapped(f"{'x' * (n // 2)} {'y' * (n - n // 2)} it-is-not-installed: {command} and more words")
             assert command in text
@@ -339,17 +344,17 @@ def test_tokens_that_come_several_at_a_time_share_the_time(monkeypatch, speculat
     contender = contenders.GptXp("shakespeare", "numpy", sampling={"speculate": speculate})
     contender._model = SimpleNamespace(stream=stream, backend=SimpleNamespace(decode_block=decode_block))
     monkeypatch.setattr(contenders, "time", clock)
-    assert BLOCK == 16
+    assert BLOCK_STEPS == 16
     assert contender.run([[1]], n_tokens) == [7.0, *[of_one] * (n_tokens - 1)]
 
 
 def test_jax_as_on_a_gpu_is_timed_block_by_block(monkeypatch, shakespeare: Model):
     backend = make_backend("jax")
-    on_gpu = Model(shakespeare.params, shakespeare.config, backend=replace(backend, **jax_backend.on_accelerators()))
+    on_gpu = Model(shakespeare.params, shakespeare.config, backend=backend.replace(**jax_backend.on_accelerators()))
     contender = contenders.GptXp("shakespeare", "numpy")
     monkeypatch.setattr(contender, "_model", on_gpu)
     first, *later = contender.run([[1, 2, 3]], Workload(3).n_new)
-    assert len(later) == BLOCK, "the tokens after the first fill one block"
+    assert len(later) == BLOCK_STEPS, "the tokens after the first fill one block"
     assert first > 0
     assert len(set(later)) == 1
 
@@ -371,7 +376,7 @@ def test_gpt_xp_is_the_model(shakespeare: Model):
     assert min(seconds) > 0
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 3), (3, 5), (1, PIECE + 5), (2, PIECE + 5)])
+@pytest.mark.parametrize(("batch", "context"), [(1, 3), (3, 5), (1, CHUNK_TOKENS + 5), (2, CHUNK_TOKENS + 5)])
 def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(monkeypatch, shakespeare: Model, batch, context):
     """In all ways that it tries, of which the timed one is the fastest."""
     config = shakespeare.config

@@ -26,6 +26,7 @@ from gpt_xp.checkpoint.openai import check_tensorflow, convert, is_openai_layout
 from gpt_xp.checkpoint.weights import align_weights, read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
+from gpt_xp.installation import install_command
 
 GOLDEN = GOLDEN_FILES / "openai"
 WEIGHTS = "model.safetensors"
@@ -530,7 +531,7 @@ def test_a_missing_tensorflow_is_one_error_with_the_way_out(folder, monkeypatch)
     with pytest.raises(CheckpointError) as caught:
         check_tensorflow()
     message = str(caught.value)
-    assert "pip install 'gpt-xp[tensorflow]'" in message
+    assert install_command("tensorflow") in message
     assert "gpt-xp models pull NAME" in message
     assert "once" in message
     assert "\n" not in message

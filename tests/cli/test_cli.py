@@ -26,14 +26,14 @@ from gpt_xp.cli.output import waiting
 # The bundled model is done before a signal can reach it.
 SLOW = """
 import sys, time
-from gpt_xp.generation.decoder import Engine
-decode = Engine.decode
+from gpt_xp.generation.decoder import Decoder
+decode = Decoder.decode
 def slow(*args):
     time.sleep(0.02)
     if not sys.stderr.isatty():
         print("a token", file=sys.stderr, flush=True)
     return decode(*args)
-Engine.decode = slow
+Decoder.decode = slow
 from gpt_xp.cli import main
 main()
 """

@@ -16,8 +16,8 @@ import gpt_xp
 from gpt_xp.cli.group import cli
 from gpt_xp.cli.wording import Option, reworded
 from gpt_xp.errors import SettingError
-from gpt_xp.generation.sampling import Sampling
 from gpt_xp.scoring.windows import Windows
+from gpt_xp.settings import GenerationSettings
 from gpt_xp.training.settings import TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -200,7 +200,7 @@ def test_errors_name_the_option_or_its_variable(
 def library_errors() -> Iterator[tuple[str, str, str]]:
     """Yield the messages of the library for a value that no setting can have, with command and setting."""
     for command, kind, given in (
-        ("generate", Sampling, {}),
+        ("generate", GenerationSettings, {}),
         ("score", Windows, {"convention": "huggingface"}),
         ("train", TrainingSettings, {"data": ("x",)}),
     ):

@@ -19,6 +19,7 @@ from small_trainings import EVERYTHING, bits, log, story
 import gpt_xp
 from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
+from gpt_xp.installation import install_command
 from gpt_xp.training.program import jax_backend
 from gpt_xp.training.settings import TrainingSettings
 
@@ -373,7 +374,7 @@ def test_a_missing_library_is_told_with_its_command(
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
     result = call(*begin(text, out))
     assert result.code == 1
-    assert result.err == f"gpt-xp: error: {library} is not installed: pip install 'gpt-xp[train]'\n"
+    assert result.err == f"gpt-xp: error: {library} is not installed: {install_command('train')}\n"
 
 
 def test_threads_are_set_before_jax_starts(text: str, out: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from gpt_xp import Model
 from gpt_xp.comparison import figures, plot, report, worker
 from gpt_xp.comparison.figures import ComparisonFigures, Difference, Flip, LayerFigures, LogitFigures
 from gpt_xp.comparison.job import PROMPTS
+from gpt_xp.comparison.worker import CHUNK_TOKENS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
-from gpt_xp.generation.decoder import PIECE
+from gpt_xp.installation import install_command
 from gpt_xp.reporting import plots as _plots
 from gpt_xp.tolerances import TOLERANCE
 
@@ -142,8 +144,8 @@ def test_following_a_text_that_is_ones_own_changes_nothing(backend):
     model = Model(small_params("prime"), CONFIGS["prime"], backend=backend)
     for temperature in (0.0, 1.0):
         out = model.generate([1, 2, 3], temperature=temperature, seed=5, max_tokens=11, ignore_eos=True)
-        sampling = gpt_xp.generation.sampling.Sampling(temperature=temperature, seed=5)
-        choices = worker.follow(model._engine, [1, 2, 3], out.token_ids, sampling)
+        settings = gpt_xp.GenerationSettings(temperature=temperature, seed=5)
+        choices = worker.follow(model, [1, 2, 3], out.token_ids, settings)
         assert [token for token, _ in choices] == out.token_ids
         assert [margin for _, margin in choices] == pytest.approx(out.margins, rel=1e-4, abs=1e-4)
 
@@ -153,7 +155,7 @@ def test_following_a_text_that_is_ones_own_changes_nothing(backend):
 
 def test_the_longest_prompt_is_read_in_two_pieces_and_leaves_room(shakespeare):
     assert len(set(PROMPTS)) == len(PROMPTS)
-    assert PIECE < max(len(shakespeare.tokenizer.encode(prompt)) for prompt in PROMPTS) < 256 - 32
+    assert CHUNK_TOKENS < max(len(shakespeare.tokenizer.encode(prompt)) for prompt in PROMPTS) < 256 - 32
 
 
 def test_numpy_against_itself():
@@ -356,7 +358,7 @@ def test_a_plot(tmp_path):
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"pip install 'gpt-xp\[plot\]'"):
+    with pytest.raises(SettingError, match=re.escape(install_command("plot"))):
         plot.check_plot(Path("out.png"))
 
 

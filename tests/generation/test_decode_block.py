@@ -13,7 +13,7 @@ from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model
-from gpt_xp.generation import decoder as generation
+from gpt_xp.generation import choosing, decoder, loop
 from gpt_xp.tolerances import TOLERANCE
 
 TOKENS = small_tokens("prime")[0].tolist()
@@ -28,11 +28,11 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def blocks_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "BLOCK", 5)
+    monkeypatch.setattr(loop, "BLOCK_STEPS", 5)
 
 
 def plain(backend: Backend, **changes: Any) -> Backend:
-    return replace(backend, decode_block=None, **changes)
+    return backend.replace(decode_block=None, **changes)
 
 
 def small(backend: Backend, name: str = "prime", **changes: Any) -> Model:
@@ -99,17 +99,17 @@ def test_a_stop_string_ends_amid_a_block_and_pieces_come_one_by_one() -> None:
 
 def test_few_programs_and_no_step_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
-    original = generation.decode_steps
+    original = decoder.decode_steps
 
-    def spy(params: Any, *, window: int, **arguments: Any) -> Any:
-        traced.append(window)
-        return original(params, window=window, **arguments)
+    def spy(params: Any, token: Any, cache: Any, **arguments: Any) -> Any:
+        traced.append(cache.n_slots)
+        return original(params, token, cache, **arguments)
 
     def forbidden(*arguments: Any) -> None:
         raise AssertionError("a step of its own")
 
-    monkeypatch.setattr(generation, "decode_steps", spy)
-    monkeypatch.setattr(generation.Engine, "decode", forbidden)
+    monkeypatch.setattr(decoder, "decode_steps", spy)
+    monkeypatch.setattr(decoder.Decoder, "decode", forbidden)
     prompt = small_tokens("long")[0, :17].tolist()
     model = small(in_blocks(make_backend("jax")), "long")
     out = model.generate(prompt, max_tokens=None, ignore_eos=True)
@@ -123,13 +123,13 @@ def test_few_programs_and_no_step_beside_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_noise_is_drawn_for_the_tokens_that_may_come_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    original = generation.gumbel_noise
+    original = choosing.gumbel_noise
 
     def spy(seed: int, sample: int, step: int, *rest: Any) -> Any:
         drawn.append(step)
         return original(seed, sample, step, *rest)
 
-    monkeypatch.setattr(generation, "gumbel_noise", spy)
+    monkeypatch.setattr(choosing, "gumbel_noise", spy)
     small(in_blocks(make_backend("numpy"))).generate(TOKENS[:3], max_tokens=18, ignore_eos=True, **FILTERS)
     assert drawn == list(range(18))
 

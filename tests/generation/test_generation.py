@@ -18,7 +18,7 @@ from small_models import CONFIGS, small_params, small_tokens
 import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model, Tokenizer
 from gpt_xp.errors import DeviceMemoryError, NumericalError, PromptError, SettingError
-from gpt_xp.generation import decoder as generation
+from gpt_xp.generation import decoder
 from gpt_xp.tokenizer.words import EOS
 
 GOLDEN = json.loads((GOLDEN_FILES / "shakespeare.json").read_text())
@@ -122,15 +122,15 @@ def test_jax_compiles_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPT2Config(n_vocab=31, n_ctx=1024, n_embd=14, n_head=2, n_layer=1)
     params = plain_params(config)
     traced: list[tuple[tuple[int, ...], int]] = []
-    original = generation.last_logits
+    original = decoder.next_token_logits
 
-    def spy(params: Any, tokens: Any, cache: Any, count: Any, config: Any, window: int, xp: Any) -> Any:
-        traced.append((tokens.shape, window))
-        return original(params, tokens, cache, count, config, window, xp)
+    def spy(params: Any, tokens: Any, cache: Any, count: Any, config: Any, xp: Any) -> Any:
+        traced.append((tokens.shape, cache.n_slots))
+        return original(params, tokens, cache, count, config, xp)
 
-    monkeypatch.setattr(generation, "last_logits", spy)
+    monkeypatch.setattr(decoder, "next_token_logits", spy)
     model = Model(params, config, backend=make_backend("jax"))
-    windows = 2 + int(math.log2(config.n_ctx / 128))  # 128, 256, 512, 768, 1024
+    sizes = 2 + int(math.log2(config.n_ctx / 128))  # 128, 256, 512, 768, 1024
 
     def everything(rows: int) -> None:
         for n_prompt, n_new in ((1, 5), (16, 1), (17, 300), (130, 2), (500, 100), (1024, None), (700, 400)):
@@ -143,9 +143,9 @@ def test_jax_compiles_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         everything(rows)
         decode = [each for each in traced if each[0] == (rows, 1)]
         prefill = [each for each in traced if each[0] != (rows, 1)]
-        assert 0 < len(decode) <= windows
+        assert 0 < len(decode) <= sizes
         # One prompt's pieces of 16, of 1 to 4 times 128, and those after the first 512; of several, of 128 alone.
-        assert 0 < len(prefill) <= (9 if rows == 1 else 1 + windows)
+        assert 0 < len(prefill) <= (9 if rows == 1 else 1 + sizes)
         traced.clear()
         everything(rows)
         assert not traced, "compiled again after warm-up"
@@ -181,21 +181,21 @@ class Parrot(Model):
 
     def __init__(self, said: list[int], tokenizer: Tokenizer | None, config: GPT2Config) -> None:
         super().__init__(small_params_of(config), config, tokenizer, backend="numpy")
-        self._engine._last_logits = self._say  # type: ignore[method-assign]
+        self._decoder._next_token_logits = self._say  # type: ignore[method-assign]
         self._said = said
 
-    def _say(self, params: Any, tokens: Any, cache: Any, count: int, config: Any, window: int, xp: Any) -> Any:
-        after = cache.advance(count)
+    def _say(self, params: Any, tokens: Any, cache: Any, count: int, config: Any, xp: Any) -> Any:
+        after = cache._replace(position=cache.position + count)
         logits = np.zeros((tokens.shape[0], self.config.n_vocab), dtype=np.float32)
         for row in range(tokens.shape[0]):
             step = int(after.position - 1) - self._first
             logits[row, self._said[step % len(self._said)]] = 50.0
         return logits, after
 
-    def generate(self, prompt: Any, **options: Any) -> Any:
+    def generate(self, prompt: Any, *settings: Any, **options: Any) -> Any:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self._first = max(len(ids), 1) - 1
-        return super().generate(prompt, **options)
+        return super().generate(prompt, *settings, **options)
 
     def stream(self, prompt: Any, **options: Any) -> Any:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -485,7 +485,7 @@ def test_running_out_of_memory_names_sizes() -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError("no")
 
-    model._engine._last_logits = fail
+    model._decoder._next_token_logits = fail
     with pytest.raises(
         DeviceMemoryError, match=r"numpy ran out of memory on cpu: the params take 171\.9 kB in float32"
     ) as error:

@@ -7,7 +7,6 @@ true ones; and two backends in float32 may share an error, as NumPy and array-ap
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -248,4 +247,4 @@ def test_the_same_namespace_without_a_bug_is_right() -> None:
 
 def with_product(matmul: Callable[..., Any]) -> Model:
     numpy = make_backend("numpy")
-    return Model(params(), CONFIG, backend=replace(numpy, xp=SimpleNamespace(**vars(numpy.xp) | {"matmul": matmul})))
+    return Model(params(), CONFIG, backend=numpy.replace(xp=SimpleNamespace(**vars(numpy.xp) | {"matmul": matmul})))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gpt_xp import Backend
 from gpt_xp.errors import GptXpError, SettingError
 from gpt_xp.generation.noise import gumbel_noise
-from gpt_xp.generation.sampling import Choice, Sampling, choose, keep_likeliest
+from gpt_xp.generation.sampling import Choice, choose, keep_likeliest
+from gpt_xp.settings import GenerationSettings
 
 random = np.random.RandomState(7)
 LOGITS = (random.standard_normal((3, 101)) * 3).astype(np.float32)
@@ -235,12 +236,12 @@ def test_every_draw_is_one_that_the_filters_keep(values: list[int], options: dic
 )
 def test_values_that_make_no_sense(option: str, value: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message) as error:
-        Sampling(**{option: value})
+        GenerationSettings(**{option: value})
     assert repr(value) in str(error.value)
     assert isinstance(error.value, GptXpError)
 
 
 def test_values_that_turn_a_filter_off() -> None:
-    off = Sampling(temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1).numbers
-    assert off == Sampling(temperature=1).numbers
-    assert Sampling(top_k=5, top_p=0.5, min_p=0.5).numbers == Sampling().numbers  # greedy
+    off = GenerationSettings(temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1).filters
+    assert off == GenerationSettings(temperature=1).filters
+    assert GenerationSettings(top_k=5, top_p=0.5, min_p=0.5).filters == GenerationSettings().filters  # greedy

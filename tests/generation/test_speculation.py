@@ -20,8 +20,7 @@ from small_models import CONFIGS, small_params, small_tokens
 
 from gpt_xp import Backend, Generation, GPT2Config, Model
 from gpt_xp.cli.report import add_stats, stats_line
-from gpt_xp.generation import decoder as generation
-from gpt_xp.generation import speculation
+from gpt_xp.generation import decoder, speculation
 from gpt_xp.generation.speculation import CREDIT, LONGEST, SHORTEST, WIDTH, Account, NGrams
 from gpt_xp.tolerances import TOLERANCE
 
@@ -399,24 +398,22 @@ def test_jax_compiles_one_more_program(monkeypatch: pytest.MonkeyPatch, always: 
     traced: list[str] = []
 
     def spy_on(name: str) -> None:
-        original = getattr(generation, name)
+        original = getattr(decoder, name)
 
-        def spy(
-            params: Any, tokens: Any, cache: Any, *count: Any, config: GPT2Config, window: int, xp: Any
-        ) -> tuple[Any, Any]:
-            traced.append(f"{name} {tokens.shape} {window}")
-            return original(params, tokens, cache, *count, config=config, window=window, xp=xp)
+        def spy(params: Any, tokens: Any, cache: Any, *count: Any, config: GPT2Config, xp: Any) -> tuple[Any, Any]:
+            traced.append(f"{name} {tokens.shape} {cache.n_slots}")
+            return original(params, tokens, cache, *count, config=config, xp=xp)
 
-        monkeypatch.setattr(generation, name, spy)
+        monkeypatch.setattr(decoder, name, spy)
 
-    spy_on("last_logits")
-    spy_on("each_logits")
+    spy_on("next_token_logits")
+    spy_on("candidate_logits")
     model = small(backend, "long")
     prompt = [1, 2, 3, 1, 2]
     for speculate in (False, True, True, False):
         model.generate(prompt, max_tokens=100, speculate=speculate)
-    plain = ["last_logits (1, 16) 128", "last_logits (1, 1) 128"]
-    assert traced == [*plain, f"each_logits (1, {WIDTH}) 128"]
+    plain = ["next_token_logits (1, 16) 128", "next_token_logits (1, 1) 128"]
+    assert traced == [*plain, f"candidate_logits (1, {WIDTH}) 128"]
     assert model.generate(prompt, max_tokens=100, speculate=True).stats.compile_seconds == 0
 
 

@@ -22,7 +22,11 @@ TOKENS = small_tokens("prime")
 
 def forward(backend: Backend) -> Any:
     """`gpt2` as the backend runs it: jitted on JAX."""
-    return functools.partial(backend.compile(gpt_xp.gpt2, static=("config", "window", "xp")), xp=xp_of(backend))
+    return functools.partial(backend.compile(gpt_xp.gpt2, static=("config", "xp")), xp=xp_of(backend))
+
+
+def forward_with_cache(backend: Backend) -> Any:
+    return functools.partial(backend.compile(gpt_xp.gpt2_with_cache, static=("config", "xp")), xp=xp_of(backend))
 
 
 def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0)) -> tuple[Any, KVCache]:
@@ -32,14 +36,16 @@ def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0
 
 
 def run(
-    backend: Backend, params: Any, cache: KVCache, tokens: np.ndarray, cuts: list[int], exact: bool = True
+    backend: Backend, params: Any, cache: KVCache, tokens: np.ndarray, cuts: list[int], grow: bool = False
 ) -> tuple[np.ndarray, KVCache]:
-    """Feed tokens [batch, n_seq] in pieces that end at `cuts`; return all logits and the last cache."""
+    """Feed tokens [batch, n_seq] in pieces that end at `cuts`; return all logits and the last cache.
+
+    The cache has its slots from the beginning, or it grows with each piece.
+    """
     found = []
     for begin, end in pairwise([0, *cuts]):
-        window = min(end, cache.n_slots) if exact else None
-        logits, cache = forward(backend)(
-            params, backend.asarray(tokens[:, begin:end]), CONFIG, cache=cache, window=window
-        )
+        if grow and end > cache.n_slots:
+            cache = backend.grow_cache(cache, end)
+        logits, cache = forward_with_cache(backend)(params, backend.asarray(tokens[:, begin:end]), CONFIG, cache=cache)
         found.append(backend.to_numpy(logits))
     return np.concatenate(found, axis=1), cache

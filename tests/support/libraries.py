@@ -3,17 +3,16 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from gpt_xp_backends import jax_backend
 
 from gpt_xp import Backend
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import BackendError
 from gpt_xp.generation.sampling import Choice
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.registry import get_backend
 
 BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
 
@@ -58,4 +57,4 @@ def in_blocks(backend: Backend, **changes: Any) -> Backend:
         return state, Choice(*map(backend.xp.stack, zip(*choices, strict=True)))
 
     own = jax_backend.on_accelerators() if backend.name == "jax" else {"decode_block": one_after_another}
-    return replace(backend, **own | changes)
+    return backend.replace(**own | changes)

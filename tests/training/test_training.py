@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,7 @@ def test_bfloat16_multiplies_copies_and_trains_float32() -> None:
     backend = jax_backend(settings)
     found = {}
     for dtype in ("float32", "bfloat16"):
-        program = Program(settings, config, random_params(config, 0), replace(backend, dtype=dtype))
+        program = Program(settings, config, random_params(config, 0), backend.replace(dtype=dtype))
         state, loss = program.train(program.initial_state(), tokens, 0)
         assert {str(leaf.dtype) for leaf in leaves(state["params"])} == {"float32"}
         found[dtype] = float(loss)

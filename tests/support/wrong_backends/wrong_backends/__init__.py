@@ -4,22 +4,15 @@ It is laid out as pip installs it, so its folder on PYTHONPATH is all that it ne
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from gpt_xp import Backend
-from gpt_xp.backend import BackendInfo, DeviceInfo, get_backend
+from gpt_xp_backends.numpy_backend import NumPyBackend
 
 
-def info(name: str) -> BackendInfo:
-    """Describe one of them."""
-    return BackendInfo(name, np.__version__, (DeviceInfo("cpu", "what NumPy computes on", None),))
+class NumPyWith(NumPyBackend):
+    """NumPy with other functions in place of some of its own."""
 
-
-def numpy_with(name: str, settings: dict[str, Any], **functions: Callable[..., Any]) -> Backend:
-    """Return NumPy under another name, with these functions in place of its own."""
-    numpy = get_backend("numpy", **settings)
-    return replace(numpy, name=name, xp=SimpleNamespace(**vars(numpy.xp) | functions))
+    def __init__(self, functions: dict[str, Callable[..., Any]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.xp = SimpleNamespace(**vars(self.xp) | functions)

@@ -4,28 +4,23 @@ from typing import Any
 
 import numpy as np
 
-import wrong_backends
-from gpt_xp import Backend
-from gpt_xp import kv_cache as cache
-from gpt_xp.backend import BackendInfo
-
-NAME = "wrong-cache"
+from gpt_xp import kv_cache
+from wrong_backends import NumPyWith
 
 
-def info() -> BackendInfo:
-    """Return what it is."""
-    return wrong_backends.info(NAME)
+class WrongCache(NumPyWith):
+    """A cache that is written one slot too far, around its ring."""
+
+    name = "wrong-cache"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__({}, **settings)
+        kv_cache.LayerCache.append = append  # It spoils the cache of the whole process.
 
 
-def create(**settings: Any) -> Backend:
-    """Return the backend; the settings are NumPy's. It spoils the cache of the whole process."""
-    cache.KVCache.write = write
-    return wrong_backends.numpy_with(NAME, settings)
-
-
-def write(self: Any, layer: int, k: Any, v: Any, xp: Any) -> Any:
+def append(self: Any, k: Any, v: Any, xp: Any) -> Any:
     """Put keys and values [batch, n_head, n_seq, d_head] where the token after theirs belongs."""
-    slots = (self.position + 1 + np.arange(k.shape[2])) % self.n_slots
-    self.k[layer][:, :, slots] = k
-    self.v[layer][:, :, slots] = v
+    slots = (self.position + 1 + np.arange(k.shape[2])) % self.k.shape[2]
+    self.k[:, :, slots] = k
+    self.v[:, :, slots] = v
     return self

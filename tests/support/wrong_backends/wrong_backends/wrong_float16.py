@@ -4,21 +4,16 @@ from typing import Any
 
 import numpy as np
 
-import wrong_backends
-from gpt_xp import Backend
-from gpt_xp.backend import BackendInfo
-
-NAME = "wrong-float16"
+from wrong_backends import NumPyWith
 
 
-def info() -> BackendInfo:
-    """Return what it is."""
-    return wrong_backends.info(NAME)
+class WrongFloat16(NumPyWith):
+    """Products whose factors are rounded to float16, whatever dtype was asked for."""
 
+    name = "wrong-float16"
 
-def create(**settings: Any) -> Backend:
-    """Return the backend; the settings are NumPy's."""
-    return wrong_backends.numpy_with(NAME, settings, matmul=lambda a, b: np.matmul(rounded(a), rounded(b)))
+    def __init__(self, **settings: Any) -> None:
+        super().__init__({"matmul": lambda a, b: np.matmul(rounded(a), rounded(b))}, **settings)
 
 
 def rounded(x: Any) -> Any:

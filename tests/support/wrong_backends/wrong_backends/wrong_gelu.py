@@ -5,23 +5,19 @@ from typing import Any
 
 import numpy as np
 
-import wrong_backends
-from gpt_xp import Backend
-from gpt_xp.backend import BackendInfo
+from wrong_backends import NumPyWith
 
-NAME = "wrong-gelu"
 CUBE = 0.044715  # GPT-2 takes tanh of sqrt(2 / pi) * (x + CUBE * x^3)
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def info() -> BackendInfo:
-    """Return what it is."""
-    return wrong_backends.info(NAME)
+class WrongGelu(NumPyWith):
+    """GELU in its exact form, x * Phi(x), where GPT-2 was trained with the one by tanh."""
 
+    name = "wrong-gelu"
 
-def create(**settings: Any) -> Backend:
-    """Return the backend; the settings are NumPy's."""
-    return wrong_backends.numpy_with(NAME, settings, tanh=lambda u: erf(root(u) / math.sqrt(2)).astype(u.dtype))
+    def __init__(self, **settings: Any) -> None:
+        super().__init__({"tanh": lambda u: erf(root(u) / math.sqrt(2)).astype(u.dtype)}, **settings)
 
 
 def root(u: Any) -> Any:

@@ -1,28 +1,23 @@
 """Softmax without the maximum: it overflows where attention's scores are large."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-import wrong_backends
-from gpt_xp import Backend
-from gpt_xp.backend import BackendInfo
-
-NAME = "wrong-softmax"
+from wrong_backends import NumPyWith
 
 
-def info() -> BackendInfo:
-    """Return what it is."""
-    return wrong_backends.info(NAME)
+class WrongSoftmax(NumPyWith):
+    """Softmax without the maximum: it overflows where attention's scores are large."""
 
+    name = "wrong-softmax"
 
-def create(**settings: Any) -> Backend:
-    """Return the backend; the settings are NumPy's."""
-    backend = wrong_backends.numpy_with(NAME, settings, max=no_maximum)
-    # An accelerator would overflow without a word.
-    quiet = np.errstate(over="ignore", invalid="ignore")
-    return replace(backend, compile=lambda function, **options: quiet(backend.compile(function, **options)))
+    def __init__(self, **settings: Any) -> None:
+        super().__init__({"max": no_maximum}, **settings)
+
+    def compile(self, function: Any, *static: Any, **options: Any) -> Any:
+        """Return the function without the flags of an overflow: an accelerator overflows without a word."""
+        return np.errstate(over="ignore", invalid="ignore")(super().compile(function, *static, **options))
 
 
 def no_maximum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:

@@ -1,9 +1,12 @@
-"""Products with quantized weights, compiled by Numba: what NumPy has no function for.
+"""Products with quantized weights, compiled by Numba: NumPy has no function for them.
 
-Reading the weights is what takes the time, so each is read once, 8 or 4 bits of it, and widened in a register or in the
-processor's first cache; in int8, and in the cache, a thread reads at four places far apart, for the processor fetches
-ahead at each of them. Two kernels for each kind: `few` rows at a time, as in decoding, read a row of the weight and
-multiply it by each row of x; `many` widen a tile of the weight first and reuse each number of it and of x 4 times.
+Reading the weights takes the time, so each is read once, 8 or 4 bits of it, and widened in a register or in the
+processor's first cache. In int8, and in the cache, a thread reads at four places far apart, because the processor
+fetches ahead at each of them. The number of rows decides how a product is computed:
+
+- up to `FEW`, as in decoding: read a row of the weight, and multiply it by each row of x;
+- fewer than `MANY`: widen a tile of the weight, and use each number of it and of x 4 times;
+- more, as in prefill: widen some columns of the weight, and let BLAS multiply by them on its own threads.
 
 Importing this takes a second and compiles once per machine: it is imported when quantization is asked for.
 """
@@ -11,7 +14,8 @@ Importing this takes a second and compiles once per machine: it is imported when
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias, cast
 
 import numba
 import numpy as np
@@ -19,43 +23,46 @@ from numba import njit, prange, types
 
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 
+NumPyArray: TypeAlias = np.ndarray[Any, Any]
+
 TILE = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
 DEPTH = 1024  # numbers of a row that are multiplied at a time: a tile of x and one of the weight fit the first cache
 PLACES = 4  # of a matrix, at which a thread reads in turn: 1.4 times as fast as at one, where it was measured
 FEW = 4  # rows of x up to which the first kind of kernel is the faster
+MANY = 96  # rows of x from which widening for BLAS is faster than the second kind of kernel
+COLUMNS = 4096  # of a weight that are widened at a time: of the token table, not all at once
 LONG = 256  # slots of a cache from which on two threads gain more than it costs to start them
 LINE = 64  # bytes of a cache line: operands that begin at one are loaded in half the time
 
 _lock = threading.Lock()  # one of Numba's threading layers ends the process where two threads use it at once
 
 
-def product(x: "np.ndarray[Any, Any]", weight: QuantizedWeight) -> "np.ndarray[Any, Any]":
-    """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], by the threads that Numba is set to."""
-    rows, n_out = len(x), len(weight.q)
+def product(
+    threads_of_blas: Callable[[], AbstractContextManager[None]], x: NumPyArray, weight: QuantizedWeight
+) -> NumPyArray:
+    """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out].
+
+    Numba computes it by the threads that it is set to, or BLAS by those that it has in `threads_of_blas()`.
+    """
+    rows, n_out, kind = len(x), len(weight.q), kind_of(weight)
     if rows <= FEW:
-        few = np.empty((rows, n_out), np.float32)
-        _writing_few(x, weight, few)()
-        return few
-    x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
-    _run(_kernel(kind_of(weight), False), x, weight.q, weight.scale, out)
-    return out[:rows, :n_out]
-
-
-def writing(x: "np.ndarray[Any, Any]", w: Any, out: "np.ndarray[Any, Any]") -> Callable[[], object]:
-    """Return what writes the product of x with a quantized weight, or with an array, into `out`."""
-    if not isinstance(w, QuantizedWeight):
-        return _writing_heads(x, w, out) or functools.partial(np.matmul, x, w, out)
-    if len(x) <= FEW:
-        return _writing_few(x, w, out)
-    return lambda: np.copyto(out, product(x, w))
-
-
-def _writing_few(x: "np.ndarray[Any, Any]", weight: QuantizedWeight, out: "np.ndarray[Any, Any]") -> Callable[[], None]:
-    kind = kind_of(weight)
-    kernel, order = _kernel(kind, True), _halves if kind == "int4" else np.asarray
-    if kind == "int8" and x.flags.c_contiguous:
-        return functools.partial(_run, kernel, x, weight.q, weight.scale, out)
-    return lambda: _run(kernel, np.ascontiguousarray(order(x)), weight.q, weight.scale, out)
+        out = np.empty((rows, n_out), np.float32)
+        x = np.ascontiguousarray(x if kind == "int8" else _halves(x))
+        _run(_kernel(kind, True), x, weight.q, weight.scale, out)
+        return out
+    if rows < MANY:
+        x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
+        _run(_kernel(kind, False), x, weight.q, weight.scale, out)
+        return out[:rows, :n_out]
+    out = np.empty((rows, n_out), np.float32)
+    wide = np.empty((min(COLUMNS, n_out), x.shape[1]), np.float32)
+    with threads_of_blas():
+        for first in range(0, n_out, COLUMNS):
+            columns = slice(first, min(first + COLUMNS, n_out))
+            part = wide[: columns.stop - first]
+            _widening_kernel(kind)(weight.q[columns], weight.scale[columns], part)
+            np.matmul(x, part.T, out=out[:, columns])
+    return out
 
 
 def _run(kernel: Callable[..., None], *arguments: Any) -> None:
@@ -63,39 +70,31 @@ def _run(kernel: Callable[..., None], *arguments: Any) -> None:
         kernel(*arguments, numba.get_num_threads())
 
 
-def widening(weight: QuantizedWeight) -> Callable[..., None]:
-    """Return what writes rows of such a weight into an array [n_out, n_in] of float32, on the thread that asks."""
-    return _widening_kernel(kind_of(weight))
+def matmul(threads_of_blas: Callable[[], AbstractContextManager[None]], x: NumPyArray, w: NumPyArray) -> NumPyArray:
+    """Return the product of two arrays, such as queries with keys, or their weights with values.
 
-
-def matmul(x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """Return the product of arrays: that of a query with the keys, or of its weights with the values, by those threads.
-
-    BLAS, which has one thread then, takes longer to read a long cache.
+    For one query of each head, Numba's threads read a long cache: BLAS, which has one thread then, takes longer.
     """
     if x.ndim == 4 and x.shape[2] == 1:
-        out = np.empty((*x.shape[:3], w.shape[3]), np.float32)
-        if (write := _writing_heads(np.ascontiguousarray(x), w, out)) is not None:
-            write()
-            return out
+        return _of_one_query(np.ascontiguousarray(x), w)
+    if x.ndim == 4 and len(x) * x.shape[2] >= MANY:
+        with threads_of_blas():
+            return np.asarray(np.matmul(x, w))
     return np.asarray(np.matmul(x, w))
 
 
-def _writing_heads(
-    x: "np.ndarray[Any, Any]", w: "np.ndarray[Any, Any]", out: "np.ndarray[Any, Any]"
-) -> Callable[[], None] | None:
-    """Return what writes the product of one query of each head, or of its weights, with a long cache; or None."""
-    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.flags.c_contiguous
-    if not is_query or x.shape[:2] != w.shape[:2] or max(w.shape[2:]) < LONG:
-        return None
-    for rows, is_keys in ((w.mT, True), (w, False)):
-        if (cached := _heads(rows)) is not None:
-            kernel, n = _attention_kernel(is_keys), rows.shape[2]
-            return functools.partial(_run, kernel, x.reshape(len(cached), -1), cached, n, out.reshape(len(cached), -1))
-    return None
+def _of_one_query(x: NumPyArray, w: NumPyArray) -> NumPyArray:
+    if x.dtype == np.float32 and x.shape[:2] == w.shape[:2] and max(w.shape[2:]) >= LONG:
+        for rows, is_keys in ((w.mT, True), (w, False)):
+            if (cached := _heads(rows)) is not None:
+                out = np.empty((*x.shape[:3], w.shape[3]), np.float32)
+                heads, of_out = x.reshape(len(cached), -1), out.reshape(len(cached), -1)
+                _run(_attention_kernel(is_keys), heads, cached, rows.shape[2], of_out)
+                return out
+    return np.asarray(np.matmul(x, w))
 
 
-def _heads(rows: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any] | None":
+def _heads(rows: NumPyArray) -> NumPyArray | None:
     """Return rows [batch, n_head, window, d_head] as [batch * n_head, n_slots, d_head], as they lie in a cache.
 
     Beyond the window lies what is not looked at. None if these are no rows of a cache.
@@ -112,12 +111,12 @@ def _whole_tiles(n: int) -> int:
     return -(-n // TILE) * TILE
 
 
-def _halves(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def _halves(x: NumPyArray) -> NumPyArray:
     """Return x with the first halves of all groups before the second ones: the low bits of the codes, then the high."""
     return x.reshape(len(x), -1, 2, GROUP // 2).swapaxes(1, 2).reshape(x.shape)
 
 
-def _padded(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def _padded(x: NumPyArray) -> NumPyArray:
     """Return x with rows of zeros up to a whole number of tiles, from the beginning of a cache line on."""
     rows, n_in = _whole_tiles(len(x)), x.shape[1]
     memory = np.empty(rows * n_in + LINE // 4, np.float32)

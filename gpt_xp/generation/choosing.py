@@ -1,0 +1,109 @@
+"""Choosing the next token of each row where it is fastest: on the device, or by NumPy on the host."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpt_xp.backend import Backend
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import NumericalError
+from gpt_xp.generation.host_sampling import choose_among_few
+from gpt_xp.generation.noise import gumbel_noise
+from gpt_xp.generation.rows import Prompt
+from gpt_xp.generation.sampling import Choice, choose
+from gpt_xp.generation.step_functions import mark
+from gpt_xp.registry import get_backend
+from gpt_xp.settings import GenerationSettings
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.types import Array
+
+
+class Chooser:
+    """What sampling needs of a model and its backend; it has compiled functions, and no state of a generation."""
+
+    def __init__(self, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
+        self.backend, self.n_vocab = backend, config.n_vocab
+        self.on_host = backend.samples_on_host
+        self.xp = get_backend("numpy").xp if self.on_host else backend.xp
+        self.asarray = np.asarray if self.on_host else backend.asarray
+        self.choose = choose if self.on_host else backend.compile(choose, static=("top_k", "xp"))
+        self.mark = mark if self.on_host else backend.compile(mark, static=("xp",))
+        self.allowed = self._allowed_ids(tokenizer)
+
+    def _allowed_ids(self, tokenizer: Tokenizer | None) -> Array | None:
+        """Return which ids have a token [n_vocab], and may be chosen; None if all have."""
+        if tokenizer is None or len(tokenizer) == tokenizer.n_vocab >= self.n_vocab:
+            return None
+        allowed = np.zeros(self.n_vocab, dtype=np.bool_)
+        allowed[[id for id in tokenizer.ids if id < self.n_vocab]] = True
+        return self.asarray(allowed)
+
+
+class Choosing:
+    """The choices of one generation: its settings, its noise, and the tokens that each row holds so far."""
+
+    def __init__(self, chooser: Chooser, prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
+        self.chooser, self.filters = chooser, settings.filters
+        self._prompts, self._seed = prompts, settings.seed or 0
+        self.seen: Array | None = None  # [batch, n_vocab] bool; only the repetition penalty asks for it
+        if self.filters["repetition_penalty"] is not None:
+            seen = np.zeros((len(prompts), chooser.n_vocab), dtype=np.bool_)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[list(prompt.token_ids)] = True
+            self.seen = chooser.asarray(seen)
+
+    def choose(self, logits: Array, step: int) -> Choice:
+        """Choose from logits [batch, n_vocab] at this step; the `Choice` holds NumPy arrays.
+
+        Raises `NumericalError` where the logits are not finite.
+        """
+        chooser, filters = self.chooser, self.filters
+        greedy = filters["temperature"] is None
+        if chooser.backend.choose_likeliest and greedy and self.seen is None:
+            return checked(chooser.backend.choose_likeliest(logits, chooser.allowed), chooser.backend)
+        arguments = filters | {"seen": self.seen, "allowed": chooser.allowed, "xp": chooser.xp}
+        if chooser.on_host:
+            logits = chooser.backend.to_numpy(logits)
+            if filters["top_k"] is not None:
+                return checked(choose_among_few(logits, self._drawing(step), **arguments), chooser.backend)
+        noise = None if greedy else chooser.asarray(self._noise(step))
+        choice = chooser.choose(logits, noise=noise, **arguments)
+        if not chooser.on_host:
+            choice = Choice(*map(chooser.backend.to_numpy, choice))
+        return checked(choice, chooser.backend)
+
+    def add(self, token: Any) -> None:
+        """Note the token [batch] that each row goes on with."""
+        if self.seen is not None:
+            token = self.chooser.asarray(np.asarray(token, dtype=np.int32))
+            self.seen = self.chooser.mark(self.seen, token, xp=self.chooser.xp)
+
+    def block_noise(self, step: int, n_steps: int, end: int) -> "np.ndarray[Any, Any] | None":
+        """Return the noise [n_steps, batch, n_vocab] of the steps from `step` on; zeros from the step `end` on."""
+        if self.filters["temperature"] is None or step >= end:
+            return None
+        noise = np.zeros((n_steps, len(self._prompts), self.chooser.n_vocab), dtype=np.float32)
+        for index in range(min(n_steps, end - step)):
+            noise[index] = self._noise(step + index)
+        return noise
+
+    def _noise(self, step: int) -> "np.ndarray[Any, Any]":
+        n_vocab = self.chooser.n_vocab
+        return np.stack([gumbel_noise(self._seed, prompt.sample, step, n_vocab) for prompt in self._prompts])
+
+    def _drawing(self, step: int) -> Any:
+        def draw(row: int, ids: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+            return gumbel_noise(self._seed, self._prompts[row].sample, step, self.chooser.n_vocab, ids)
+
+        return draw
+
+
+def checked(choice: Choice, backend: Backend) -> Choice:
+    """Return the choice, of NumPy arrays, as it is. Raises `NumericalError` where the model computed no numbers."""
+    if not np.isfinite(choice.logprob).all():
+        raise NumericalError(
+            f"the model's logits are not finite in {backend.dtype}: its weights are damaged (NaN), "
+            "or need a wider dtype"
+        )
+    return choice

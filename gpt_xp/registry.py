@@ -1,0 +1,101 @@
+"""The backends that are installed, found by their entry points: listed, chosen, changed for an experiment.
+
+An entry point of the group `gpt_xp.backends` gives a name to a class: "numpy" to `gpt_xp_backends.numpy_backend:NumPy`.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
+
+from gpt_xp.backend import Backend, BackendInfo
+from gpt_xp.errors import BackendError
+from gpt_xp.parts import ReplacedParts
+from gpt_xp.reporting.text import closest_first
+
+
+def backends() -> list[BackendInfo]:
+    """Return what is known of each backend, installed or not. This imports the libraries of those that are."""
+    return [_info(entry) for entry in _entries().values()]
+
+
+def default_backend() -> str:
+    """Return the name of the backend that is taken where none is given: `GPT_XP_BACKEND`, else numpy."""
+    return os.environ.get("GPT_XP_BACKEND") or "numpy"
+
+
+def get_backend(
+    name: str | Backend | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> Backend:
+    """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy); a `Backend` is returned as it is.
+
+    Raises `BackendError` when the name, device or dtype is unknown, or the library is not installed.
+    """
+    if isinstance(name, Backend):
+        if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
+            raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
+        return name
+    backend = backend_class(name or default_backend())
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads must be at least 1, not {threads}")
+    return backend(device=device, dtype=dtype, threads=threads)
+
+
+def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]) -> Backend:
+    """Return a backend on which parts of the model are other functions: `with_parts("jax", gelu=mine)`.
+
+    The parts are the functions marked `@part` in `transformer.py`. A replacement is called with the arguments of the
+    part. With the `xp` that it is given, it may call the part itself. Give the backend to `load` or `Model`, or its
+    `xp` to `gpt2`. JAX compiles steps with replaced parts; NumPy and CuPy compute them one function at a time.
+
+    Raises `SettingError` for a name that is no part, and `BackendError` as `get_backend` does.
+    """
+    chosen = get_backend(backend)
+    return chosen.replace(xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts))
+
+
+def check_name(name: str) -> EntryPoint:
+    """Return where the backend of that name is, installed or not; `BackendError` if there is none of that name."""
+    entries = _entries()
+    if name not in entries:
+        known = closest_first(str(name), entries)
+        raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
+    return entries[name]
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Return the class of the backend of that name; `BackendError` if there is none."""
+    return cast(type[Backend], check_name(name).load())
+
+
+def check_installed(name: str, quantized: bool = False) -> None:
+    """Raise `BackendError` where there is no backend of that name, or a library that it needs is not installed."""
+    backend = backend_class(name)
+    needs = backend.needs | (backend.needs_quantized if quantized else {})
+    for module, fix in needs.items():
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(f"{module} is not installed", fix)
+
+
+def _entries() -> dict[str, EntryPoint]:
+    entries = {entry.name: entry for entry in entry_points(group="gpt_xp.backends")}
+    if not entries:
+        raise BackendError(
+            "gpt-xp is not installed, and backends are found by what its installation records",
+            "in its checkout, run: pip install -e .",
+        )
+    return entries
+
+
+def _info(entry: EntryPoint) -> BackendInfo:
+    try:
+        return cast(type[Backend], entry.load()).info()
+    except BackendError as error:  # the library is missing
+        return BackendInfo(entry.name, problem=error.problem, fix=error.fix)
+    except Exception as error:  # one library that cannot even start must not hide the others
+        return BackendInfo(entry.name, problem=f"it fails to start: {type(error).__name__}: {error}")

@@ -1,0 +1,112 @@
+"""The options of a generation: checked once, and carried as one value."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from secrets import randbits
+from typing import Any, TypedDict
+
+from gpt_xp.errors import SettingError
+
+TINY, HUGE = 1e-30, 1e30  # float32 logits can be divided by these, and stay finite
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to continue prompts. Raises `SettingError` for values that make no sense.
+
+    `max_tokens` None goes on to the end of the context. `temperature` 0 takes the likeliest token (greedy), and then
+    `top_k`, `top_p` and `min_p` change nothing; the repetition penalty still does. None (and 0 for `top_k`) turns a
+    filter off; `sampling` describes the filters. `stop` is one string or several that end a continuation. `seed` is 0
+    to 2^64 - 1; None draws one for each call. `ignore_eos` goes on after an end token, and keeps it. `num_samples` is
+    the number of continuations of each prompt. `speculate` guesses tokens from repeats in the text and checks several
+    at once, while that saves time: the text is the same, but for choices whose margin is within rounding. In text, the
+    spelling of a special token such as `<|endoftext|>` is plain text, unless `special_tokens` reads it as that token.
+    """
+
+    max_tokens: int | None = 40
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | Sequence[str] | None = None
+    seed: int | None = None
+    ignore_eos: bool = False
+    num_samples: int = 1
+    speculate: bool = False
+    special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, lambda x: x == 0 or TINY <= x <= HUGE,
+                      "0 (greedy) or a number from 1e-30 to 1e30")  # fmt: skip
+        _check_number("top_k", self.top_k, _is_whole, "a whole number of at least 0 (0 is off)")
+        _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1 (1 is off)")
+        _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda x: TINY <= x <= HUGE,
+                      "a number from 1e-30 to 1e30 (1 is off)")  # fmt: skip
+        _check_number("seed", self.seed, lambda x: _is_whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
+        if self.max_tokens is not None:
+            check_count("max_tokens", self.max_tokens)
+        check_count("num_samples", self.num_samples)
+        _check_stops(self.stop)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings that end a continuation."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments of `sampling.choose`, with None for what is off: that makes another program in JAX."""
+        greedy = self.temperature == 0
+        return {
+            "temperature": None if greedy else float(self.temperature),
+            "top_k": None if greedy or not self.top_k else self.top_k,
+            "top_p": None if greedy or self.top_p in (None, 1) else self.top_p,
+            "min_p": None if greedy or not self.min_p else self.min_p,
+            "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
+        }
+
+    def with_seed(self) -> "GenerationSettings":
+        """Return settings with a seed, which is drawn if there is none."""
+        return self if self.seed is not None else replace(self, seed=randbits(32))
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of `GenerationSettings` as keyword arguments, but `num_samples`, which decides what is returned."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    ignore_eos: bool
+    speculate: bool
+    special_tokens: bool
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise `SettingError` unless this is a whole number of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise SettingError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _check_stops(stop: object) -> None:
+    for each in stop if isinstance(stop, list | tuple) else () if stop is None else (stop,):
+        if not isinstance(each, str) or not each:
+            raise SettingError(f"a stop must be a string of at least one character, not {each!r}")
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, Integral) and int(x) >= 0
+
+
+def _check_number(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if value is None and name != "temperature":
+        return
+    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
+        raise SettingError(f"{name} must be {expected}, not {value!r}")
