@@ -1,14 +1,11 @@
-"""Where the time of gpt-xp on NumPy goes: milliseconds in each function of model.py.
+"""Where the time of gpt-xp on NumPy goes: milliseconds in each function of transformer.py.
 
     python benchmarks/where.py --threads 2 [--quantize int8]
 
 A model of 124M shape with random weights, float32 or quantized. Two tables, for prefill of a prompt and for a greedy
 step of decode after it: medians over several runs of the time inside each function, those that it calls included, so
-`attention` holds `softmax`. A step of decode is played from a recording (`numpy_replay`), in which each call counts for
-the functions that it was recorded in. A long prompt is computed in blocks: functions of model.py only note what is to
-be computed then, and what takes time are `matmul`, the products, and `compute`, all that stands between two of them, of
-`numpy_blocks`. Looking at the clock some hundred times a step adds a few percent, which the first lines tell apart. In
-turn with each run is one in which every step is computed by `model.py`, and none is played: `whole, not played`.
+`attention` holds `softmax`. Looking at the clock some hundred times a step adds a few percent, which the first lines
+tell apart.
 """
 
 import argparse
@@ -21,8 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 FUNCTIONS = ("linear", "attention", "softmax", "gelu", "layer_norm", "embed", "unembed")
-BLOCKS = ("matmul", "compute")
-INSIDE: list[str] = []  # the functions that are being called
 
 
 def main() -> None:
@@ -37,7 +32,6 @@ def main() -> None:
         os.environ[name] = str(options.threads)
 
     import numpy as np
-    from gpt_xp_backends import numpy_blocks, numpy_replay
     from shapes import published_params
 
     import gpt_xp
@@ -51,23 +45,13 @@ def main() -> None:
     if options.quantize:
         params = gpt_xp.quantize(params, options.quantize)
     prompt = np.random.default_rng(0).integers(0, config.n_vocab, options.context).tolist()
-    model_as_it_is = gpt_xp.Model(params, config, backend="numpy")
-    is_for, plain, unplayed = numpy_replay.Recorder.is_for, [], []
-    for _ in range(options.runs):
-        plain += turns(model_as_it_is, prompt, 1)
-        numpy_replay.Recorder.is_for = lambda *_: False  # type: ignore[method-assign]
-        unplayed += turns(model_as_it_is, prompt, 1)
-        numpy_replay.Recorder.is_for = is_for  # type: ignore[method-assign]
+    plain = [*turns(gpt_xp.Model(params, config, backend="numpy"), prompt, options.runs)]
 
     spent: dict[str, float] = defaultdict(float)
     for name in FUNCTIONS:
         setattr(model, name, timed(getattr(model, name), spent))
-    for name in BLOCKS:
-        setattr(numpy_blocks, name, timed(getattr(numpy_blocks, name), spent))
     steps.unembed = model.unembed  # type: ignore[attr-defined]
-    for cache in (KVCache, numpy_replay.RecordedCache):
-        cache.write = timed(cache.write, spent)  # type: ignore[method-assign]
-    numpy_replay.Tape.add = watching(numpy_replay.Tape.add, spent)  # type: ignore[method-assign]
+    KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
     generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
     engine = gpt_xp.Model(params, config, backend="numpy")
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
@@ -77,11 +61,8 @@ def main() -> None:
             + (f", {options.quantize}" if options.quantize else "")
         )
         print(f"  {'whole':20} {1e3 * statistics.median(turn[phase] for turn in plain):8.2f}")
-        if title == "decode":
-            print(f"  {'whole, not played':20} {1e3 * statistics.median(turn[phase] for turn in unplayed):8.2f}")
         print(f"  {'whole, while watched':20} {1e3 * statistics.median(turn[phase] for turn in watched):8.2f}")
-        names = watched[0][2][phase]
-        for name in [name for name in names if name not in FUNCTIONS or not {*BLOCKS} & {*names}]:
+        for name in watched[0][2][phase]:
             print(f"    {name:18} {1e3 * statistics.median(turn[2][phase][name] for turn in watched):8.2f}")
 
 
@@ -111,31 +92,12 @@ def timed(function: Callable[..., Any], spent: dict[str, float]) -> Callable[...
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
-        INSIDE.append(function.__name__)
         try:
             return function(*args, **kwargs)
         finally:
-            INSIDE.pop()
             spent[function.__name__] += time.perf_counter() - begin
 
     return call
-
-
-def watching(add: Callable[..., None], spent: dict[str, float]) -> Callable[..., None]:
-    """Return `Tape.add` with calls that, when they are played, add their seconds to the functions they stand in."""
-
-    def watched(tape: Any, call: Callable[[], object]) -> None:
-        names = {*INSIDE}
-
-        def played() -> None:
-            begin = time.perf_counter()
-            call()
-            for name in names:
-                spent[name] += time.perf_counter() - begin
-
-        add(tape, played)
-
-    return watched
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Parts of the model that an experiment can replace, without a line of `model.py` being changed.
+"""Parts of the model that an experiment can replace, without a line of `transformer.py` being changed.
 
 A replacement is found in the namespace `xp`, which every function is given. A backend that compiles or captures a step
 does so for one namespace, so another one is never mistaken for it.
@@ -41,10 +41,16 @@ class ReplacedParts:
             if name not in NAMES or not callable(function):
                 raise SettingError(f"{name}={function!r:.80} replaces no part; these are functions: {', '.join(NAMES)}")
         self._xp, self.parts = xp, parts
+        self._without: dict[str, ReplacedParts] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._xp, name)
+        value = getattr(self._xp, name)
+        setattr(self, name, value)  # found at once from now on
+        return value
 
     def without(self, name: str) -> "ReplacedParts":
-        """Return the namespace with that part as it is in `model.py`."""
-        return ReplacedParts(self._xp, {each: part for each, part in self.parts.items() if each != name})
+        """Return the namespace with that part as it is in `transformer.py`."""
+        if name not in self._without:
+            rest = {each: part for each, part in self.parts.items() if each != name}
+            self._without[name] = ReplacedParts(self._xp, rest)
+        return self._without[name]

@@ -1,5 +1,6 @@
 """Quantized weights: against float64 arithmetic on the weights that they stand for, on every backend."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -150,38 +151,39 @@ def test_models_of_one_shape_share_the_programs_of_jax(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("n_out", [1, 2, 5, 37])
 @pytest.mark.parametrize(("kind", "n_in"), [("int8", 7), ("int8", 1056), ("int4", 32), ("int4", 1056)])
-def test_kernels_of_numpy_for_any_shape(kind: str, n_in: int, n_out: int) -> None:
+def test_kernels_of_numpy_for_any_shape(monkeypatch: pytest.MonkeyPatch, kind: str, n_in: int, n_out: int) -> None:
     quantized(make_backend("numpy"))
-    from gpt_xp_backends.numpy_kernels import product, widening
+    from gpt_xp_backends import numpy_quantized
+    from gpt_xp_backends.numpy_quantized import product
 
+    monkeypatch.setattr(numpy_quantized, "COLUMNS", 5)
     random = np.random.RandomState(n_in + n_out)
     weight = QuantizedWeight(*_quantized(random.standard_normal((n_out, n_in)).astype(np.float32), kind))
     meant = decode(weight.q, weight.scale.astype(np.float64)).T
     for array in weight:
         array.flags.writeable = False  # as it is when it is mapped from a file
-    for rows in (1, 2, 4, 5, 8, 13):
+    for rows in (1, 2, 4, 5, 8, 13, 95, 96, 101):
         x = random.standard_normal((rows, 2 * n_in)).astype(np.float32)[:, ::2]
-        assert_values(product(x, weight), x.astype(np.float64) @ meant, TOLERANCE["logits", "float32"])
-    wide = np.full((n_out, n_in), np.nan, np.float32)
-    widening(weight)(weight.q, weight.scale, wide)
-    assert_values(wide, meant.T, TOLERANCE["same", "float32"])
+        found = product(contextlib.nullcontext, x, weight)
+        assert (found.shape, found.dtype) == ((rows, n_out), np.float32)
+        assert_values(found, x.astype(np.float64) @ meant, TOLERANCE["logits", "float32"])
 
 
 def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(make_backend("numpy"))
     import numba
     import threadpoolctl
-    from gpt_xp_backends import numpy_kernels
+    from gpt_xp_backends import numpy_quantized
 
     seen: list[tuple[int, int]] = []
-    original = numpy_kernels.product
+    original = numpy_quantized.product
 
-    def spy(x: Any, weight: Any) -> Any:
+    def spy(threads_of_blas: Any, x: Any, weight: Any) -> Any:
         blas = [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
         seen.append((numba.get_num_threads(), max(blas, default=1)))
-        return original(x, weight)
+        return original(threads_of_blas, x, weight)
 
-    monkeypatch.setattr(numpy_kernels, "product", spy)
+    monkeypatch.setattr(numpy_quantized, "product", spy)
     params, config = small("int8")
     before = numba.get_num_threads()
     for threads, expected in ((1, 1), (None, before), (10**6, numba.config.NUMBA_NUM_THREADS)):
@@ -194,14 +196,14 @@ def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(make_backend("numpy"))
-    from gpt_xp_backends import numpy_kernels
+    from gpt_xp_backends import numpy_quantized
     from numba.core.caching import _CacheLocator
 
     def refuse(locator: Any) -> None:
         raise PermissionError("no folder can be written to")
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
-    kernel = numpy_kernels._kernel.__wrapped__("int8", True)
+    kernel = numpy_quantized._kernel.__wrapped__("int8", True)
     x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
     kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
     assert out.tolist() == [[112, 1.5]]
@@ -289,11 +291,11 @@ def test_the_command_says_what_ran(no_variables: None, call: Callable[..., Resul
 def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, batch: int, window: int) -> None:
     """The products of a decode step with a cache, of which only the first slots may be looked at."""
     with skipping_what_is_missing("numba"):
-        numpy_kernels = importlib.import_module("gpt_xp_backends.numpy_kernels")
-    monkeypatch.setattr(numpy_kernels, "LONG", 1)
+        numpy_quantized = importlib.import_module("gpt_xp_backends.numpy_quantized")
+    monkeypatch.setattr(numpy_quantized, "LONG", 1)
     plain = []
     monkeypatch.setattr(
-        numpy_kernels.np, "matmul", lambda x, w: plain.append(1) or np.einsum("...ij,...jk->...ik", x, w)
+        numpy_quantized.np, "matmul", lambda x, w: plain.append(1) or np.einsum("...ij,...jk->...ik", x, w)
     )
     random = np.random.RandomState(window)
     layers = random.standard_normal((3, batch, 7, 41, 13)).astype(np.float32)  # [n_layer, batch, n_head, n_slots, d]
@@ -303,7 +305,7 @@ def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, bat
     weights = random.standard_normal((batch, 7, 1, window)).astype(np.float32)
     for x, w in ((query, rows.mT), (weights, rows)):
         expected = np.einsum("...ij,...jk->...ik", x.astype(np.float64), w.astype(np.float64))
-        product = numpy_kernels.matmul(x, w)
+        product = numpy_quantized.matmul(contextlib.nullcontext, x, w)
         assert (product.shape, product.dtype) == (expected.shape, np.float32)
         assert np.abs(product - expected).max() <= TOLERANCE["same", "float32"] * np.abs(expected).max()
     assert not plain, "by NumPy"
@@ -319,7 +321,9 @@ def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, bat
         (query[0, 0], rows[0, 0].mT),
     ]
     for x, w in others:
-        np.testing.assert_allclose(numpy_kernels.matmul(x, w), np.einsum("...ij,...jk->...ik", x, w), rtol=1e-6)
+        np.testing.assert_allclose(
+            numpy_quantized.matmul(contextlib.nullcontext, x, w), np.einsum("...ij,...jk->...ik", x, w), rtol=1e-6
+        )
     assert len(plain) == len(others)
 
 

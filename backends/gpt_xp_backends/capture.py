@@ -16,8 +16,8 @@ class StandIn:
 
     def _refuse(self, *args: Any, **options: Any) -> NoReturn:
         raise TypeError(
-            "this array stands for one of a step that is captured, and has no numbers: GPT_XP_NUMPY_CAPTURE=0 (on CuPy "
-            "GPT_XP_CUPY_GRAPH=0) has every step computed as it stands"
+            "this array stands for one of a step that is captured, and has no numbers: GPT_XP_CUPY_GRAPH=0 has every "
+            "step computed as it stands"
         )
 
     __array__ = __bool__ = __eq__ = __ne__ = _refuse  # Python's own would answer something

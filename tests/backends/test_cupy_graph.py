@@ -23,6 +23,7 @@ from cuda_by_numpy import ByNumPy
 from folders import BENCHMARKS
 from gpt_xp_backends import cupy_backend, cupy_graph
 from gpt_xp_backends.fusion import Fusing
+from gpt_xp_backends.numpy_backend import namespace
 from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 
@@ -185,7 +186,7 @@ class FakeGraph:
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
     fake = FakeCuPy(ByNumPy(monkeypatch))
     monkeypatch.setattr(cupy_backend, "import_library", lambda name, fix: fake)
-    monkeypatch.setattr(cupy_backend, "_namespace", lambda cupy: make_backend("numpy").xp)
+    monkeypatch.setattr(cupy_backend, "_namespace", lambda cupy: namespace())
     for name in ("last_logits", "each_logits"):
         monkeypatch.setattr(generation, name, fake.watched(getattr(generation, name)))
     monkeypatch.delenv("GPT_XP_CUPY_GRAPH", raising=False)
@@ -235,7 +236,6 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_stands(
     cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch, gelu: Any
 ) -> None:
     monkeypatch.setattr("gpt_xp.transformer.gelu", gelu)
-    monkeypatch.setenv("GPT_XP_NUMPY_CAPTURE", "0")
     model = small(cupy_backend.create())
     with pytest.warns(RuntimeWarning, match=r"goes on without a CUDA graph.*GPT_XP_CUPY_GRAPH=0") as warned:
         found = model.generate(TOKENS[:5], max_tokens=9)

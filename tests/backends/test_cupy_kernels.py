@@ -11,6 +11,7 @@ import pytest
 from cuda_numbers import TOLERANCES, numbers
 from cuda_on_cpu import Library, OnCPU, library_of, to_gpu
 from gpt_xp_backends.cupy_kernels import ROWS, SOURCE, TYPES, options, thin_matmul
+from gpt_xp_backends.numpy_backend import namespace
 from libraries import make_backend
 from nvrtc import compile_for
 from small_models import CONFIGS, small_params, small_tokens, tree_map
@@ -94,7 +95,7 @@ def test_a_planted_bug_is_found(library: Library, bug: str) -> None:
 
 
 def test_every_product_of_a_decode_step_is_a_thin_one(library: Library) -> None:
-    plain, config, params = make_backend("numpy").xp, CONFIGS["prime"], small_params("prime")
+    plain, config, params = namespace(), CONFIGS["prime"], small_params("prime")
     params = tree_map(lambda leaf: leaf.astype(np.float32), params)
     by_kernel = SimpleNamespace(**vars(plain) | {"matmul": thin_matmul(OnCPU(library, backwards=False))})
     cache = new_cache(config, params["wpe"], 23, np.asarray([0, 3], dtype=np.int32), plain)

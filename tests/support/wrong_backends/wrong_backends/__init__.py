@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from gpt_xp_backends.numpy_backend import NumPyBackend
+from gpt_xp_backends.numpy_backend import NumPyBackend, namespace
 
 
 class NumPyWith(NumPyBackend):
@@ -15,4 +15,4 @@ class NumPyWith(NumPyBackend):
 
     def __init__(self, functions: dict[str, Callable[..., Any]], **settings: Any) -> None:
         super().__init__(**settings)
-        self.xp = SimpleNamespace(**vars(self.xp) | functions)
+        self.xp = SimpleNamespace(**vars(namespace()) | functions)

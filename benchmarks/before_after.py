@@ -1,0 +1,64 @@
+"""Two checkouts of gpt-xp beside each other, such as the code before a change and after it.
+
+    python benchmarks/before_after.py ../before . --backends numpy,numpy+int8
+
+Each has processes with its own code; they take turns, A B A B. Ratios are to the first checkout. Both must run in the
+Python that runs this script.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import common
+
+from gpt_xp.benchmark import Entry, Workload, own_entry
+from gpt_xp.errors import GptXpError
+
+PLACE = "import gpt_xp, gpt_xp_backends; print(gpt_xp.__file__, gpt_xp_backends.__file__, sep='\\n')"
+
+
+def script() -> None:
+    """Run the race of each backend and print its tables."""
+    made = common.parser(__doc__)
+    made.add_argument("before", type=Path, help="the root of a checkout")
+    made.add_argument("after", type=Path)
+    made.add_argument("--backends", default="numpy", help="with commas between; numpy+int8 has quantized weights")
+    made.add_argument("--contexts", type=common.numbers, default=[16, 250, 512, 960])
+    made.add_argument("--batch", type=common.numbers, default=[1])
+    made.add_argument("--n-new", type=int, default=17)
+    options = made.parse_args()
+
+    workloads = [
+        Workload(context, batch=rows, n_new=options.n_new) for rows in options.batch for context in options.contexts
+    ]
+    with common.checkpoint(options) as folder:
+        found = [
+            common.run(
+                f"before and after, {backend}",
+                [
+                    in_checkout(getattr(options, name), own_entry(folder, backend, name=name))
+                    for name in ("before", "after")
+                ],
+                workloads,
+                options,
+            )
+            for backend in options.backends.split(",")
+        ]
+    common.report(options, found)
+
+
+def in_checkout(root: Path, entry: Entry) -> Entry:
+    """Return the contender with the code of a checkout. Raises `GptXpError` for a folder that is none."""
+    root = root.resolve()
+    variables = f"PYTHONPATH={root}:{root / 'backends'}", "PYTHONSAFEPATH=1"  # safe: not the code of this folder
+    command = ["env", *variables, sys.executable, "-c", PLACE]
+    imported = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[:2]
+    if [Path(each).parent for each in imported] != [root / "gpt_xp", root / "backends" / "gpt_xp_backends"]:
+        raise GptXpError(f"{root} is no checkout of gpt-xp that this Python can import: name the folder of its README")
+    return replace(entry, command=("env", *variables, *entry.command))
+
+
+if __name__ == "__main__":
+    common.main(script)

@@ -1,0 +1,298 @@
+"""The NumPy backend: the logits of the naive model for any number of rows, and a process that stays the user's."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import threadpoolctl
+from comparison import assert_values
+from gpt_xp_backends import numpy_backend
+from libraries import quantized
+from naive_gpt2 import gpt2 as naive_gpt2
+from small_models import CONFIGS, small_params, small_tokens, tree_map
+from small_quantized import KINDS, float64_of, small
+
+import gpt_xp
+from gpt_xp import Model, transformer
+from gpt_xp.backend import get_backend
+from gpt_xp.errors import PromptError
+from gpt_xp.tolerances import TOLERANCE
+
+PLAIN = numpy_backend.namespace()
+BY_HEADS = get_backend("numpy").xp
+ROWS = (1, 2, 3, 5, 7, 8, 12)
+
+
+def make(kind: str | None = None, **settings: Any) -> Model:
+    """A small model, in float32 or float64, or of quantized weights."""
+    backend = get_backend("numpy", **settings)
+    if kind:
+        params, config = small(kind)
+        return Model(params, config, backend=quantized(backend))
+    params = tree_map(lambda leaf: leaf.astype(backend.dtype), small_params("prime"))
+    return Model(params, CONFIGS["prime"], backend=backend)
+
+
+def blas_threads() -> int:
+    """How many threads NumPy's BLAS has."""
+    found = [each for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"]
+    bundled = [each for each in found if "numpy.libs" in each["filepath"]]  # SciPy, which Numba imports, has its own
+    return max(each["num_threads"] for each in bundled or found)
+
+
+# Any number of rows.
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models reach every way to compute a product, and attention by heads."""
+    monkeypatch.setattr(numpy_backend, "PART", 5)
+    monkeypatch.setattr(numpy_backend, "SCORES", 64)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("rows", ROWS)
+def test_logits_of_a_batch_are_those_of_the_naive_model(small_limits: None, kind: str | None, rows: int) -> None:
+    model = make(kind)
+    tokens = np.concatenate([small_tokens("prime", rows)[:, 3:7], small_tokens("prime", rows)[:, :7]], axis=1)
+    many = [12 * [token] for token in range(12)]  # 144 rows: those of a quantized product are multiplied by BLAS
+    for batch in (tokens, [*tokens.tolist(), *many]):
+        logits = model.logits(batch[0] if len(batch) == 1 else [row[:11] for row in batch])
+        for found, row in zip(logits[None] if len(batch) == 1 else logits, batch, strict=True):
+            expected = naive_gpt2(row[:11], **float64_of(model.params), n_head=model.config.n_head)
+            assert_values(found, expected, TOLERANCE["logits", "float32"])
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("rows", ROWS)
+def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: None, kind: str | None, rows: int) -> None:
+    model = make(kind)
+    prompts = [small_tokens("prime", 12)[row, : 1 + row % 4].tolist() for row in range(rows)]
+
+    def steps(prompts: list[list[int]]) -> "np.ndarray[Any, Any]":
+        logits, cache, used = model._engine.prefill(prompts, 6)
+        found = [logits]
+        for token in range(6):
+            logits, cache, used = model._engine.decode([token] * len(prompts), cache, used)
+            found.append(logits)
+        return np.stack(found)  # [steps, rows, n_vocab]
+
+    together = steps(prompts)
+    for row, prompt in enumerate(prompts):
+        alone = np.concatenate([prompt, range(6)])
+        expected = naive_gpt2(alone, **float64_of(model.params), n_head=model.config.n_head)[len(prompt) - 1 :]
+        assert_values(together[:, row], expected, TOLERANCE["logits", "float32"])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [*ROWS, 29, 32, 33])
+def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, transposed: bool) -> None:
+    monkeypatch.setattr(numpy_backend, "PART", 5)
+    multiplied: list[int] = []
+    original = np.matmul
+
+    def spy(x: Any, w: Any, **options: Any) -> Any:
+        multiplied.append(w.shape[-1])
+        return original(x, w, **options)
+
+    monkeypatch.setattr(np, "matmul", spy)
+    random = np.random.RandomState(rows)
+    x = random.standard_normal((rows, 7)).astype(np.float32)
+    w = random.standard_normal((13, 7)).astype(np.float32).T
+    w = w if transposed else np.ascontiguousarray(w)
+    product = numpy_backend.namespace().matmul(x, w)
+    expected = np.einsum("ij,jk->ik", x.astype(np.float64), w.astype(np.float64))
+    assert (product.shape, product.dtype) == (expected.shape, np.float32)
+    assert_values(product, expected, TOLERANCE["same", "float32"])
+    assert multiplied == ([5, 5, 3] if transposed and 3 < rows < 33 else [13])
+
+
+# Attention by heads.
+
+
+@pytest.mark.parametrize("scores", [1, 2 * 11 * 13, 3 * 2 * 11 * 13, 2**18])
+@pytest.mark.parametrize("mask_shape", [(11, 13), (2, 1, 11, 13), (2, 7, 11, 13)])
+def test_attention_by_heads_is_attention(
+    monkeypatch: pytest.MonkeyPatch, scores: int, mask_shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(numpy_backend, "SCORES", scores)
+    random = np.random.RandomState(scores % 97)
+    q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
+    mask = transformer.mask_of(random.standard_normal(mask_shape) > 0, PLAIN)
+    wide = [array.astype(np.float64) for array in (q, k, v, mask)]
+    found = transformer.attention(q, k, v, mask, BY_HEADS)
+    assert (found.shape, found.dtype) == ((2, 7, 11, 3), np.float32)
+    assert_values(found, transformer.attention(*wide, PLAIN), TOLERANCE["same", "float32"])
+    # Of other shapes, all is computed at once: one head for all, and no heads.
+    for arrays in ((q, k[:, :1], v[:, :1], mask), (q[0, 0], k[0, 0], v[0, 0], mask[..., :, :].reshape(-1, 11, 13)[0])):
+        wide = [array.astype(np.float64) for array in arrays]
+        expected = transformer.attention(*wide, PLAIN)
+        assert_values(transformer.attention(*arrays, BY_HEADS), expected, TOLERANCE["same", "float32"])
+
+
+def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    original = transformer.softmax
+
+    def spy(x: Any, xp: Any) -> Any:
+        shapes.append(x.shape)
+        return original(x, xp)
+
+    monkeypatch.setattr(transformer, "softmax", spy)
+    monkeypatch.setattr(numpy_backend, "SCORES", 2 * 5 * 5)
+    model = make()
+    model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
+    layers = model.config.n_layer
+    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 3, 1, 6)] * layers
+
+
+def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def attention(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
+        shapes.append(q.shape)
+        return transformer.attention(q, k, v, mask, xp)
+
+    plain = make()
+    ours = Model(plain.params, plain.config, backend=gpt_xp.with_parts("numpy", attention=attention))
+    tokens = small_tokens("prime")[0]
+    assert_values(ours.logits(tokens), plain.logits(tokens), TOLERANCE["same", "float32"])
+    assert set(shapes) == {(1, 3, len(tokens), 13)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_another_namespace_is_used_as_it_is(dtype: str) -> None:
+    plain = make(dtype=dtype)
+    other = replace(plain.backend, xp=SimpleNamespace(**vars(PLAIN) | {"tanh": lambda x: x * 0}))
+    wrong = Model(plain.params, plain.config, backend=other)
+    tokens = small_tokens("prime", 1)[0]
+    assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1
+
+
+# Threads: `threads` of them while gpt-xp computes, and the user's before and after.
+
+
+@pytest.fixture
+def three() -> Iterator[None]:
+    """A BLAS of three threads, which no thread of Python's has for itself."""
+    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+    before = [each.num_threads for each in libraries]
+    for each in libraries:
+        numpy_backend._set_threads(each, 3)
+    yield
+    for each, n in zip(libraries, before, strict=True):
+        numpy_backend._set_threads(each, n)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads BLAS has in each product of NumPy's."""
+    found: list[int] = []
+    original = np.matmul
+
+    def spy(*args: Any, **options: Any) -> Any:
+        found.append(blas_threads())
+        return original(*args, **options)
+
+    monkeypatch.setattr(np, "matmul", spy)
+    return found
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 3), (1, 1), (2, 2)])
+def test_blas_has_so_many_threads_while_gpt_xp_computes(
+    three: None, seen: list[int], threads: int | None, expected: int
+) -> None:
+    model = make(threads=threads)
+    model.generate([5, 3, 17], max_tokens=3, ignore_eos=True)
+    model.logits([5, 3])
+    model.score([5, 3])
+    assert set(seen) == {expected}
+    assert blas_threads() == 3
+    assert model.backend.settings()["threads"] == str(threads or 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("threads", "expected"), [(None, 3), (1, 1), (2, 2)])
+def test_beside_quantized_weights_blas_has_threads_for_many_rows_alone(
+    three: None, seen: list[int], kind: str, threads: int | None, expected: int
+) -> None:
+    """Threads of Numba and of BLAS that run in turns would wait for each other."""
+    model = make(kind, threads=threads)
+    for rows, n_blas in ((1, 1), (8, 1), (9, expected)):  # 9 x 11 rows are many
+        seen.clear()
+        model.logits([list(range(11))] * rows)
+        assert set(seen) == {n_blas}
+        assert blas_threads() == 3
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_step_that_fails_leaves_blas_its_threads(
+    three: None, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PromptError("a step that fails")
+
+    model = make(kind, threads=1)
+    monkeypatch.setattr(transformer, "gelu", fail)
+    with pytest.raises(PromptError, match="a step that fails"):
+        model.logits([[5, 3, 17]] * 40)
+    assert blas_threads() == 3
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_limits_that_overlap_on_two_threads(three: None, same: bool) -> None:
+    controllers = [threadpoolctl.ThreadpoolController() for _ in range(2)]
+    one = numpy_backend.LIMITS(controllers[0], 1)
+    other = numpy_backend.LIMITS(controllers[0 if same else 1], 2)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        found = [blas_threads()]
+        for thread, step in (
+            (first, one.__enter__), (second, other.__enter__),
+            (first, lambda: one.__exit__(None, None, None)), (second, lambda: other.__exit__(None, None, None)),
+        ):  # fmt: skip
+            thread.submit(step).result(20)
+            found.append(blas_threads())
+    assert found == [3, 1, 2, 2, 3]
+
+
+def test_limits_inside_of_each_other(three: None) -> None:
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    with numpy_backend.LIMITS(controller, 1):
+        with numpy_backend.LIMITS(controller, numpy_backend.LIMITS.without(controller)):
+            assert blas_threads() == 3
+        assert blas_threads() == 1
+    assert blas_threads() == 3
+
+
+@pytest.mark.parametrize("settings", [({}, {}), ({"threads": 1}, {}), ({}, {"kind": "int8"})])
+def test_models_on_several_threads_leave_blas_its_threads(three: None, settings: Any) -> None:
+    models = [make(**each) for each in settings]
+    expected = [model.logits(small_tokens("prime", 2)) for model in models]
+    failed: list[BaseException] = []
+
+    def run(model: Model, right: Any) -> None:
+        try:
+            for _ in range(10):
+                np.testing.assert_allclose(model.logits(small_tokens("prime", 2)), right, rtol=0, atol=1e-4)
+        except BaseException as error:
+            failed.append(error)
+
+    callers = [threading.Thread(target=run, args=each) for each in zip(models, expected, strict=True)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert not failed
+    assert not any(caller.is_alive() for caller in callers)
+    assert blas_threads() == 3
+
+
+def test_numpy_starts_no_threads_in_python() -> None:
+    before = threading.active_count()
+    make(threads=3).logits([[5, 3, 17]] * 100)
+    assert threading.active_count() == before
