@@ -79,8 +79,9 @@ def main() -> None:
 def make(folder: Path, size: str) -> None:
     """Write config, tokenizer and weights, these as they are published and then aligned."""
     import gpt_xp
-    from gpt_xp.checkpoint.checkpoint import align_weights, write_json
+    from gpt_xp.atomic_files import write_json
     from gpt_xp.checkpoint.config_json import config_entries
+    from gpt_xp.checkpoint.weights import align_weights
     from gpt_xp.hub.find import BUNDLED
 
     config = gpt_xp.SIZES[size]

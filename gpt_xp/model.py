@@ -14,6 +14,7 @@ import numpy as np
 from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.carried import Carried
+from gpt_xp.checkpoint.tensors import check_params
 from gpt_xp.config import GPT2Config, check_config
 from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation.decoder import Decoder
@@ -72,7 +73,7 @@ class Model:
 
     @params.setter
     def params(self, params: Params) -> None:
-        checkpoint.check_params(params, self.config)
+        check_params(params, self.config)
         if quantization_of(params):
             object.__setattr__(self, "backend", quantized_backend(self.backend))
         self._bytes = sum(map(self._leaf_bytes, leaves(params)))
@@ -335,16 +336,11 @@ def load(
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
     if quantize:
         chosen = quantized_backend(chosen)
-    directory = find_model(name)
-    carried = checkpoint.read_carried(directory)
-    config = checkpoint.config_of(carried)
-    tokenizer = Tokenizer.from_directory(directory)
-    # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
-    params = checkpoint.read_params(directory, config, None, checkpoint.read_quantization(directory))
-    if quantize:
-        params = quantize_params(params, quantize)
-    model = Model(params, config, tokenizer, chosen)
-    model._carried = carried
+    # The params as stored: each device widens them itself, and 16 bits travel faster than 32.
+    found = checkpoint.read(find_model(name))
+    params = quantize_params(found.params, quantize) if quantize else found.params
+    model = Model(params, found.config, found.tokenizer, chosen)
+    model._carried = found.carried
     return model
 
 
@@ -364,7 +360,7 @@ def save(model: Model, directory: str | Path) -> None:
         # NumPy has no bfloat16, and float32 holds it exactly
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
-    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
+    checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
 
 
 def _is_one(prompt: Any) -> bool:

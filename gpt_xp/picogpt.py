@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params, read_quantization
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_in_models_dir
 from gpt_xp.quantization import Quantized, QuantizedTable, dequantize
@@ -27,11 +27,9 @@ def load_encoder_hparams_and_params(
 
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`.
     """
-    folder = find_in_models_dir(model_size, models_dir)
-    config, quantization = read_config(folder), read_quantization(folder)
-    params = read_params(folder, config, None if quantization else "float32", quantization)
-    hparams = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
-    return Tokenizer.from_directory(folder), hparams, tree_map(_own_float32, params)
+    found = checkpoint.read(find_in_models_dir(model_size, models_dir), "float32")
+    hparams = {name: getattr(found.config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    return found.tokenizer, hparams, tree_map(_own_float32, found.params)
 
 
 def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 import gpt_xp
-from gpt_xp.registry import get_backend
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.registry import get_backend
 
 
 def prepare(folder: Path, dtype: str) -> None:

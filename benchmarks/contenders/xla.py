@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from gpt_xp_backends.jax_backend import LONG, window
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:

@@ -18,28 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import (
-    WEIGHTS,
-    check_tensors,
-    exists,
-    read_config,
-    read_json,
-    reading,
-    sync,
-    tensor_shapes,
-    write_json,
-    written_aside,
-)
-from gpt_xp.checkpoint.config_json import config_entries, size_in
-from gpt_xp.checkpoint.safetensors_file import NumpyArray, n_bytes, open_regular, open_safetensors, write_safetensors
+from gpt_xp.atomic_files import sync, write_json, written_aside
+from gpt_xp.checked_files import exists, open_regular, read_json, reading
+from gpt_xp.checkpoint.config_json import config_entries, read_config, size_in
+from gpt_xp.checkpoint.safetensors_file import n_bytes, open_safetensors, write_safetensors
+from gpt_xp.checkpoint.tensors import PREFIX, check_tensors, tensor_shapes
+from gpt_xp.checkpoint.weights import WEIGHTS
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.installation import install_command
-from gpt_xp.tokenizer.bpe import EOS
+from gpt_xp.tokenizer.words import EOS
+from gpt_xp.types import NumpyArray
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_SAFETENSORS_NAME = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+_DTYPE_OF_NAME = {name: dtype for dtype, name in _SAFETENSORS_NAME.items()}
 OPENAI_NAME, _INDEX = "model.ckpt", ".index"
 _NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # not all_model_checkpoint_paths
 _MAX_TEXT = 1_000_000  # bytes of the file `checkpoint`; it has a hundred, or a line for each step that was kept
@@ -194,7 +187,7 @@ def _check_config(directory: str | os.PathLike[str], config: GPT2Config) -> None
 
 def _write_config(directory: str | os.PathLike[str], config: GPT2Config, weights: str) -> None:
     with open_safetensors(weights) as file:
-        dtype = _DTYPES[file.tensors["transformer.wte.weight"].dtype]
+        dtype = _DTYPE_OF_NAME[file.tensors[f"{PREFIX}wte.weight"].dtype]
     entries, _ = config_entries(replace(config, eos_token_id=_end_of_text(directory)), dtype)
     with written_aside(os.path.join(directory, "config.json"), n_bytes=1000, fix=_FIX) as temporary:
         write_json(temporary, entries)
@@ -221,28 +214,28 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
     dtypes = {name: dtype.name for name, dtype in reader.get_variable_to_dtype_map().items()}
     names = tensor_shapes(config, len(shapes))
     variables = {name: _variable(name) for name in names}
-    slots = tuple(f"{variable}/" for variable in variables.values())
+    optimizer_prefixes = tuple(f"{variable}/" for variable in variables.values())
     check_tensors(
         f"the variables of {prefix}",
         {
             name: (tuple(shape), dtypes[name])
             for name, shape in shapes.items()
-            # What an optimizer keeps has the name of its variable and goes on, or is no part of the model.
-            if name.startswith("model/") and not name.startswith(slots)
+            # An optimizer's variables begin with the name of a variable of the model, or lie outside the model.
+            if name.startswith("model/") and not name.startswith(optimizer_prefixes)
         },
         # OpenAI's linear layers are convolutions of width 1: [1, n_in, n_out], the same bytes as [n_in, n_out].
         {variables[name]: (1, *shape) if variables[name].endswith("/w") else shape for name, shape in names.items()},
-        _CODES,
+        _SAFETENSORS_NAME,
     )
 
     def read(full_name: str) -> NumpyArray:
-        variable = variables[full_name.removeprefix("transformer.")]
+        variable = variables[full_name.removeprefix(PREFIX)]
         with _tensorflow_errors(prefix):
             array = np.ascontiguousarray(reader.get_tensor(variable))
         # NumPy gives no buffer of a bfloat16, which is not its own.
         return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
-    tensors = {f"transformer.{name}": (_CODES[dtypes[variables[name]]], shape) for name, shape in names.items()}
+    tensors = {f"{PREFIX}{name}": (_SAFETENSORS_NAME[dtypes[variables[name]]], shape) for name, shape in names.items()}
     with written_aside(weights, sum(n_bytes(*stored) for stored in tensors.values()), fix=_FIX) as temporary:
         write_safetensors(temporary, tensors, read, metadata)
 

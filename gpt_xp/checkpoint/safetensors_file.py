@@ -7,13 +7,11 @@ tell where in the file a tensor lies, and a map needs that; and a file is writte
 wants all tensors in memory at once.
 """
 
-import errno
 import hashlib
 import json
 import math
 import mmap
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from gpt_xp import json_text
-from gpt_xp.errors import CheckpointError, JsonError
-
-NumpyArray = npt.NDArray[Any]
+from gpt_xp.checked_files import mapping_errors, open_regular, parse_json
+from gpt_xp.errors import CheckpointError
+from gpt_xp.types import NumpyArray
 
 # NumPy has no bfloat16: it is read as 16 bits and widened.
 _ON_DISK: dict[str, np.dtype[Any]] = {
@@ -41,9 +38,7 @@ _ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of 
 _ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
-_NO_MAPPING = (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git stores a text that begins so in place of a large file
-_PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
+_WRITTEN_BYTES = 2**20  # at a time: few enough to stay in the processor's cache while they are hashed
 
 
 @dataclass(frozen=True)
@@ -162,49 +157,6 @@ def write_safetensors(
     return digest.hexdigest()
 
 
-@contextmanager
-def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `CheckpointError`, which names the file, where its file system cannot map files into memory."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_MAPPING:
-            raise
-        raise CheckpointError(
-            f"{path} is on a file system that cannot map files into memory ({error.strerror}); copy its directory to a "
-            f"local disk, and use the copy"
-        ) from error
-
-
-@contextmanager
-def open_regular(path: str) -> Iterator[BufferedReader]:
-    """Open a file for reading bytes; a directory, a pipe, and a pointer of Git LFS are a `CheckpointError`."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
-    with open(path, "rb") as file:
-        if problem := lfs_problem(file.peek(len(_LFS_POINTER)), path):
-            raise CheckpointError(problem)
-        yield file
-
-
-def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
-    """Return the message for a file that begins with `content`, where it is a pointer of Git LFS; else None."""
-    if not content.startswith(_LFS_POINTER):
-        return None
-    return f"{path} is only a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
-
-
-def parse_json(text: bytes, path: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises `CheckpointError` for anything else, and for a name that is there twice."""
-    try:
-        value = json_text.parse(text, unique=True)
-    except JsonError as error:
-        raise CheckpointError(f"{path} holds malformed JSON ({error}); fetch or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object but {value!r:.80}; fetch or save it again")
-    return value
-
-
 def _check(path: str) -> None:
     """Let the library compare header and file: lengths, dtypes, shapes, places without gap or overlap."""
     try:
@@ -262,8 +214,8 @@ def _write_tensor(name: str, data: Any, n_bytes: int, write: Callable[[memoryvie
         if n_bytes == 0:  # and a view with a zero in its shape cannot be cast
             return
         with view.cast("B") as content:
-            for start in range(0, n_bytes, _PIECE):
-                write(content[start : start + _PIECE])
+            for start in range(0, n_bytes, _WRITTEN_BYTES):
+                write(content[start : start + _WRITTEN_BYTES])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_xp.checkpoint import openai as openai_checkpoint
-from gpt_xp.checkpoint.checkpoint import align_weights, read_config
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import align_weights
 from gpt_xp.config import GPT2Config
 from gpt_xp.environment import gpt_xp_home, is_offline
 from gpt_xp.errors import DownloadError, ModelNotFoundError

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import pairwise
 
 from gpt_xp.errors import SettingError, TokenizerError
-from gpt_xp.tokenizer.bpe import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, Tokenizer, check_text
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tokenizer.words import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, check_text
 
 Pair = tuple[int, int]
 

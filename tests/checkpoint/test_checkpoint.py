@@ -32,10 +32,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
-from gpt_xp.checkpoint import safetensors_file
-from gpt_xp.checkpoint.checkpoint import align_weights, read_carried, read_config, read_params, save_checkpoint
-from gpt_xp.checkpoint.checkpoint import config_of as config_of_carried
+from gpt_xp.checkpoint import checkpoint, safetensors_file
+from gpt_xp.checkpoint.config_json import config_of as config_of_carried
+from gpt_xp.checkpoint.config_json import read_carried, read_config
 from gpt_xp.checkpoint.safetensors_file import open_safetensors, write_safetensors
+from gpt_xp.checkpoint.weights import align_weights, read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import (
     BackendError,
@@ -844,7 +845,7 @@ def contents(directory):
 def test_what_is_saved_is_read_again(tmp_path, dtype):
     tensors = make_tensors(CONFIG, dtype)
     directory = tmp_path / "new" / "deeper"
-    save_checkpoint(directory, nested(tensors), CONFIG, TwoFiles())
+    checkpoint.save(directory, nested(tensors), CONFIG, TwoFiles())
     assert listing(directory) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert (directory / "vocab.json").read_text() == "vocab.json"
     assert read_config(directory) == CONFIG
@@ -857,14 +858,14 @@ def test_what_is_saved_is_read_again(tmp_path, dtype):
 def test_a_tokenizer_that_would_not_be_read_is_not_saved(tmp_path):
     (tmp_path / "tokenizer.json").write_text("another")
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
+        checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     assert listing(tmp_path) == ["tokenizer.json"]
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
     assert listing(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_the_names_are_those_of_transformers(tmp_path):
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
     assert listing(tmp_path) == ["config.json", "model.safetensors"]
     with safe_open(tmp_path / WEIGHTS, framework="np") as file:
         assert set(file.keys()) == set(prefixed(shapes(CONFIG)))
@@ -875,7 +876,7 @@ def test_the_names_are_those_of_transformers(tmp_path):
 
 
 def test_no_eos_token_stays_none(tmp_path):
-    save_checkpoint(tmp_path, nested(make_tensors(TINY)), TINY)
+    checkpoint.save(tmp_path, nested(make_tensors(TINY)), TINY)
     assert read_config(tmp_path) == TINY
 
 
@@ -908,7 +909,7 @@ def fine_tune(directory, **generation):
 def save_again(source, target, config=None):
     carried = read_carried(source)
     params = read_params(source, config_of_carried(carried))
-    save_checkpoint(target, params, config or config_of_carried(carried), None, carried)
+    checkpoint.save(target, params, config or config_of_carried(carried), None, carried)
     return json.loads((target / "config.json").read_text())
 
 
@@ -958,7 +959,7 @@ def test_what_is_carried_may_be_gone(tmp_path):
     source = fine_tune(tmp_path / "old")
     carried, params = read_carried(source), read_params(source, CONFIG)
     source.rename(tmp_path / "elsewhere")
-    save_checkpoint(tmp_path / "new", params, config_of_carried(carried), None, carried)
+    checkpoint.save(tmp_path / "new", params, config_of_carried(carried), None, carried)
     assert read_config(tmp_path / "new") == read_config(tmp_path / "elsewhere")
 
 
@@ -966,19 +967,19 @@ def test_arrays_are_saved_by_value_however_they_lie_in_memory(tmp_path):
     tensors = make_tensors(CONFIG)
     scattered = {name: np.asfortranarray(array) for name, array in tensors.items()}
     scattered["ln_f.bias"] = np.repeat(tensors["ln_f.bias"], 2)[::2]
-    save_checkpoint(tmp_path, nested(scattered), CONFIG)
+    checkpoint.save(tmp_path, nested(scattered), CONFIG)
     assert_same(read_params(tmp_path, CONFIG), tensors)
 
 
 def test_saving_over_mapped_files(tmp_path):
     old = make_tensors(CONFIG)
     new = {name: array + 1 for name, array in old.items()}
-    save_checkpoint(tmp_path, nested(old), CONFIG)
+    checkpoint.save(tmp_path, nested(old), CONFIG)
     params = read_params(tmp_path, CONFIG)
-    save_checkpoint(tmp_path, nested(new), CONFIG)
+    checkpoint.save(tmp_path, nested(new), CONFIG)
     assert_same(params, old)
     assert_same(read_params(tmp_path, CONFIG), new)
-    save_checkpoint(tmp_path, params, CONFIG)  # and from a map into the directory it is mapped from
+    checkpoint.save(tmp_path, params, CONFIG)  # and from a map into the directory it is mapped from
     assert_same(read_params(tmp_path, CONFIG), old)
 
 
@@ -987,7 +988,7 @@ def test_saving_over_mapped_files(tmp_path):
 def test_the_umask_decides_who_may_read(tmp_path, umask):
     before = os.umask(umask)
     try:
-        save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
+        checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
@@ -1012,12 +1013,12 @@ def spoil(tree, *path, value):
     ],
 )
 def test_params_that_do_not_fit_are_not_written(tmp_path, path, value, complaint):
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG)
     before = contents(tmp_path)
     params = nested(make_tensors(CONFIG, seed=1))
     spoil(params, *path, value=value)
     with pytest.raises(CheckpointError, match=complaint):
-        save_checkpoint(tmp_path, params, CONFIG)
+        checkpoint.save(tmp_path, params, CONFIG)
     assert contents(tmp_path) == before
 
 
@@ -1026,13 +1027,13 @@ def test_params_that_do_not_fit_are_not_written(tmp_path, path, value, complaint
 def test_a_disk_that_is_full_leaves_the_former_checkpoint(tmp_path, limit):
     import resource
 
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     before = contents(tmp_path)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
     try:
         with pytest.raises(CheckpointError, match=r"cannot save to .*File too large.*still whole.*another directory"):
-            save_checkpoint(tmp_path, nested(make_tensors(CONFIG, seed=1)), CONFIG, TwoFiles())
+            checkpoint.save(tmp_path, nested(make_tensors(CONFIG, seed=1)), CONFIG, TwoFiles())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert contents(tmp_path) == before
@@ -1040,7 +1041,7 @@ def test_a_disk_that_is_full_leaves_the_former_checkpoint(tmp_path, limit):
 
 @pytest.mark.parametrize("error", [PermissionError("mapped"), KeyboardInterrupt()])
 def test_everything_is_written_before_the_first_file_is_replaced(tmp_path, monkeypatch, error):
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     before = contents(tmp_path)
     aside = {}
 
@@ -1050,7 +1051,7 @@ def test_everything_is_written_before_the_first_file_is_replaced(tmp_path, monke
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
-        save_checkpoint(tmp_path, nested(make_tensors(CONFIG, seed=1)), CONFIG, TwoFiles())
+        checkpoint.save(tmp_path, nested(make_tensors(CONFIG, seed=1)), CONFIG, TwoFiles())
     assert contents(tmp_path) == before
     assert {name: len(content) for name, content in aside.items()} == {n: len(c) for n, c in before.items()}
     assert aside[WEIGHTS] != before[WEIGHTS]
@@ -1061,7 +1062,7 @@ def test_files_reach_the_disk_before_they_take_their_names(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append("sync"))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(os.path.basename(new)), replace(old, new)))
-    save_checkpoint(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
+    checkpoint.save(tmp_path, nested(make_tensors(CONFIG)), CONFIG, TwoFiles())
     assert events[:5] == ["sync"] * 4 + [WEIGHTS]  # first what Windows may refuse to replace
     assert sorted(events[5:]) == ["config.json", "merges.txt", "vocab.json"]
 
@@ -1070,7 +1071,7 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError, match=r"cannot save to .*file"):
-            save_checkpoint(directory, nested(make_tensors(CONFIG)), CONFIG)
+            checkpoint.save(directory, nested(make_tensors(CONFIG)), CONFIG)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
@@ -1168,7 +1169,7 @@ def test_transformers_reads_what_we_save_to_equal_logits(tmp_path, dtype):
 
     model = transformers_model(dtype)
     model.save_pretrained(tmp_path / "theirs")
-    save_checkpoint(tmp_path / "ours", read_params(tmp_path / "theirs", CONFIG, None), CONFIG)
+    checkpoint.save(tmp_path / "ours", read_params(tmp_path / "theirs", CONFIG, None), CONFIG)
     reread, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
     theirs, ours = model.state_dict(), reread.eval().state_dict()
@@ -1186,7 +1187,7 @@ def test_transformers_has_the_same_config_from_ours_as_from_its_own(tmp_path):
     from transformers import AutoConfig
 
     transformers_model().save_pretrained(tmp_path / "theirs")
-    save_checkpoint(tmp_path / "ours", nested(make_tensors(CONFIG)), CONFIG)
+    checkpoint.save(tmp_path / "ours", nested(make_tensors(CONFIG)), CONFIG)
     theirs, ours = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "ours"))
     assert ours.pop("n_ctx") == 37  # the one entry that transformers no longer writes
     for entries in (theirs, ours):

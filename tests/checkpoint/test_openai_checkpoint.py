@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from gpt_xp import Model, Tokenizer
 from gpt_xp.checkpoint import openai as openai_checkpoint
-from gpt_xp.checkpoint.checkpoint import align_weights, read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.openai import check_tensorflow, convert, is_openai_layout, read_hparams
+from gpt_xp.checkpoint.weights import align_weights, read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, DeviceMemoryError, ModelNotFoundError
 from gpt_xp.installation import install_command

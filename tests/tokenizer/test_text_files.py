@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt_xp.errors import TextError
-from gpt_xp.tokenizer.bpe import WORD, Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import PIECE_BYTES, read_bytes, read_text, size_of, text_pieces
+from gpt_xp.tokenizer.words import WORD
 
 # What the pattern of words tells apart: letters, digits, marks, contractions, and whitespace of one to three bytes.
 PARTS = [

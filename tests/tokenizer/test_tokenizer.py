@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 import gpt_xp.tokenizer.bpe
 from gpt_xp.errors import CheckpointError, TokenizerError
-from gpt_xp.tokenizer.bpe import CHARACTER_OF_BYTE, EOS, Tokenizer
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tokenizer.words import CHARACTER_OF_BYTE, EOS
 
 HEROES = "Not all heroes wear capes."
 HEROES_IDS = [3673, 477, 10281, 5806, 1451, 274, 13]

@@ -18,11 +18,15 @@ from small_trainings import EVERYTHING, SHAPE, SMALL, bits, log, story
 
 import gpt_xp
 from gpt_xp import Evaluation, GptXpError, Training
-from gpt_xp.checkpoint.checkpoint import read_config, read_params, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import BackendError, CheckpointError, NumericalError, SettingError, TextError
-from gpt_xp.training import Settings, Watcher, corpus
-from gpt_xp.training.corpus import Span, crops, windows
+from gpt_xp.training import corpus
+from gpt_xp.training.corpus import Span, crops, validation_rows
+from gpt_xp.training.log import Watcher
 from gpt_xp.training.program import Program, drop_weights, jax_backend, join, split
+from gpt_xp.training.settings import TrainingSettings
 from gpt_xp.training.start import random_params
 from gpt_xp.training.state import load_state
 
@@ -32,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*
 @pytest.fixture(autouse=True, scope="module")
 def _needs_jax_and_optax() -> None:
     with skipping_what_is_missing("jax"):
-        jax_backend(Settings(data=("x",)))
+        jax_backend(TrainingSettings(data=("x",)))
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def save_start(directory: Path, seed: int) -> None:
     """Write a model to start from, of random params."""
     tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
     config = gpt_xp.GPT2Config(n_vocab=277, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=276)
-    save_checkpoint(directory, random_params(config, seed), config, tokenizer)
+    checkpoint.save(directory, random_params(config, seed), config, tokenizer)
 
 
 FROZEN = {name: value for name, value in SMALL.items() if name not in SHAPE} | {"freeze": 1}
@@ -80,7 +84,9 @@ def flat(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
 
 
-def adamw_in_float64(params: Any, gradients: list[Any], rates: list[float], settings: Settings) -> list[np.ndarray]:
+def adamw_in_float64(
+    params: Any, gradients: list[Any], rates: list[float], settings: TrainingSettings
+) -> list[np.ndarray]:
     """Loshchilov & Hutter 2019, algorithm 2, with the learning rate as the schedule; gradients clipped before."""
     weights = flat(params)
     m, v = [0 * leaf for leaf in weights], [0 * leaf for leaf in weights]
@@ -98,11 +104,11 @@ def adamw_in_float64(params: Any, gradients: list[Any], rates: list[float], sett
 def test_steps_are_adamw_on_the_gradient_of_lm_loss() -> None:
     import jax
 
-    settings = Settings(data=("x",), steps=10, warmup=2, weight_decay=0.3, clip=0.5, accumulate=1, average=0.9)
+    settings = TrainingSettings(data=("x",), steps=10, warmup=2, weight_decay=0.3, clip=0.5, accumulate=1, average=0.9)
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=2)
     params = random_params(config, seed=3)
     program = Program(settings, config, params, jax_backend(settings))
-    state, gradients, average = program.start(), [], flat(params)
+    state, gradients, average = program.initial_state(), [], flat(params)
     tokens = np.random.RandomState(0).randint(0, 101, size=(4, 1, 5, 14)).astype(np.int32)
     gradient_of = jax.jit(jax.value_and_grad(gpt_xp.lm_loss), static_argnums=2)  # jax.numpy's own `max`
     with jax.default_matmul_precision("highest"):
@@ -152,27 +158,29 @@ def test_weight_dropout_zeroes_matrices_of_blocks_and_keeps_the_mean() -> None:
 
 
 def test_each_step_drops_other_weights() -> None:
-    settings = Settings(data=("x",), weight_dropout=0.5, warmup=5, accumulate=1)  # step 0 has a learning rate of 0
+    settings = TrainingSettings(
+        data=("x",), weight_dropout=0.5, warmup=5, accumulate=1
+    )  # step 0 has a learning rate of 0
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=2)
     program = Program(
         settings, config, tree_map(lambda leaf: 3 * leaf, random_params(config, 0)), jax_backend(settings)
     )
     tokens = np.random.RandomState(0).randint(0, 101, size=(1, 5, 14)).astype(np.int32)
-    losses = [float(program.train(program.start(), tokens, step)[1]) for step in (0, 1, 0)]
+    losses = [float(program.train(program.initial_state(), tokens, step)[1]) for step in (0, 1, 0)]
     assert losses[0] != losses[1]
     assert losses[0] == losses[2]
 
 
 def test_bfloat16_multiplies_copies_and_trains_float32() -> None:
     """On a CPU gpt-xp refuses it, as slower than float32: here it is allowed, for there is a device to compute it."""
-    settings = Settings(data=("x",), warmup=0, accumulate=1)
+    settings = TrainingSettings(data=("x",), warmup=0, accumulate=1)
     config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=17, n_embd=39, n_head=3, n_layer=1)
     tokens = np.random.RandomState(0).randint(0, 101, size=(1, 5, 14)).astype(np.int32)
     backend = jax_backend(settings)
     found = {}
     for dtype in ("float32", "bfloat16"):
         program = Program(settings, config, random_params(config, 0), backend.replace(dtype=dtype))
-        state, loss = program.train(program.start(), tokens, 0)
+        state, loss = program.train(program.initial_state(), tokens, 0)
         assert {str(leaf.dtype) for leaf in leaves(state["params"])} == {"float32"}
         found[dtype] = float(loss)
     assert found["float32"] == pytest.approx(found["bfloat16"], rel=1e-3)  # 8 bits of a logit, averaged over 65 of them
@@ -270,12 +278,12 @@ def test_the_corpus_is_the_text(tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.txt" for i in range(3)]
     for file, content in zip(files, texts, strict=True):
         file.write_bytes(content.encode())
-    settings = Settings(data=tuple(map(str, files)), val_fraction=0.25)
+    settings = TrainingSettings(data=tuple(map(str, files)), val_fraction=0.25)
     spans = corpus.split(settings)
     whole = "".join(texts)
     cut = int(0.75 * len(whole))
-    assert "".join(corpus.texts(spans[0])) == whole[:cut]
-    assert "".join(corpus.texts(spans[1])) == whole[cut:]
+    assert "".join(corpus.text_of(spans[0])) == whole[:cut]
+    assert "".join(corpus.text_of(spans[1])) == whole[cut:]
     tokenizer = gpt_xp.train_tokenizer(texts, 277)
     corpus.tokenize(spans, tokenizer, tmp_path, n_vocab=277)
     found = corpus.open_corpus(tmp_path, tokenizer, 5)
@@ -292,7 +300,8 @@ def test_the_corpus_is_the_text(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    from gpt_xp.tokenizer.bpe import CHARACTER_OF_BYTE, EOS, Tokenizer
+    from gpt_xp.tokenizer.bpe import Tokenizer
+    from gpt_xp.tokenizer.words import CHARACTER_OF_BYTE, EOS
 
     tokenizer = Tokenizer({character: 70_000 + i for i, character in enumerate(CHARACTER_OF_BYTE)} | {EOS: 3}, [])
     (tmp_path / "t.txt").write_text("abcdefghij" * 10)
@@ -391,12 +400,12 @@ def test_crops_depend_on_seed_and_step_alone() -> None:
 
 def test_windows_predict_each_token_once() -> None:
     tokens = np.arange(101, dtype=np.uint16)
-    rows = windows(tokens, 13, most=10_000)
+    rows = validation_rows(tokens, 13, most=10_000)
     assert rows.shape == (7, 14)
     assert rows[:, 1:].reshape(-1).tolist() == list(range(1, 92))
-    assert windows(tokens, 13, most=40).tolist() == [rows[i].tolist() for i in (0, 3, 6)]
-    assert windows(tokens[:5], 13, most=40).tolist() == [[0, 1, 2, 3, 4]]
-    assert len(windows(tokens, 13, most=1)) == 1
+    assert validation_rows(tokens, 13, most=40).tolist() == [rows[i].tolist() for i in (0, 3, 6)]
+    assert validation_rows(tokens[:5], 13, most=40).tolist() == [[0, 1, 2, 3, 4]]
+    assert len(validation_rows(tokens, 13, most=1)) == 1
 
 
 # --- nothing lost ---------------------------------------------------------------------------------------------------
@@ -566,7 +575,7 @@ def test_going_on_takes_the_settings_of_the_run(text: Path, tmp_path: Path) -> N
 
 def test_early_stopping(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 9.0])
-    monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))
+    monkeypatch.setattr("gpt_xp.training.loop.TrainingRun._val_loss", lambda run: next(losses))
     out = tmp_path / "out"
     found = gpt_xp.train([text], out, **{**SMALL, "eval_every": 1, "patience": 2})
     assert (found.best.step, found.steps, found.stopped_early) == (3, 5, True)  # as good is no better
