@@ -46,7 +46,8 @@ from servers import (
 
 import gpt_xp.hub.download as module
 from gpt_xp.errors import DownloadError
-from gpt_xp.hub.download import Remote, download
+from gpt_xp.hub import part_file
+from gpt_xp.hub.download import RemoteFile, download
 
 CONTENT = random.Random(0).randbytes(100_003)
 OTHER = random.Random(1).randbytes(100_003)
@@ -61,7 +62,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and limits"
 CHILD = """
 import sys
 from pathlib import Path
-from gpt_xp.hub.download import Remote, download
+from gpt_xp.hub.download import RemoteFile, download
 from gpt_xp.errors import DownloadError
 from gpt_xp.hub.progress import StderrProgress
 url, target, n_bytes, digest, limit = sys.argv[1:]
@@ -69,7 +70,7 @@ if limit != "0":
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    download(Remote(url, "weights", int(n_bytes), digest), Path(target), StderrProgress())
+    download(RemoteFile(url, "weights", int(n_bytes), digest), Path(target), StderrProgress())
 except DownloadError as error:
     sys.exit(f"DownloadError: {error}")
 except KeyboardInterrupt:
@@ -136,11 +137,11 @@ def digest_of(content: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
 
 
-def remote(server: FileServer, path: str = PATH, **pins: object) -> Remote:
-    return Remote(f"{server.url}{path}", "weights", **pins)
+def remote(server: FileServer, path: str = PATH, **pins: object) -> RemoteFile:
+    return RemoteFile(f"{server.url}{path}", "weights", **pins)
 
 
-def pinned(server: FileServer, path: str = PATH, content: bytes = CONTENT) -> Remote:
+def pinned(server: FileServer, path: str = PATH, content: bytes = CONTENT) -> RemoteFile:
     return remote(server, path, n_bytes=len(content), digest=digest_of(content))
 
 
@@ -152,7 +153,7 @@ def state_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.part.json")
 
 
-def fetch(remote: Remote, target: Path, content: bytes = CONTENT) -> Recorder:
+def fetch(remote: RemoteFile, target: Path, content: bytes = CONTENT) -> Recorder:
     """Download, and see that the file is right, that nothing is left over, and that the progress was told of it."""
     progress = Recorder()
     digest = download(remote, target, progress)
@@ -163,7 +164,7 @@ def fetch(remote: Remote, target: Path, content: bytes = CONTENT) -> Recorder:
     return progress
 
 
-def fails(remote: Remote, target: Path, match: str) -> str:
+def fails(remote: RemoteFile, target: Path, match: str) -> str:
     """Fail with one clear line, and leave nothing under the final name."""
     progress = Recorder()
     with pytest.raises(DownloadError, match=match) as caught:
@@ -369,11 +370,11 @@ def test_a_proxy_is_used_and_its_password_not_shown(monkeypatch, target):
     url = "http://models.test/weights"
     with FileServer({url: CONTENT}) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        fetch(Remote(url, "weights", token=TOKEN), target)
+        fetch(RemoteFile(url, "weights", token=TOKEN), target)
         assert not proxy.sees(TOKEN)
         target.unlink()
         monkeypatch.setenv("HTTP_PROXY", refused_url().replace("//", "//me:pass-word@"))
-        assert "pass" not in fails(Remote(url, "weights"), target, "the proxy cannot be reached, or refuses")
+        assert "pass" not in fails(RemoteFile(url, "weights"), target, "the proxy cannot be reached, or refuses")
 
 
 # --- what servers answer --------------------------------------------------------------------------------------------
@@ -508,13 +509,13 @@ def test_wrong_bytes_after_a_break_are_thrown_away(server, target):
 
 @pytest.mark.parametrize("n_bytes", [1, 100_002, 100_004])
 def test_another_size_than_the_pinned_one_is_refused_before_a_byte_is_written(monkeypatch, server, target, n_bytes):
-    monkeypatch.setattr(module, "FileIO", _NeverWritten)
+    monkeypatch.setattr(part_file, "FileIO", _NeverWritten)
     fails(replace(pinned(server), n_bytes=n_bytes), target, f"has 100003 bytes .* and {n_bytes} were expected")
     assert os.listdir(target.parent) == []
 
 
 def test_another_linked_digest_than_the_pinned_one_is_refused_before_a_byte_is_written(monkeypatch, hub, target):
-    monkeypatch.setattr(module, "FileIO", _NeverWritten)
+    monkeypatch.setattr(part_file, "FileIO", _NeverWritten)
     fails(replace(pinned(hub, WEIGHTS), digest=digest_of(OTHER)), target, "another file under this name")
     assert os.listdir(target.parent) == []
 
@@ -676,7 +677,7 @@ def test_no_token_goes_over_plain_http_to_another_machine(hub, target, monkeypat
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **names: resolve("127.0.0.1", *rest, **names))
     for host, is_safe in (("models.test", False), ("127.0.0.1.test", False), ("localhost", True), ("127.0.0.2", True)):
         hub.forget() if hub.requests else None
-        fetch(Remote(f"http://{host}:{hub.port}{WEIGHTS}", "weights", token=TOKEN), target)
+        fetch(RemoteFile(f"http://{host}:{hub.port}{WEIGHTS}", "weights", token=TOKEN), target)
         assert hub.sees(TOKEN) == is_safe
         assert not hub.cdn.sees(TOKEN)
 
@@ -710,7 +711,7 @@ def test_https_never_redirects_to_anything_else(monkeypatch, target, to):
         return response
 
     monkeypatch.setattr(requests.Session, "send", send)
-    wanted = Remote("https://models.test/x", "weights", token=TOKEN)
+    wanted = RemoteFile("https://models.test/x", "weights", token=TOKEN)
     assert "5ecret" not in fails(wanted, target, "other.test redirects from https")
     assert sent == [("https://models.test/x", f"Bearer {TOKEN}"), ("https://other.test/y?X-Signature=5ecret", None)]
 
@@ -727,7 +728,7 @@ def test_a_full_disk_keeps_what_has_come(monkeypatch, server, target):
             return super().write(data[:room])
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "FileIO", Full)
+        patch.setattr(part_file, "FileIO", Full)
         fails(pinned(server), target, f"cannot write weights in {target.parent}: No space left on device")
     server.forget()
     fetch(pinned(server), target)
@@ -741,7 +742,7 @@ def test_the_space_is_checked_before_anything_is_written(monkeypatch, server, ta
 
     def spared(match: str) -> None:
         with pytest.raises(DownloadError, match=match):
-            download(pinned(server), target, Recorder(), twice=True)
+            download(pinned(server), target, Recorder(), room_for_copy=True)
 
     disk(2 * 100_003 - 1)
     spared(r"needs 200\.0 kB of disk space, and .* has 200\.0 kB free")
@@ -753,7 +754,7 @@ def test_the_space_is_checked_before_anything_is_written(monkeypatch, server, ta
     spared("disk space")
     disk(59_994 + 100_003)
     server.forget()
-    assert download(pinned(server), target, Recorder(), twice=True) == digest_of(CONTENT)
+    assert download(pinned(server), target, Recorder(), room_for_copy=True) == digest_of(CONTENT)
     assert starts(server) == [40_009]
 
 

@@ -262,7 +262,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_weights_come(home, server, 
 def test_no_room_for_the_aligned_copy(home, server, monkeypatch):
     """The disk fills up between the download and the copy: what came is kept."""
     with monkeypatch.context() as patch:
-        patch.setattr(store, "align_weights", _full)
+        patch.setattr("gpt_xp.hub.hub_source.align_weights", _full)
         with pytest.raises(CheckpointError, match="no space"):
             gpt_xp.load("124M")
     assert_same(gpt_xp.load("124M", backend="numpy").params, TENSORS)
