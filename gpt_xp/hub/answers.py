@@ -52,7 +52,7 @@ def content_length(response: "requests.Response") -> int | None:
 
 
 def content_range(response: "requests.Response") -> tuple[int | None, int | None]:
-    """Return where the bytes of a part begin, and the size of the whole file; None for what is not told."""
+    """Return where the bytes of a part begin, and the size of the whole file; None where one is not told."""
     found = re.fullmatch(rf"bytes ({_NUMBER})-\d+/({_NUMBER}|\*)", response.headers.get("Content-Range", ""))
     if not found:
         return None, None

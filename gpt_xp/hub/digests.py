@@ -45,7 +45,7 @@ class Hash:
         self.update = self._hash.update
 
     def digest(self) -> str:
-        """Return the digest of what has been hashed so far."""
+        """Return the digest of the bytes hashed so far."""
         return f"{self.algorithm}:{self._hash.hexdigest()}"
 
 

@@ -247,7 +247,7 @@ class _Transfer:
             self._check_space(part.n_bytes - part.offset + self.room_for_copy * part.n_bytes)
         if not part.offset:
             part.begin(response.headers.get("ETag"))
-        part.hash()  # of what is here, before a bar is shown
+        part.hash()  # hashes the bytes that are here, before a bar is shown
         self.progress.start(self.remote.label, part.n_bytes, part.offset)
 
     def _past_the_end(self, response: "requests.Response") -> None:

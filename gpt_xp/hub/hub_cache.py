@@ -1,4 +1,4 @@
-"""The cache of the Hugging Face Hub on this machine, where huggingface_hub and transformers keep what they fetched."""
+"""The cache of the Hugging Face Hub on this machine, where huggingface_hub and transformers keep their files."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The part of a file that has come so far: its bytes in `NAME.part`, and what is known of them in `NAME.part.json`.
+"""A file that is only partly fetched: its bytes in `NAME.part`, their ETag and digest in `NAME.part.json`.
 
 Any later process can go on where this one stopped.
 """
@@ -18,7 +18,7 @@ _VERSION = 1  # of NAME.part.json
 
 @dataclass(frozen=True)
 class _State:
-    """What is known of the bytes in a .part."""
+    """The content of NAME.part.json: which file the bytes belong to."""
 
     version: int = _VERSION
     etag: str | None = None  # strong, of the server that sent them
@@ -42,7 +42,7 @@ class PartFile:
         self._hash: Hash | None = None
         target.parent.mkdir(parents=True, exist_ok=True)
         self._state = self._read_state()
-        # Unbuffered: what has come is in the file, whatever happens next.
+        # Unbuffered: each byte that has come is in the file, whatever happens next.
         self._file = FileIO(self._part, "r+b" if self._part.exists() else "w+b")
         self.offset = self._file.seek(0, os.SEEK_END)
         if not self.offset or self._state is None or (self.n_bytes is not None and self.offset > self.n_bytes):
@@ -70,7 +70,7 @@ class PartFile:
         return self.n_bytes is not None and self.offset == self.n_bytes and self.digest is not None
 
     def begin(self, etag: str | None) -> None:
-        """Before the first byte: record what a later process must know."""
+        """Record what a later process must know, before the first byte is written."""
         self._state = _State(etag=_strong(etag), digest=self.digest)
         temporary = self._state_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
