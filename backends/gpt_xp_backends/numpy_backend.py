@@ -171,9 +171,8 @@ def namespace() -> NumPy:
         "clip": lambda x, min, max: np.minimum(np.maximum(x, min), max),
         "take_along_axis": _take_along_last_axis,
         "sort": _sort,
-        "cumulative_sum": lambda x, axis=None, dtype=None: np.cumsum(
-            x, axis=axis, dtype=dtype
-        ),  # NumPy 2.0 has no other
+        # NumPy 2.0 has no other.
+        "cumulative_sum": lambda x, axis=None, dtype=None: np.cumsum(x, axis=axis, dtype=dtype),
     }
     return NumPy(**{name: getattr(np, name) for name in STANDARD} | shorter)
 
@@ -242,9 +241,7 @@ class Limits:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._before: dict[
-            str, tuple[Any, int]
-        ] = {}  # of each library's file: its controller, threads before any limit
+        self._before: dict[str, tuple[Any, int]] = {}  # by file: a library, and its threads outside of all limits
         self._inside: dict[object, tuple[Any, int]] = {}  # controller and threads of each limit, in their order
 
     @contextlib.contextmanager

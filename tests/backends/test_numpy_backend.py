@@ -1,7 +1,8 @@
 """The NumPy backend: the logits of the naive model for any number of rows, and a process that stays the user's."""
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,11 @@ def make(kind: str | None = None, **settings: Any) -> Model:
     return Model(params, CONFIGS["prime"], backend=backend)
 
 
+def naive(model: Model) -> Callable[[Any], "np.ndarray[Any, Any]"]:
+    """The naive model in float64: from tokens [n_seq] to logits [n_seq, n_vocab]."""
+    return functools.partial(naive_gpt2, **float64_of(model.params), n_head=model.config.n_head)
+
+
 def blas_threads() -> int:
     """How many threads NumPy's BLAS has."""
     found = [each for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"]
@@ -55,23 +61,19 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, 13])  # 13 x 11 rows of a quantized product are multiplied by BLAS
 def test_logits_of_a_batch_are_those_of_the_naive_model(small_limits: None, kind: str | None, rows: int) -> None:
     model = make(kind)
-    tokens = np.concatenate([small_tokens("prime", rows)[:, 3:7], small_tokens("prime", rows)[:, :7]], axis=1)
-    many = [12 * [token] for token in range(12)]  # 144 rows: those of a quantized product are multiplied by BLAS
-    for batch in (tokens, [*tokens.tolist(), *many]):
-        logits = model.logits(batch[0] if len(batch) == 1 else [row[:11] for row in batch])
-        for found, row in zip(logits[None] if len(batch) == 1 else logits, batch, strict=True):
-            expected = naive_gpt2(row[:11], **float64_of(model.params), n_head=model.config.n_head)
-            assert_values(found, expected, TOLERANCE["logits", "float32"])
+    tokens, expected_of = small_tokens("prime", 13)[13 - rows :, :11], naive(model)
+    for found, row in zip(model.logits(tokens), tokens, strict=True):
+        assert_values(found, expected_of(row), TOLERANCE["logits", "float32"])
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("rows", ROWS)
 def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: None, kind: str | None, rows: int) -> None:
     model = make(kind)
-    prompts = [small_tokens("prime", 12)[row, : 1 + row % 4].tolist() for row in range(rows)]
+    prompts = [small_tokens("prime", 12)[row][: 1 + row % 4].tolist() for row in range(rows)]
 
     def steps(prompts: list[list[int]]) -> "np.ndarray[Any, Any]":
         logits, cache = model._decoder.prefill(prompts)
@@ -81,10 +83,10 @@ def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: Non
             found.append(logits)
         return np.stack(found)  # [steps, rows, n_vocab]
 
-    together = steps(prompts)
+    together, expected_of = steps(prompts), naive(model)
     for row, prompt in enumerate(prompts):
         alone = np.concatenate([prompt, range(6)])
-        expected = naive_gpt2(alone, **float64_of(model.params), n_head=model.config.n_head)[len(prompt) - 1 :]
+        expected = expected_of(alone)[len(prompt) - 1 :]
         assert_values(together[:, row], expected, TOLERANCE["logits", "float32"])
 
 
