@@ -124,7 +124,7 @@ def test_attention_by_heads_is_attention(
     monkeypatch.setattr(numpy_backend, "SCORES", scores)
     random = np.random.RandomState(scores % 97)
     q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
-    mask = transformer.mask_of(random.standard_normal(mask_shape) > 0, PLAIN)
+    mask = np.where(random.standard_normal(mask_shape) > 0, 0, np.finfo(np.float32).min).astype(np.float32)
     wide = [array.astype(np.float64) for array in (q, k, v, mask)]
     found = transformer.attention(q, k, v, mask, BY_HEADS)
     assert (found.shape, found.dtype) == ((2, 7, 11, 3), np.float32)
@@ -149,7 +149,7 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
-    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 3, 1, 6)] * layers
+    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 1, 1, 37)] * 3 * layers
 
 
 def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> None:

@@ -19,6 +19,7 @@ from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.openai import check_tensorflow, convert
 from gpt_xp.checkpoint.weights import align_weights, read_params
 from gpt_xp.errors import CheckpointError
+from gpt_xp.installation import install_command
 
 # --- TensorFlow missing, broken, talkative --------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ def test_a_missing_tensorflow_is_one_error_with_the_way_out(folder, monkeypatch)
     with pytest.raises(CheckpointError) as caught:
         check_tensorflow()
     message = str(caught.value)
-    assert "pip install 'gpt-xp[tensorflow]'" in message
+    assert install_command("tensorflow") in message
     assert "gpt-xp models pull NAME" in message
     assert "once" in message
     assert "\n" not in message
