@@ -22,7 +22,7 @@ def prepare(folder: Path, dtype: str) -> None:
 
 
 def products(params: Any, tokens: Any, cache: Any, xp: Any) -> Any:
-    """Multiply the rows of tokens [rows] with all weights, a single row with the cache too, and the last one with wte."""
+    """Multiply tokens [rows] with all weights in turn, a single row with the cache too, the last row with wte."""
     x = xp.take(params["wte"], tokens, axis=0)
     for block, (query, k, weights, v) in zip(params["blocks"], cache, strict=True):
         x = xp.matmul(x, block["attn"]["c_attn"]["w"])[:, : x.shape[1]]
