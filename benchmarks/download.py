@@ -22,11 +22,11 @@ from pathlib import Path
 CHILD = """
 import sys, time
 from pathlib import Path
-from gpt_xp.hub.download import Remote, download
+from gpt_xp.hub.download import RemoteFile, download
 from gpt_xp.hub.progress import StderrProgress
 import requests
 begin = time.perf_counter()
-download(Remote(sys.argv[1], "file"), Path(sys.argv[2]), StderrProgress())
+download(RemoteFile(sys.argv[1], "file"), Path(sys.argv[2]), StderrProgress())
 print(time.perf_counter() - begin)
 """
 

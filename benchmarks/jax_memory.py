@@ -34,10 +34,10 @@ def main() -> None:
     say("JAX started")
     model = gpt_xp.load(options.folder, backend="jax")
     say("model loaded")
-    logits, cache, used = model._engine.prefill([[5 + 7 * i for i in range(options.prompt)]], 2)
+    logits, cache = model._decoder.prefill([[5 + 7 * i for i in range(options.prompt)]])
     logits.block_until_ready()
     say("prompt run")
-    cache = model._engine.decode([5], cache, used)[1]
+    cache = model._decoder.decode([5], cache)[1]
     jax.block_until_ready(cache)
     say("a token decoded")
     ctypes.CDLL("libc.so.6").malloc_trim(0)

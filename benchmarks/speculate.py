@@ -200,18 +200,15 @@ def pass_times(model: Any, rounds: int, context: int = 512) -> list[dict[str, An
     """Time one pass over 1 to 16 tokens, in turn, with `context` tokens in the cache; print and return medians."""
     import numpy as np
 
-    engine, backend = model._engine, model.backend
-    _, cache, used = engine.prefill([[1] * context], n_new=32)
+    decoder, backend = model._decoder, model.backend
+    _, cache = decoder.prefill([[1] * context])
     times: dict[int, list[float]] = {n: [] for n in (1, 2, 3, 4, 6, 8, 12, 16)}
     for turn in range(rounds + 1):
         for n, ms in times.items():
             for step in range(4):
-                tokens = backend.asarray(np.full((1, n), 7, dtype=np.int32))
+                tokens = np.full((1, n), 7, dtype=np.int32)
                 begin = time.perf_counter()
-                cache, window = engine._fitting(cache._replace(position=used), used + n)
-                each, cache = engine._each_logits(
-                    model.params, tokens, cache, config=model.config, window=window, xp=backend.xp
-                )
+                each, cache = decoder.candidate_logits(tokens, cache._replace(position=context))
                 backend.to_numpy(each[-1])
                 if turn and step:  # the first compiles, and the caches and threads are still those of another width
                     ms.append(1e3 * (time.perf_counter() - begin))

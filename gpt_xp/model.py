@@ -29,7 +29,7 @@ from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokensDone, score_tokens
 from gpt_xp.scoring.windows import Windows
-from gpt_xp.settings import GenerationOptions, GenerationSettings
+from gpt_xp.settings import GenerationOptions, GenerationSettings, StreamOptions
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Params
@@ -159,9 +159,7 @@ class Model:
         self,
         prompt: OnePrompt | Prompts | Numbers,
         settings: GenerationSettings | None = None,
-        *,
-        num_samples: int | None = None,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[StreamOptions],
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -169,8 +167,6 @@ class Model:
         and are checked before this returns.
         """
         called = time.perf_counter()
-        if num_samples is not None:
-            settings = _settings(settings, {"num_samples": num_samples})
         chosen = _settings(settings, options).with_seed()
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")

@@ -203,7 +203,7 @@ def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pyt
         raise PermissionError("no folder can be written to")
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
-    kernel = numpy_quantized._kernel.__wrapped__("int8", True)
+    kernel = numpy_quantized._kernel.__wrapped__("int8", "few")
     x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
     kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
     assert out.tolist() == [[112, 1.5]]

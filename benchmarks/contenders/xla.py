@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_xp_backends.jax_backend import LONG, window
+from gpt_xp_backends.jax_backend import LONG, few_sizes
 
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.weights import read_params
@@ -60,11 +60,11 @@ class Contender:
         sizes = [min(LONG, len(prompt) - begin) for begin in range(0, len(prompt), LONG)]
         pieces = [(self.full(rows, self.config.n_embd), ()) for rows in sizes]
         token = self.full(1, self.config.n_embd)
-        caches = {n: self.cache(n) for n in {window(len(prompt) + step) for step in range(1, n_tokens)}}
+        caches = {n: self.cache(n) for n in {few_sizes(len(prompt) + step) for step in range(1, n_tokens)}}
         with jax.default_matmul_precision("highest"):
             times = [time.perf_counter()]
             for step in range(n_tokens):
-                for x, cache in [(token, caches[window(len(prompt) + step)])] if step else pieces:
+                for x, cache in [(token, caches[few_sizes(len(prompt) + step)])] if step else pieces:
                     jax.block_until_ready(products(self.blocks, self.wte, x, cache))
                 times.append(time.perf_counter())
         return np.diff(times).tolist()

@@ -13,7 +13,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.quantization import KINDS
 
-# The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
+# The entries of config.json that change the mathematics, and the values that mean GPT-2, the default first.
 _MATHEMATICS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
     "layer_norm_epsilon": (1e-5,),

@@ -27,7 +27,7 @@ from gpt_xp.types import NumpyArray, Params
 
 WEIGHTS = "model.safetensors"
 
-# Constants that old versions of transformers saved with the weights: the causal mask and what it fills in.
+# Constants that old versions of transformers saved with the weights: the causal mask and its fill value.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _TABLE, _HEAD = "wte.weight", "lm_head.weight"  # GPT-2 has one matrix for both, and a file has one of the names or two
 _PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")  # other names outside the transformer are those of additional heads

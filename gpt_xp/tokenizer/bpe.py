@@ -94,7 +94,7 @@ class Tokenizer:
 
         `tokenizer.json` (only this file can say that a tokenizer is not GPT-2's, so it is never ignored); then
         `vocab.json` + `merges.txt`, with `added_tokens.json` if there is one; then `encoder.json` + `vocab.bpe`. The
-        roles and flags of tokens, and what is put before a text, are those that `tokenizer_config.json` and
+        roles and flags of tokens, `add_bos_token` and `add_prefix_space` are those that `tokenizer_config.json` and
         `special_tokens_map.json` state. Raises `TokenizerError`, with file and line or field, for files that are
         missing, malformed or not GPT-2's.
         """
@@ -118,7 +118,7 @@ class Tokenizer:
         """Write `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
 
         The other files that it was read from (`tokenizer_config.json` and the like) are written as they were. A
-        tokenizer that was made in memory writes its added tokens and what is put before a text. Raises
+        tokenizer that was made in memory writes its added tokens, roles and flags. Raises
         `CheckpointError`, and leaves no temporary file, if the files cannot be written, or as `check_place` does.
         """
         folder = Path(directory)

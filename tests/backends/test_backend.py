@@ -364,7 +364,7 @@ def test_a_backend_through_the_same_namespace_is_right(name: str) -> None:
 
 
 def test_a_checkout_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_xp.backend.entry_points", lambda group: [])
+    monkeypatch.setattr("gpt_xp.registry.entry_points", lambda group: [])
     for ask in (lambda: gpt_xp.load(backend="numpy"), gpt_xp.load, gpt_xp.backends, lambda: gpt_xp.compare(["numpy"])):
         with pytest.raises(BackendError, match=r"gpt-xp is not installed.*: in its checkout, run: pip install -e \."):
             ask()

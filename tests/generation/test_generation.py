@@ -197,10 +197,10 @@ class Parrot(Model):
         self._first = max(len(ids), 1) - 1
         return super().generate(prompt, *settings, **options)
 
-    def stream(self, prompt: Any, **options: Any) -> Any:
+    def stream(self, prompt: Any, *settings: Any, **options: Any) -> Any:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self._first = max(len(ids), 1) - 1
-        return super().stream(prompt, **options)
+        return super().stream(prompt, *settings, **options)
 
 
 def small_params_of(config: GPT2Config) -> Any:
