@@ -348,6 +348,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     running = start("compare", "-m", "shakespeare", "--backends", "numpy", "-n", "60")
     end = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("*/reference/job.json")) and time.monotonic() < end:
+        assert running.poll() is None, "it has ended before its time"
         time.sleep(0.01)
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
