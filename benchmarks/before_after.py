@@ -1,8 +1,8 @@
-"""Two checkouts of gpt-xp beside each other, such as the code before a change and after it.
+"""Compare the speed of two checkouts of gpt-xp, such as the code before and after a change.
 
     python benchmarks/before_after.py ../before . --backends numpy,numpy+int8
 
-Each has processes with its own code; they take turns, A B A B. Ratios are to the first checkout. Both must run in the
+Each checkout has its own processes, which take turns, A B A B. Ratios are to the first checkout. Both must run in the
 Python that runs this script.
 """
 

@@ -1,4 +1,4 @@
-"""The most memory that whole processes hold which continue one prompt, beside the weights and the cache.
+"""Measure the peak memory of processes that continue one prompt, compared with the weights and the cache.
 
     python benchmarks/memory.py --size 124M
 

@@ -1,4 +1,4 @@
-"""Where `--speculate` helps, and where it does not: plain decoding and speculation in turn, on the same prompts.
+"""Compare decoding with and without `--speculate`, in turns, on the same prompts.
 
     pip install -e '.[dev]'
     python benchmarks/speculate.py --threads 2                      # the bundled model, on text of several kinds
@@ -6,10 +6,10 @@
     python benchmarks/speculate.py --threads 2 --random 124M        # its shape with random weights; see below
     python benchmarks/speculate.py --threads 2 --random 124M --widths
 
-Random weights have nothing to say, but they take the time that trained ones take. Their greedy text falls into a loop,
-which is the best case; and what part of the proposed tokens is right can be set: the rows "N% right" propose what
-plain decoding gave before, with the other tokens replaced. `--widths` times one pass over 1 to 16 tokens, which is what
-the gain depends on: a pass of 8 must give more tokens than the times it is slower than a pass of 1.
+Random weights write nonsense, but take as long as trained ones. Their greedy text falls into a loop, which is the best
+case. The rows "N% right" propose the tokens of plain decoding, of which the others are replaced. `--widths` times one
+pass over 1 to 16 tokens, on which the gain depends: where a pass of 8 takes twice as long as a pass of 1, it must give
+more than two tokens.
 
 Both ways are run before timing and must give the same tokens; a first difference is reported with its margin. Each
 round takes the two in turn. Seconds are those of decoding, after the first token, without compiling.

@@ -1,4 +1,4 @@
-"""Where the time of gpt-xp on NumPy goes: milliseconds in each function of transformer.py.
+"""Measure where gpt-xp on NumPy spends its time: milliseconds in each function of transformer.py.
 
     python benchmarks/where.py --threads 2 [--quantize int8]
 

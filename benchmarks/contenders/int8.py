@@ -1,7 +1,6 @@
-"""What int8 on NumPy can do: the products of GPT-2's layers, of its token table and of its cache, and nothing else.
+"""The floor of int8 on NumPy: the products of GPT-2's layers, of its token table and of its cache alone.
 
-No engine: it computes no logits. It is the floor of `gpt-xp numpy+int8`, by the same compiled products and threads, as
-the bare products in float32 are that of gpt-xp on NumPy.
+It computes no logits. It is the floor of `gpt-xp numpy+int8`, with the same compiled products and threads.
 """
 
 import time
@@ -18,7 +17,7 @@ from gpt_xp.registry import get_backend
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """Nothing: the checkpoint is read as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
 def products(params: Any, tokens: Any, cache: Any, xp: Any) -> Any:
@@ -49,7 +48,7 @@ class Contender:
         return {"name": "numpy", "version": backend.version, "device": "cpu", "dtype": "int8", "settings": {}}
 
     def logits(self, tokens: list[int]) -> None:
-        """There are none."""
+        """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
         """Return the seconds of prefill, in pieces as long as those of gpt-xp, and of each later token."""

@@ -1,7 +1,7 @@
-"""What XLA can do: the products of GPT-2's layers, of its token table and of its cache in one program, nothing else.
+"""The floor of XLA: the products of GPT-2's layers, of its token table and of its cache alone, in one program.
 
-No engine: it computes no logits. It is the floor of gpt-xp on JAX, as the bare products in NumPy are that of NumPy. The
-cache lies here as XLA reads it in the least time: an array of its own for each layer, all of which is looked at.
+It computes no logits. It is the floor of gpt-xp on JAX. The cache has the layout that XLA reads fastest: one array for
+each layer, which is read completely.
 """
 
 import time
@@ -18,7 +18,7 @@ from gpt_xp.checkpoint.weights import read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """Nothing: the checkpoint is read as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
 @jax.jit
@@ -52,7 +52,7 @@ class Contender:
         return {"name": "XLA", "version": jax.__version__, "device": "cpu", "dtype": "float32", "settings": {}}
 
     def logits(self, tokens: list[int]) -> None:
-        """There are none."""
+        """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
         """Return the seconds of prefill, in pieces as long as those of gpt-xp on JAX, and of each later token."""
