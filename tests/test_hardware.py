@@ -127,7 +127,9 @@ def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest
 def small_memory(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [NUMPY, BackendInfo("cupy", problem="none here")])
     monkeypatch.setattr("gpt_xp.hardware.get_backend", lambda name, **options: get_backend(name, **options, threads=1))
-    monkeypatch.setattr("gpt_xp_backends.numpy_backend.NumPyBackend.settings", lambda self: {"blas": "some 1.2", "threads": "1"})
+    monkeypatch.setattr(
+        "gpt_xp_backends.numpy_backend.NumPyBackend.settings", lambda self: {"blas": "some 1.2", "threads": "1"}
+    )
 
 
 def test_the_table(call, small_memory: None) -> None:

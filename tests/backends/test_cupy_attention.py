@@ -17,8 +17,8 @@ from cuda_on_cpu import Library, OnCPU, amid_nan, library_of, to_gpu
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.cupy_backend.kernels import TYPES, programs
 from gpt_xp_backends.cupy_backend.kernels.attention import NAME, SOURCE, attend, options
-from gpt_xp_backends.cupy_backend.kernels.programs import append, fused
 from gpt_xp_backends.cupy_backend.kernels.products import split_matmul, thin_matmul
+from gpt_xp_backends.cupy_backend.kernels.programs import append, fused
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 from libraries import make_backend
 from nvrtc import compile_for
@@ -191,7 +191,9 @@ def step(dtype: str, namespace: Any, n_layer: int = 2, kind: type = np.ndarray) 
     for begin, end in ((0, 20), (20, 23), (23, 25)):
         _, cache = next_token_logits(weights, tokens[:, begin:end], cache, end - begin, CONFIG, PLAIN)
     position = np.full((), 25, dtype=np.int32).view(kind)  # A graph has it on the device.
-    longer = [[np.concatenate([x, np.full_like(x, np.nan)], axis=2)[:, :, :23] for x in layer] for layer in cache.layers]
+    longer = [
+        [np.concatenate([x, np.full_like(x, np.nan)], axis=2)[:, :, :23] for x in layer] for layer in cache.layers
+    ]
     layers = [(k.view(kind), v.view(kind)) for k, v in longer]
     own = (TracedCache if isinstance(namespace, Tracer) else KVCache)(layers, position, cache.start)
     weights = tree_map(lambda leaf: leaf.view(kind), weights)

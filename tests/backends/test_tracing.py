@@ -1,4 +1,4 @@
-"""Traced arrays on plain NumPy: the numbers of eager ones, each computed once, and nothing spoiled that is still read."""
+"""Traced arrays on plain NumPy: the numbers of eager ones, each computed once, and none spoiled that is still read."""
 
 import functools
 import gc
@@ -14,8 +14,8 @@ from gpt_xp_backends.numpy_backend import namespace
 from gpt_xp_backends.programs import Program, Step
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 from hypothesis import given, settings
-from traced_programs import INSTRUCTIONS, Instructions, Spiteful, check, planted, random_instructions
 from small_models import CONFIGS, small_params, small_tokens, tree_map
+from traced_programs import INSTRUCTIONS, Instructions, Spiteful, check, planted, random_instructions
 
 from gpt_xp import transformer as model
 from gpt_xp.kv_cache import KVCache, new_cache
