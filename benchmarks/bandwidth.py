@@ -1,8 +1,8 @@
-"""The memory bandwidth of a CUDA GPU, and how long the weights of a model take at it: what no decode can beat.
+"""Measure the memory bandwidth of a CUDA GPU, and the time to read a model's weights: no decode step can be faster.
 
     python benchmarks/bandwidth.py --size 124M
 
-Measured with torch, as the fastest of several sums over 1 GB, which only reads.
+It is measured with torch, as the fastest of several sums over 1 GB, which only reads.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What a batch gains: tokens per second of 1 to 16 prompts that are continued together.
+"""Measure the gain of a batch: tokens per second for 1 to 16 prompts that are continued together.
 
     python benchmarks/batch.py --plot benchmarks/results/batch-124M.png
 
-gpt-xp on NumPy, JAX and PyTorch, beside the floor: the bare products of thin matrices, one row for each prompt, with
-the same weights, and one read of all rows' caches. Float32, random weights of a published shape, read from a file laid
-out as the published ones. They take turns, A B A B. The last table is the throughput of each batch to that of a single
-prompt, within each round.
+It measures gpt-xp on NumPy, JAX and PyTorch, and the floor: the matrix products alone, with one row for each prompt and
+the same weights, and one read of the caches of all rows. The model has float32 random weights of a published shape,
+read from a file laid out like the published ones. The contenders take turns, A B A B. The last table divides the
+throughput of each batch by that of a single prompt, within each round.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def script() -> None:
 
 
 def gains(found: Benchmark, options: argparse.Namespace) -> str:
-    """Return a table: how many times the tokens per second of a single prompt."""
+    """Return a table of the tokens per second of each batch, divided by those of a single prompt."""
     batches = [workload.batch for workload in found.workloads]
     if 1 not in batches or len(batches) < 2:
         return ""
@@ -51,7 +51,7 @@ def gains(found: Benchmark, options: argparse.Namespace) -> str:
 
 
 def gain(standing: ContenderResult, single: int, place: int, batch: int) -> Spread:
-    """Return the tokens per second of a batch to those of one prompt, each of one round to the other's of the same."""
+    """Return the tokens per second of a batch divided by those of one prompt, within each round."""
     one, many = (common.seconds(standing, at, "decode") for at in (single, place))
     return spread([batch * alone / together for alone, together in zip(one, many, strict=True)])
 

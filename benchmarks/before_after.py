@@ -1,8 +1,8 @@
-"""Two checkouts of gpt-xp beside each other, such as the code before a change and after it.
+"""Compare the speed of two checkouts of gpt-xp, such as the code before and after a change.
 
     python benchmarks/before_after.py ../before . --backends numpy,numpy+int8
 
-Each has processes with its own code; they take turns, A B A B. Ratios are to the first checkout. Both must run in the
+Each checkout has its own processes, which take turns, A B A B. Ratios are to the first checkout. Both must run in the
 Python that runs this script.
 """
 
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import common
 
-from gpt_xp.benchmark import Entry, Workload, own_entry
+from gpt_xp.benchmark.figures import Workload
+from gpt_xp.benchmark.models import gpt_xp_spec
+from gpt_xp.benchmark.results import ContenderSpec
 from gpt_xp.errors import GptXpError
 
 PLACE = "import gpt_xp, gpt_xp_backends; print(gpt_xp.__file__, gpt_xp_backends.__file__, sep='\\n')"
 
 
 def script() -> None:
-    """Run the race of each backend and print its tables."""
+    """Run the benchmark of each backend and print its tables."""
     made = common.parser(__doc__)
     made.add_argument("before", type=Path, help="the root of a checkout")
     made.add_argument("after", type=Path)
@@ -38,7 +40,7 @@ def script() -> None:
             common.run(
                 f"before and after, {backend}",
                 [
-                    in_checkout(getattr(options, name), own_entry(folder, backend, name=name))
+                    in_checkout(getattr(options, name), gpt_xp_spec(folder, backend, name=name))
                     for name in ("before", "after")
                 ],
                 workloads,
@@ -49,7 +51,7 @@ def script() -> None:
     common.report(options, found)
 
 
-def in_checkout(root: Path, entry: Entry) -> Entry:
+def in_checkout(root: Path, spec: ContenderSpec) -> ContenderSpec:
     """Return the contender with the code of a checkout. Raises `GptXpError` for a folder that is none."""
     root = root.resolve()
     variables = f"PYTHONPATH={root}:{root / 'backends'}", "PYTHONSAFEPATH=1"  # safe: not the code of this folder
@@ -57,7 +59,7 @@ def in_checkout(root: Path, entry: Entry) -> Entry:
     imported = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[:2]
     if [Path(each).parent for each in imported] != [root / "gpt_xp", root / "backends" / "gpt_xp_backends"]:
         raise GptXpError(f"{root} is no checkout of gpt-xp that this Python can import: name the folder of its README")
-    return replace(entry, command=("env", *variables, *entry.command))
+    return replace(spec, command=("env", *variables, *spec.command))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: their options, the model, who takes part, and what is printed."""
+"""Code that the benchmark scripts share: options, the model, the contenders, and the output."""
 
 import argparse
 import contextlib
@@ -28,12 +28,12 @@ from gpt_xp.processes import failure_reason, usable_backends
 from gpt_xp.reporting.plots import check_plot
 from gpt_xp.reporting.text import markdown_table, table
 
-# By name: the module in `contenders`, its dtype, and by how much its logits may differ from float32's, relative to the
-# largest of them (None: `gpt_xp.tolerances` knows).
+# By name: the module in `contenders`, its dtype, and the allowed difference of its logits to float32, relative to the
+# largest logit (None: as in `gpt_xp.tolerances`).
 PEERS = {
     "transformers": ("transformers", "float32", None),
     "CTranslate2 float32": ("ctranslate2", "float32", None),
-    "llama.cpp F32": ("llama_cpp", "F32", 1e-3),  # it reads the GELU from a table of float16
+    "llama.cpp F32": ("llama_cpp", "F32", 1e-3),  # It reads the GELU from a table of float16.
     "llama.cpp F32 flash": ("llama_cpp", "F32+flash", 5e-3),
     "CTranslate2 int8": ("ctranslate2", "int8", 3e-1),  # 0.11 on a processor without AVX-512
     "llama.cpp F16": ("llama_cpp", "F16+flash", 2e-2),
@@ -76,7 +76,7 @@ def numbers(text: str) -> list[int]:
 
 @contextlib.contextmanager
 def checkpoint(options: argparse.Namespace) -> Iterator[Path]:
-    """Give a folder with a model of random weights, laid out as the published ones; it is gone afterwards."""
+    """Yield a folder with a model of random weights, laid out like the published ones; it is removed afterwards."""
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not (folder / "config.json").exists():
@@ -85,7 +85,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any) -> list[ContenderSpec]:
-    """Return gpt-xp on those of the backends that can be used here; `label` is added to their names."""
+    """Return gpt-xp as a contender on each of the backends that can be used here; `label` is added to their names."""
     usable = usable_backends()
     specs = []
     for name in backends:
@@ -97,7 +97,7 @@ def own(folder: Path, backends: Sequence[str], label: str = "", **settings: Any)
 
 
 def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> list[ContenderSpec]:
-    """Return other engines, with their conversions made; what cannot be used is skipped later, with its reason."""
+    """Return other engines as contenders, and convert the model for them. Those that fail are skipped later."""
     specs = []
     if unknown := [name for name in wanted if name not in PEERS]:
         raise GptXpError(f"there is no {unknown[0]!r} to compare with; there are: {', '.join(PEERS)}")
@@ -118,7 +118,7 @@ def peers(folder: Path, wanted: Sequence[str], options: argparse.Namespace) -> l
 def run(
     title: str, specs: Sequence[ContenderSpec], workloads: Sequence[Workload], options: argparse.Namespace
 ) -> Benchmark:
-    """Let those specs take turns that --only names, and the floor."""
+    """Run the benchmark of the floor and the contenders that --only names."""
     if options.plot:
         check_plot(options.plot)
     chosen = [spec for spec in specs if options.only is None or spec.name in options.only or spec.is_floor]
@@ -138,7 +138,7 @@ def _progress(what: str) -> Iterator[None]:
 
 
 def report(options: argparse.Namespace, found: Sequence[Benchmark], more: str = "") -> None:
-    """Print the benchmarks and what a script has to add, and write the files that were asked for."""
+    """Print the benchmarks and `more`, and write the files that the options name."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     # Such a variable can make a library half as fast: OPENBLAS_CORETYPE=Haswell, where the processor has AVX-512.
     tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(TUNING)]
@@ -156,22 +156,22 @@ def report(options: argparse.Namespace, found: Sequence[Benchmark], more: str = 
 
 
 def show(rows: Sequence[Sequence[str]], options: argparse.Namespace) -> str:
-    """Return a table in the form that was asked for."""
+    """Return a table as text or Markdown."""
     return markdown_table(rows) if options.markdown else table(rows)
 
 
 def measured(found: Benchmark, name: str) -> ContenderResult | None:
-    """Return a contender that was measured, by its name."""
+    """Return the result of a contender that was measured, or None."""
     return next((each for each in found.standings if each.name == name and each.figures), None)
 
 
 def seconds(standing: ContenderResult, place: int, phase: str) -> list[float]:
-    """Return the seconds of each round, in the workload at `place`."""
+    """Return the seconds of each round, in the workload with the index `place`."""
     return [getattr(turn, phase) for turn in standing.turns[place]]
 
 
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Return the ratio of two contenders' seconds, each of one round to the other's of the same."""
+    """Return the ratio of two contenders' seconds, taken within each round."""
     return spread([one / other for one, other in zip(mine, theirs, strict=True)])
 
 
@@ -181,13 +181,13 @@ def as_ratio(found: Spread) -> str:
 
 
 def verdict(found: Spread, target: float, at_least: bool = False) -> str:
-    """Return whether a target is met: whether the ratio's interval over the run includes it, or is better."""
+    """Return whether a target is met: the interval of the ratio includes it, or is better."""
     met = found.high >= target if at_least else found.low <= target
     return f"{'>=' if at_least else '<='} {target:g} x: {'met' if met else 'not met'}"
 
 
 def main(script: Any) -> None:
-    """Run a script; a mistake of its user is one line."""
+    """Run a script; print errors of the user in one line."""
     try:
         script()
     except GptXpError as error:
@@ -195,5 +195,5 @@ def main(script: Any) -> None:
 
 
 def floor(folder: Path) -> list[ContenderSpec]:
-    """Return the bare products."""
+    """Return the floor as a contender: the matrix products alone."""
     return [floor_spec(folder)]

@@ -1,8 +1,8 @@
-"""The process of one contender that is not gpt-xp: `gpt_xp.benchmark` starts it and talks to it through pipes.
+"""Run one contender that is not gpt-xp. `gpt_xp.benchmark` starts this process and talks to it through pipes.
 
     python benchmarks/contender.py llama_cpp FOLDER --dtype Q8_0 --threads 2 [--prepare]
 
-FOLDER holds a checkpoint; --prepare writes what the engine reads beside it, and ends.
+FOLDER holds a checkpoint. --prepare only writes the files of the engine to it.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""CuPy's decoding by a CUDA graph, beside CuPy without one and transformers, on one GPU and the same weights.
+"""Compare CuPy's decoding with a CUDA graph, without one, and transformers, on one GPU and the same weights.
 
     python benchmarks/cuda_graph.py --size 124M
     python benchmarks/cuda_graph.py --size 124M --kernels split,append,attention,greedy,all
 
-First the text with a graph is compared with the text without. Then they take turns, A B A B. `--kernels` adds the graph
-with each of the kernels that are prepared (`GPT_XP_CUPY_KERNELS`): what does not make it 1.3 times as fast is not worth
-its code. It has not been run yet: there was no GPU where it was written.
+First the texts with and without a graph are compared. Then the contenders take turns, A B A B. `--kernels` adds the
+graph with each of the prepared kernels (`GPT_XP_CUPY_KERNELS`). A kernel that does not make it 1.3 times as fast is not
+worth its code. This script has not been run on a GPU yet.
 """
 
 import os

@@ -1,14 +1,15 @@
-"""How the cost of one more token grows with the context, on NumPy, and what sampling costs.
+"""Measure how the time of one token grows with the context on NumPy, and the cost of sampling.
 
     python benchmarks/decode.py --plot benchmarks/results/decode-124M.png
 
-gpt-xp greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), beside the floor: the bare matrix-vector products
-over the same weights and one read of the cache's keys and values. Float32, random weights of a published shape, read
-from a file laid out as the published ones. They take turns, A B A B; a token is from ids to the choice of an id.
+It measures gpt-xp greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), and the floor: the matrix-vector products
+alone, over the same weights, and one read of the cache. The model has float32 random weights of a published shape, read
+from a file laid out like the published ones. The contenders take turns, A B A B. A token is timed from ids to the
+choice of an id.
 
-The table of growth says what a token takes more at the longest context than at the shortest of 64 and above, by the
-straight line through all of a round's contexts, beside the time that the cache's extra bytes take at the bandwidth at
-which the floor reads everything.
+The table of growth shows how much longer a token takes at the longest context than at the shortest of 64 and above. It
+uses a straight line through all contexts of a round. Beside it stands the time to read the extra bytes of the cache at
+the bandwidth of the floor.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What gpt-xp's own download costs beside curl: the same file from the same local server, hash and all.
+"""Compare gpt-xp's download with curl: the same file from the same local server, including the hash.
 
     python benchmarks/download.py --rate 125
 
-gpt-xp and curl take turns (A B A B ...), each in a process of its own that writes to the same disk; the time is that of
-the transfer without the start of Python. Also shown: the hash that gpt-xp computes on the way, and which curl does not.
---rate limits the server to so many MB/s, as a network does; without it, what is measured is this machine's loopback.
+gpt-xp and curl take turns (A B A B ...), each in its own process, and write to the same disk. The time of the transfer
+does not include the start of Python. The time of the hash, which curl does not compute, is shown too. --rate limits the
+server to that many MB/s, like a network. Without it, the loopback of this machine is measured.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 CHILD = """
 import sys, time
 from pathlib import Path
-from gpt_xp.hub.download import Remote, download
+from gpt_xp.hub.download import RemoteFile, download
 from gpt_xp.hub.progress import StderrProgress
 import requests
 begin = time.perf_counter()
-download(Remote(sys.argv[1], "file"), Path(sys.argv[2]), StderrProgress())
+download(RemoteFile(sys.argv[1], "file"), Path(sys.argv[2]), StderrProgress())
 print(time.perf_counter() - begin)
 """
 
@@ -89,7 +89,7 @@ def serve(path: Path, rate: float | None) -> ThreadingHTTPServer:
                         time.sleep(max(0.0, begin + sent / (rate * 1e6) - time.perf_counter()))
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Write no log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,11 +1,11 @@
-"""The first minutes on a GPU: does each library there say what NumPy says in float64, and does it go on saying it?
+"""Check each library on a GPU against NumPy in float64, within a few minutes.
 
     python benchmarks/gpu_smoke.py
     python benchmarks/gpu_smoke.py --backends cupy --dtypes float32
 
 It runs the bundled model on each library that is installed, in each dtype that README offers. A line for each check
-says "ok" or "FAILED" and what was found; a check that fails, for whatever reason, does not stop the next, and the
-exit code is then 1. Tokens may differ where the reference says that two are tied within the rounding of the dtype.
+says "ok" or "FAILED" with the result. After a check that fails, the others still run, and the exit code is then 1.
+Tokens may differ where the reference has two that are tied within the rounding of the dtype.
 """
 
 import argparse
@@ -109,7 +109,7 @@ class Reference:
 
 
 def generations(model: gpt_xp.Model, prompts: Any, **options: Any) -> list[gpt_xp.Generation]:
-    """Return what a model makes of the prompts."""
+    """Return the generations of a model for the prompts."""
     out = model.generate(prompts, **{"max_tokens": 48, "ignore_eos": True, **options})
     return [out] if isinstance(out, gpt_xp.Generation) else out
 

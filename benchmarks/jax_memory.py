@@ -1,10 +1,10 @@
-"""What the memory of a process is that runs gpt-xp on JAX: megabytes after each thing that it does (Linux, glibc).
+"""Show the memory of a process that runs gpt-xp on JAX, in MB after each stage (Linux, glibc).
 
     python benchmarks/jax_memory.py --folder FOLDER --prompt 960
 
-FOLDER has a checkpoint; without one it is made there. `anon` is what the process allocated, `file` the pages of its
-libraries and mapped files, `peak` the most so far of both. "given back" is after malloc_trim: by how much `anon` falls
-there is memory that was freed and that the C library had kept.
+FOLDER has a checkpoint, or one is made there. `anon` is the memory that the process allocated, `file` the pages of its
+libraries and mapped files, `peak` the largest sum of both so far. "given back" is after malloc_trim: `anon` then falls
+by the memory that was freed and that the C library had kept.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def main() -> None:
     say("JAX started")
     model = gpt_xp.load(options.folder, backend="jax")
     say("model loaded")
-    logits, cache, used = model._engine.prefill([[5 + 7 * i for i in range(options.prompt)]], 2)
+    logits, cache = model._decoder.prefill([[5 + 7 * i for i in range(options.prompt)]])
     logits.block_until_ready()
     say("prompt run")
-    cache = model._engine.decode([5], cache, used)[1]
+    cache = model._decoder.decode([5], cache)[1]
     jax.block_until_ready(cache)
     say("a token decoded")
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,11 +1,11 @@
-"""How long a downloaded or converted model takes to load on NumPy, and how much memory it takes.
+"""Measure the time and the memory to load a downloaded or converted model on NumPy.
 
     python benchmarks/load.py --size 1558M
 
 A file of random weights is laid out like the published ones (a header of odd length, the mask buffers among the
 weights) and aligned, as gpt-xp does after a download; a conversion of OpenAI's files is laid out in the same way. Then
-several processes of their own load it and compute the logits of 8 tokens. The first may find the file in the page cache
-only in part; --cold drops it from there before each.
+several processes load it and compute the logits of 8 tokens. The first may find only a part of the file in the page
+cache. --cold removes it from there before each process.
 """
 
 import argparse
@@ -79,8 +79,9 @@ def main() -> None:
 def make(folder: Path, size: str) -> None:
     """Write config, tokenizer and weights, these as they are published and then aligned."""
     import gpt_xp
-    from gpt_xp.checkpoint.checkpoint import align_weights, write_json
+    from gpt_xp.atomic_files import write_json
     from gpt_xp.checkpoint.config_json import config_entries
+    from gpt_xp.checkpoint.weights import align_weights
     from gpt_xp.hub.find import BUNDLED
 
     config = gpt_xp.SIZES[size]

@@ -1,4 +1,4 @@
-"""The most memory that whole processes hold which continue one prompt, beside the weights and the cache.
+"""Measure the peak memory of processes that continue one prompt, compared with the weights and the cache.
 
     python benchmarks/memory.py --size 124M
 
@@ -31,7 +31,7 @@ import gpt_xp
 {PEAK}
 model = gpt_xp.load(sys.argv[1], backend=sys.argv[2])
 out = model.generate([5 + 7 * i for i in range(int(sys.argv[3]))], max_tokens={N_NEW}, ignore_eos=True)
-n_slots = model.backend.slots(int(sys.argv[3]) + {N_NEW}, model.config.n_ctx)
+n_slots = model.backend.cache_slots(int(sys.argv[3]) + {N_NEW}, model.config.n_ctx)
 print(json.dumps([peak(), n_slots]))
 """
 TRANSFORMERS = f"""

@@ -1,16 +1,16 @@
-"""How fast gpt-xp is beside the engines that people would pick instead, on the same machine and the same weights.
+"""Compare the speed of gpt-xp with other engines, on the same machine and the same weights.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
 gpt-xp on each backend, and on NumPy quantized to int8, against transformers, CTranslate2, llama.cpp and picoGPT's
-algorithm, beside the floors: the bare matrix products over the same weights in NumPy, for JAX in XLA, and for int8 by
-gpt-xp's own compiled ones. Whoever is not installed is skipped, with the reason.
+algorithm. The floors are the matrix products alone, over the same weights: in NumPy, for JAX in XLA, and for int8 with
+gpt-xp's compiled products. An engine that is not installed is skipped, with the reason.
 
-The model has random weights of a published shape and is read from a file laid out as the published ones; CTranslate2's
-and llama.cpp's files are converted from it, in a temporary folder. Each contender lives in a process of its own, with
-its threads pinned. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B; decode
-is one token, and prefill a whole prompt up to the choice of the first token, both greedy, from token ids to token ids.
+The model has random weights of a published shape, and is read from a file laid out like the published ones. The files
+of CTranslate2 and llama.cpp are converted from it, in a temporary folder. Each contender has its own process, with a
+fixed number of threads. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B. Decode is one
+token, and prefill a whole prompt up to the choice of the first token, both greedy, from token ids to token ids.
 llama.cpp F32 takes part twice, with its flash attention and without: one is faster in prefill, the other in decode.
 
 The last tables are the targets: ratios within each round, with their quartiles.

@@ -1,10 +1,10 @@
-"""How long a prompt takes, up to the choice of the first token, as it grows from 16 to 960 tokens.
+"""Measure the time of a prompt of 16 to 960 tokens, up to the choice of the first token.
 
     python benchmarks/prefill.py --plot benchmarks/results/prefill-124M.png
 
 gpt-xp on NumPy, JAX and PyTorch and, if they are installed (benchmarks/requirements.txt), transformers, CTranslate2 and
-llama.cpp, all in float32, beside the floor: the bare matrix products over the same weights. Random weights of a
-published shape, read from a file laid out as the published ones. They take turns, A B A B.
+llama.cpp, all in float32, are compared with the floor: the matrix products alone, over the same weights. The model has
+random weights of a published shape, read from a file laid out like the published ones. They take turns, A B A B.
 """
 
 import common

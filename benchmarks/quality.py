@@ -1,4 +1,4 @@
-"""What quantization costs in quality: perplexity, and the KL divergence from float32, on text that was not trained on.
+"""Measure the loss of quality by quantization: perplexity and KL divergence from float32, on unseen text.
 
     python benchmarks/quality.py tinyshakespeare.txt
 

@@ -42,7 +42,8 @@ def random_params(config: Any, seed: int = 0) -> Any:
 
 def tokenizer(n_vocab: int) -> Any:
     """Return a tokenizer that has a token for every id: the bytes, pairs of them, and the end token."""
-    from gpt_xp.tokenizer.bpe import CHARACTER_OF_BYTE, EOS, Tokenizer
+    from gpt_xp.tokenizer.bpe import Tokenizer
+    from gpt_xp.tokenizer.words import CHARACTER_OF_BYTE, EOS
 
     pairs = list(itertools.islice(itertools.product(CHARACTER_OF_BYTE, repeat=2), n_vocab - 257))
     tokens = [*CHARACTER_OF_BYTE, *map("".join, pairs), EOS]
@@ -67,7 +68,7 @@ def write_published(folder: Path, config: Any) -> None:
 
 def published_params(config: Any) -> Any:
     """Return random params as `gpt_xp.load` reads them from a file like the published ones."""
-    from gpt_xp.checkpoint.checkpoint import read_params
+    from gpt_xp.checkpoint.weights import read_params
 
     with tempfile.TemporaryDirectory() as directory:
         write_published(Path(directory), config)

@@ -1,4 +1,4 @@
-"""Where `--speculate` helps, and where it does not: plain decoding and speculation in turn, on the same prompts.
+"""Compare decoding with and without `--speculate`, in turns, on the same prompts.
 
     pip install -e '.[dev]'
     python benchmarks/speculate.py --threads 2                      # the bundled model, on text of several kinds
@@ -6,10 +6,10 @@
     python benchmarks/speculate.py --threads 2 --random 124M        # its shape with random weights; see below
     python benchmarks/speculate.py --threads 2 --random 124M --widths
 
-Random weights have nothing to say, but they take the time that trained ones take. Their greedy text falls into a loop,
-which is the best case; and what part of the proposed tokens is right can be set: the rows "N% right" propose what
-plain decoding gave before, with the other tokens replaced. `--widths` times one pass over 1 to 16 tokens, which is what
-the gain depends on: a pass of 8 must give more tokens than the times it is slower than a pass of 1.
+Random weights write nonsense, but take as long as trained ones. Their greedy text falls into a loop, which is the best
+case. The rows "N% right" propose the tokens of plain decoding, of which the others are replaced. `--widths` times one
+pass over 1 to 16 tokens, on which the gain depends: where a pass of 8 takes twice as long as a pass of 1, it must give
+more than two tokens.
 
 Both ways are run before timing and must give the same tokens; a first difference is reported with its margin. Each
 round takes the two in turn. Seconds are those of decoding, after the first token, without compiling.
@@ -200,18 +200,15 @@ def pass_times(model: Any, rounds: int, context: int = 512) -> list[dict[str, An
     """Time one pass over 1 to 16 tokens, in turn, with `context` tokens in the cache; print and return medians."""
     import numpy as np
 
-    engine, backend = model._engine, model.backend
-    _, cache, used = engine.prefill([[1] * context], n_new=32)
+    decoder, backend = model._decoder, model.backend
+    _, cache = decoder.prefill([[1] * context])
     times: dict[int, list[float]] = {n: [] for n in (1, 2, 3, 4, 6, 8, 12, 16)}
     for turn in range(rounds + 1):
         for n, ms in times.items():
             for step in range(4):
-                tokens = backend.asarray(np.full((1, n), 7, dtype=np.int32))
+                tokens = np.full((1, n), 7, dtype=np.int32)
                 begin = time.perf_counter()
-                cache, window = engine._fitting(cache._replace(position=used), used + n)
-                each, cache = engine._each_logits(
-                    model.params, tokens, cache, config=model.config, window=window, xp=backend.xp
-                )
+                each, cache = decoder.candidate_logits(tokens, cache._replace(position=context))
                 backend.to_numpy(each[-1])
                 if turn and step:  # the first compiles, and the caches and threads are still those of another width
                     ms.append(1e3 * (time.perf_counter() - begin))

@@ -1,4 +1,4 @@
-"""How long gpt-xp takes to start: its imports, and from the start of a process to the first token.
+"""Measure the start of gpt-xp: its imports, and the time from the start of a process to the first token.
 
     python benchmarks/startup.py
 

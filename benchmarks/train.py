@@ -1,4 +1,4 @@
-"""Training: tokens per second of gpt-xp, of transformers and of nanoGPT's recipe, all on the same model and tokens.
+"""Measure training in tokens per second: gpt-xp, transformers and nanoGPT's recipe, on the same model and tokens.
 
     python benchmarks/train.py --markdown              # a process each, A B A B, beside the bare matrix products
     python benchmarks/train.py --profile --markdown    # the parts of gpt-xp's step, each timed alone
@@ -36,7 +36,7 @@ from gpt_xp.reporting.text import size, wrapped
 
 CHECKED = 4  # steps whose losses are compared
 ALLOWED = 1e-4  # nats between the losses of two trainers
-PAUSE = 0.25  # seconds between turns: the threads of the one before spin on for a while
+PAUSE = 0.25  # seconds between turns, because the threads of the one before go on spinning for a while
 TUNING = (*common.TUNING, "GLIBC_", "MALLOC_")  # variables that are printed
 REFERENCE, FLOOR = "gpt-xp", "floor"
 TRAINERS = {
@@ -64,7 +64,7 @@ class TimedTrainer:
     page_faults: list[float] = field(default_factory=list)
 
     def train(self, seed: int, steps: int) -> dict[str, Any]:
-        """Let it take steps, all on the batch of that seed; return their seconds and losses."""
+        """Take steps, all on the batch of that seed; return their seconds and losses."""
         try:
             return self.worker.ask("train", seed=seed, steps=steps)
         except ContenderError as error:
@@ -72,7 +72,7 @@ class TimedTrainer:
 
 
 def script() -> None:
-    """Do what was asked for."""
+    """Run the measurement that the options name."""
     options = parser().parse_args()
     # For what is computed in this process too: JAX is not loaded yet.
     os.environ.update(thread_variables(options.threads))
@@ -133,7 +133,7 @@ def heading(options: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def checkpoint(options: argparse.Namespace) -> Iterator[Path]:
-    """Give a folder with what all begin with: a new model, as `gpt-xp train` makes it."""
+    """Yield a folder with the model that all begin with: a new one, as `gpt-xp train` makes it."""
     from gpt_xp.training.start import random_params
 
     config = gpt_xp.GPT2Config(
@@ -154,7 +154,7 @@ def take_turns(folder: Path, options: argparse.Namespace) -> list[TimedTrainer]:
         for name in options.only:
             command = [sys.executable, str(WORKER), TRAINERS[name], str(folder), str(options.batch)]
             trainer = TimedTrainer(name, stack.enter_context(ContenderProcess(command, variables)))
-            try:  # one after the other: the floor finds its faster way
+            try:  # They start one after the other, because the floor measures which way is faster.
                 trainer.description = trainer.worker.ask("describe")["description"]
             except ContenderError as error:
                 print(f"{name}: skipped, {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where the time of gpt-xp on NumPy goes: milliseconds in each function of transformer.py.
+"""Measure where gpt-xp on NumPy spends its time: milliseconds in each function of transformer.py.
 
     python benchmarks/where.py --threads 2 [--quantize int8]
 
@@ -36,9 +36,9 @@ def main() -> None:
 
     import gpt_xp
     from gpt_xp import transformer as model
-    from gpt_xp.generation import decoder as generation
     from gpt_xp.generation import step_functions as steps
-    from gpt_xp.kv_cache import KVCache
+    from gpt_xp.generation.choosing import Choosing
+    from gpt_xp.kv_cache import LayerCache
 
     config = gpt_xp.SIZES["124M"]
     params = published_params(config)
@@ -51,8 +51,8 @@ def main() -> None:
     for name in FUNCTIONS:
         setattr(model, name, timed(getattr(model, name), spent))
     steps.unembed = model.unembed  # type: ignore[attr-defined]
-    KVCache.write = timed(KVCache.write, spent)  # type: ignore[method-assign]
-    generation.Engine._sample = timed(generation.Engine._sample, spent)  # type: ignore[method-assign]
+    LayerCache.append = timed(LayerCache.append, spent)  # type: ignore[method-assign]
+    Choosing.choose = timed(Choosing.choose, spent)  # type: ignore[method-assign]
     engine = gpt_xp.Model(params, config, backend="numpy")
     watched = [(*seconds, parts) for *seconds, parts in turns(engine, prompt, options.runs, spent)]
     for phase, title in enumerate(("prefill", "decode")):

@@ -1,4 +1,4 @@
-"""What shape a GPT-2 has, and the shapes that are known by name."""
+"""The shape of a GPT-2, and the published shapes by name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ class GPT2Config:
     """The hyperparameters of a GPT-2; frozen and hashable, so that it can be a static argument of `jax.jit`.
 
     The names of sizes are those of OpenAI's `hparams.json`. `eos_token_id` is the token that ends a generation, or
-    several; `bos_token_id` is the token that an empty prompt begins with. Where one is None, the tokenizer's own is
-    taken. Raises `ConfigError` for sizes and ids that cannot be.
+    several; `bos_token_id` is the token that an empty prompt begins with. Where one is None, the tokenizer's is used.
+    Raises `ConfigError` for impossible sizes and ids.
     """
 
     n_vocab: int = 50257
@@ -47,18 +47,18 @@ class GPT2Config:
 
     @property
     def n_params(self) -> int:
-        """How many parameters the model has; the vocabulary matrix, which is used twice, counts once."""
+        """The number of parameters; the vocabulary matrix, which is used twice, counts once."""
         n = self.n_embd
         return (self.n_vocab + self.n_ctx + 2) * n + self.n_layer * (12 * n + 13) * n
 
     def check_length(self, n_seq: int) -> None:
-        """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp a bad position silently."""
+        """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp bad positions silently."""
         if not 1 <= n_seq <= self.n_ctx:
             raise PromptError(f"{n_seq} tokens were given, and this model takes 1 to {self.n_ctx} (n_ctx) at a time")
 
 
 def check_config(config: Any) -> None:
-    """Raise `ConfigError` unless this is a `GPT2Config`: hparams are easily given in its place."""
+    """Raise `ConfigError` unless this is a `GPT2Config`. A dict of hparams is an easy mistake."""
     if not isinstance(config, GPT2Config):
         raise ConfigError(
             f"config must be a gpt_xp.GPT2Config, not {type(config).__name__}: "
@@ -66,7 +66,7 @@ def check_config(config: Any) -> None:
         )
 
 
-# Radford et al. 2019, table 2; the parameter counts in the names are those OpenAI corrected later.
+# Radford et al. 2019, table 2. The names have the parameter counts that OpenAI corrected later.
 SIZES = {
     "124M": GPT2Config(n_embd=768, n_head=12, n_layer=12, eos_token_id=50256),
     "355M": GPT2Config(n_embd=1024, n_head=16, n_layer=24, eos_token_id=50256),

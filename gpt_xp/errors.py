@@ -1,7 +1,7 @@
-"""Every error that a user can meet, one class each, under `GptXpError`.
+"""All errors that a user can meet, each a class under `GptXpError`.
 
 Each message says what was wrong, what was expected, and what to do. The command line turns them into one
-line on stderr and exit code 1; anything else that escapes is a bug in gpt-xp.
+line on stderr and exit code 1. Any other exception that escapes is a bug in gpt-xp.
 """
 
 
@@ -10,7 +10,7 @@ class GptXpError(Exception):
 
 
 class GptXpWarning(UserWarning):
-    """A warning about a model that can be used all the same. The command line prints it as one line on stderr."""
+    """A warning about a model that can still be used. The command line prints it as one line on stderr."""
 
 
 class ConfigError(GptXpError):
@@ -22,7 +22,7 @@ class CheckpointError(GptXpError):
 
 
 class ModelNotFoundError(GptXpError):
-    """A model name or directory that leads nowhere."""
+    """A model name or directory that does not exist."""
 
 
 class DownloadError(GptXpError):
@@ -30,7 +30,7 @@ class DownloadError(GptXpError):
 
 
 class TokenizerError(GptXpError):
-    """Tokenizer files that do not fit each other, or text that has no tokens."""
+    """Tokenizer files that are malformed or do not fit each other, or text that has no tokens."""
 
 
 class TextError(GptXpError):
@@ -42,7 +42,7 @@ class JsonError(GptXpError, ValueError):
 
 
 class JsonLimitError(JsonError):
-    """JSON beyond what gpt-xp reads: nested too deeply, or an integer of too many digits."""
+    """JSON that exceeds a limit of gpt-xp: nested too deeply, or an integer of too many digits."""
 
 
 class PromptError(GptXpError):
@@ -50,11 +50,11 @@ class PromptError(GptXpError):
 
 
 class SettingError(GptXpError, ValueError):
-    """An option of generation, sampling, scoring or training with a value that makes no sense."""
+    """An option of generation, sampling, scoring or training with an invalid value."""
 
 
 class BackendError(GptXpError):
-    """A backend, device or dtype that is unknown, not installed, or not usable here; `fix` says what mends it."""
+    """A backend, device or dtype that is unknown, not installed, or not usable here; `fix` says what to do."""
 
     def __init__(self, problem: str, fix: str | None = None) -> None:
         super().__init__(problem if fix is None else f"{problem}: {fix}")
@@ -66,4 +66,4 @@ class NumericalError(GptXpError):
 
 
 class DeviceMemoryError(GptXpError):
-    """The device has too little memory for what was asked; the message names sizes."""
+    """The device has too little memory for a request; the message names sizes."""

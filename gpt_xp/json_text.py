@@ -1,4 +1,4 @@
-"""JSON text -> values. All JSON that gpt-xp reads goes through `parse`, so that every bad text is one clear error."""
+"""JSON text -> values. All JSON that gpt-xp reads goes through `parse`, so each bad text is one clear error."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_xp.errors import JsonError, JsonLimitError
 
-MAX_DEPTH = 100  # Python's parser fails at some thousand, depending on the version and on what has called it
+MAX_DEPTH = 100  # Python's parser fails at a few thousand, depending on its version and its caller
 
 
 def parse(text: str | bytes, *, unique: bool = False) -> Any:
@@ -24,7 +24,7 @@ def parse(text: str | bytes, *, unique: bool = False) -> Any:
         raise _too_deep() from None
     except JsonError:
         raise
-    except ValueError:  # Python reads integers of 4300 digits, if its settings do not say otherwise
+    except ValueError:  # Python reads integers of up to 4300 digits, unless it is set otherwise
         raise JsonLimitError("an integer has too many digits: make it text, in quotes") from None
     if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deep(value):
         raise _too_deep()
@@ -32,7 +32,7 @@ def parse(text: str | bytes, *, unique: bool = False) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than `MAX_DEPTH` times. It does not recurse."""
+    """Return whether lists and objects are nested more than `MAX_DEPTH` deep. It does not recurse."""
     level = [value]
     for _ in range(MAX_DEPTH):
         children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral, Number
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
@@ -14,6 +14,7 @@ import numpy as np
 from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.carried import Carried
+from gpt_xp.checkpoint.tensors import check_params
 from gpt_xp.config import GPT2Config, check_config
 from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
 from gpt_xp.generation.decoder import Decoder
@@ -22,21 +23,20 @@ from gpt_xp.generation.results import Generation, Piece
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.hub.find import find_model
 from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
+from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, is_one_prompt
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokensDone, score_tokens
 from gpt_xp.scoring.windows import Windows
-from gpt_xp.settings import GenerationOptions, GenerationSettings
+from gpt_xp.settings import GenerationOptions as Options
+from gpt_xp.settings import GenerationSettings, StreamOptions
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Params
 
-Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
-OnePrompt: TypeAlias = str | list[int] | tuple[int, ...]
-Prompts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...] | list[str | list[int]]
-Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq]
+Settings: TypeAlias = GenerationSettings | None
 
 
 class Model:
@@ -72,7 +72,7 @@ class Model:
 
     @params.setter
     def params(self, params: Params) -> None:
-        checkpoint.check_params(params, self.config)
+        check_params(params, self.config)
         if quantization_of(params):
             object.__setattr__(self, "backend", quantized_backend(self.backend))
         self._bytes = sum(map(self._leaf_bytes, leaves(params)))
@@ -110,37 +110,25 @@ class Model:
 
     @overload
     def generate(
-        self,
-        prompt: OnePrompt,
-        settings: GenerationSettings | None = None,
-        *,
-        num_samples: Literal[1] = 1,
-        **options: Unpack[GenerationOptions],
+        self, prompt: OnePrompt, settings: Settings = None, *, num_samples: Literal[1] = 1, **options: Unpack[Options]
     ) -> Generation: ...
 
     @overload
     def generate(
-        self,
-        prompt: Prompts,
-        settings: GenerationSettings | None = None,
-        *,
-        num_samples: int = 1,
-        **options: Unpack[GenerationOptions],
+        self, prompt: Prompts, settings: Settings = None, *, num_samples: int = 1, **options: Unpack[Options]
     ) -> list[Generation]: ...
 
     @overload
     def generate(
         self,
         prompt: OnePrompt | Prompts | Numbers,
-        settings: GenerationSettings | None = None,
+        settings: Settings = None,
         *,
         num_samples: int = 1,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[Options],
     ) -> Generation | list[Generation]: ...
 
-    def generate(
-        self, prompt: Any, settings: GenerationSettings | None = None, **options: Any
-    ) -> Generation | list[Generation]:
+    def generate(self, prompt: Any, settings: Settings = None, **options: Any) -> Generation | list[Generation]:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
         A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). The options are
@@ -152,15 +140,10 @@ class Model:
         """
         chosen = _settings(settings, options)
         results = [piece.result for piece in self.stream(prompt, chosen) if piece.result is not None]
-        return results[0] if _is_one(prompt) and chosen.num_samples == 1 else results
+        return results[0] if is_one_prompt(prompt) and chosen.num_samples == 1 else results
 
     def stream(
-        self,
-        prompt: OnePrompt | Prompts | Numbers,
-        settings: GenerationSettings | None = None,
-        *,
-        num_samples: int | None = None,
-        **options: Unpack[GenerationOptions],
+        self, prompt: OnePrompt | Prompts | Numbers, settings: Settings = None, **options: Unpack[StreamOptions]
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -168,12 +151,10 @@ class Model:
         and are checked before this returns.
         """
         called = time.perf_counter()
-        if num_samples is not None:
-            settings = _settings(settings, {"num_samples": num_samples})
         chosen = _settings(settings, options).with_seed()
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
-        texts: Any = [prompt] if _is_one(prompt) else prompt
+        texts: Any = [prompt] if is_one_prompt(prompt) else prompt
         encoded = [self._encode(text, chosen.special_tokens) for text in texts]
         self._check_memory(encoded, chosen)
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
@@ -339,16 +320,11 @@ def load(
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
     if quantize:
         chosen = quantized_backend(chosen)
-    directory = find_model(name)
-    carried = checkpoint.read_carried(directory)
-    config = checkpoint.config_of(carried)
-    tokenizer = Tokenizer.from_directory(directory)
-    # As stored: a device has its own way to widen, and 16 bits travel faster than 32.
-    params = checkpoint.read_params(directory, config, None, checkpoint.read_quantization(directory))
-    if quantize:
-        params = quantize_params(params, quantize)
-    model = Model(params, config, tokenizer, chosen)
-    model._carried = carried
+    # The params as stored: each device widens them itself, and 16 bits travel faster than 32.
+    found = checkpoint.read(find_model(name))
+    params = quantize_params(found.params, quantize) if quantize else found.params
+    model = Model(params, found.config, found.tokenizer, chosen)
+    model._carried = found.carried
     return model
 
 
@@ -368,16 +344,7 @@ def save(model: Model, directory: str | Path) -> None:
         # NumPy has no bfloat16, and float32 holds it exactly
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
-    checkpoint.save_checkpoint(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
-
-
-def _is_one(prompt: Any) -> bool:
-    """Whether this is one prompt (text, or token ids), not a list of prompts. Raises `PromptError` for neither."""
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
-        raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
-    return len(prompt) > 0 and isinstance(prompt[0], Number)
+    checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
 
 
 def _settings(settings: GenerationSettings | None, options: Any) -> GenerationSettings:

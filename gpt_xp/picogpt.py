@@ -1,11 +1,11 @@
-"""What someone who comes from Jay Mody's "GPT in 60 Lines of NumPy" (picoGPT) looks for, under the names used there."""
+"""The functions of picoGPT (Jay Mody's "GPT in 60 Lines of NumPy") that load a model, under the same names."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params, read_quantization
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_in_models_dir
 from gpt_xp.quantization import Quantized, QuantizedTable, dequantize
@@ -18,24 +18,22 @@ from gpt_xp.types import Params
 def load_encoder_hparams_and_params(
     model_size: str, models_dir: str | Path
 ) -> tuple[Tokenizer, dict[str, int], Params]:
-    """Return what picoGPT's function of that name (`utils.py`) returns, from its folder `models_dir/model_size`.
+    """Return encoder, hparams and params from picoGPT's folder `models_dir/model_size`, as its `utils.py` does.
 
-    That is a tokenizer with `encode` and `decode`; n_vocab, n_ctx, n_embd, n_head, n_layer; and the params as NumPy
-    arrays of one's own, float32 however they are stored, for `gpt2(token_ids, **params, n_head=hparams["n_head"])`.
-    `model_size` may be a bundled model, too ("shakespeare"). Where the folder has no model, OpenAI's files are fetched
-    into it, which TensorFlow reads the first time; without TensorFlow, the Hub's files are fetched.
+    The encoder is a tokenizer with `encode` and `decode`. The hparams are n_vocab, n_ctx, n_embd, n_head, n_layer. The
+    params are copies as NumPy arrays of float32, for `gpt2(token_ids, **params, n_head=hparams["n_head"])`.
+    `model_size` may also be a bundled model ("shakespeare"). Where the folder has no model, OpenAI's files are fetched
+    into it, which TensorFlow reads the first time. Without TensorFlow, the Hub's files are fetched.
 
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`.
     """
-    folder = find_in_models_dir(model_size, models_dir)
-    config, quantization = read_config(folder), read_quantization(folder)
-    params = read_params(folder, config, None if quantization else "float32", quantization)
-    hparams = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
-    return Tokenizer.from_directory(folder), hparams, tree_map(_own_float32, params)
+    found = checkpoint.read(find_in_models_dir(model_size, models_dir), "float32")
+    hparams = {name: getattr(found.config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    return found.tokenizer, hparams, tree_map(_own_float32, found.params)
 
 
 def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":
-    """Return a copy of an array, or of the weight that a quantized one stands for."""
+    """Return a float32 copy of an array, or of the weight that a quantized one stands for."""
     if isinstance(leaf, Quantized):
         table = dequantize(leaf, np.float32, get_backend("numpy").xp)
         leaf = table if isinstance(leaf, QuantizedTable) else table.T
@@ -43,9 +41,9 @@ def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":
 
 
 def shape_tree(params: Any) -> Any:
-    """The same tree of dicts and lists with each array, of any library, replaced by the list of its sizes.
+    """Return the same tree of dicts and lists with each array, of any library, replaced by the list of its sizes.
 
-    So the blog post prints what a model is made of. Raises `SettingError` for a leaf that has no shape.
+    The blog post prints the parts of a model in this way. Raises `SettingError` for a leaf that has no shape.
     """
     return tree_map(_sizes, params)
 

@@ -89,6 +89,12 @@ class GenerationOptions(TypedDict, total=False):
     special_tokens: bool
 
 
+class StreamOptions(GenerationOptions, total=False):
+    """All fields of `GenerationSettings` as keyword arguments."""
+
+    num_samples: int
+
+
 def check_count(name: str, value: object) -> None:
     """Raise `SettingError` unless this is a whole number of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:

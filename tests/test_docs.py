@@ -31,7 +31,7 @@ from folders import ROOT
 from libraries import skipping_what_is_missing
 from small_trainings import story
 
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- ([\w./]+)(?:: (\w+))? -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -189,7 +189,7 @@ def test_the_commands_of_training(tmp_path: Path, call: Call, monkeypatch: pytes
     assert "perplexity per token" in run(using[1])
     (tmp_path / "my-model").rename(tmp_path / "124M")
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "stepped", lambda self, step, loss, tokens: signal.raise_signal(signal.SIGINT))
+        patch.setattr(TrainingBar, "stepped", lambda self, step, loss, tokens: signal.raise_signal(signal.SIGINT))
         run(training[1], code=130, **short)
     assert "my-letters has the model of step" in run(training[2])
     assert len((tmp_path / "my-letters" / "train.jsonl").read_text().splitlines()) == 4

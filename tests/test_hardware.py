@@ -1,4 +1,4 @@
-"""The doctor: settings, what fits, and how fast memory is."""
+"""The report on a backend: settings, which models fit, and how fast memory is."""
 
 import json
 from typing import Any
@@ -8,10 +8,9 @@ import pytest
 from libraries import make_backend
 
 import gpt_xp
-from gpt_xp import Backend, BackendInfo
-from gpt_xp import hardware as doctor
+from gpt_xp import Backend, BackendInfo, hardware
 from gpt_xp.backend import DeviceInfo
-from gpt_xp.hardware import Diagnosis, Outlook, diagnose, measure_bandwidth, outlook
+from gpt_xp.hardware import BackendReport, ModelFit, measure_bandwidth, model_fit, report_on_backends
 from gpt_xp.hub.published import MODELS
 from gpt_xp.memory import ITEM_SIZE
 from gpt_xp.registry import get_backend
@@ -22,7 +21,7 @@ NUMPY = BackendInfo("numpy", "2", (DeviceInfo("cpu", "2 cores", 8_000_000_000),)
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that reads 10 GB a second."""
-    monkeypatch.setattr(doctor, "measure_bandwidth", lambda backend: 10e9)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda backend: 10e9)
 
 
 def test_settings_are_short_texts(backend: Backend) -> None:
@@ -57,16 +56,16 @@ def test_what_fits_against_numbers_worked_out_by_hand() -> None:
     for dtype, size in (("float32", 4), ("float64", 8), ("float16", 2), ("bfloat16", 2)):
         needed = 143_314_176 * size
         config = MODELS["124M"].config
-        enough = outlook("124M", config, dtype, needed, bandwidth=124_439_808e3)
-        assert enough == Outlook("124M", dtype, needed, True, pytest.approx(1000 / size))
-        assert outlook("124M", config, dtype, needed - 1, 1.0).fits is False
-        assert outlook("124M", config, dtype, None, 1.0).fits is None
+        enough = model_fit("124M", config, dtype, needed, bandwidth=124_439_808e3)
+        assert enough == ModelFit("124M", dtype, needed, True, pytest.approx(1000 / size))
+        assert model_fit("124M", config, dtype, needed - 1, 1.0).fits is False
+        assert model_fit("124M", config, dtype, None, 1.0).fits is None
     # 1558M: 1,557,611,200 params, and 2 x 48 x 1024 x 1600 = 157,286,400 numbers of cache, in float32.
-    assert outlook("1558M", MODELS["1558M"].config, "float32", 1, 1.0).needed == 6_859_590_400
+    assert model_fit("1558M", MODELS["1558M"].config, "float32", 1, 1.0).needed == 6_859_590_400
 
 
-def test_a_diagnosis(quick: None) -> None:
-    [found] = diagnose([NUMPY, BackendInfo("cupy", problem="cupy is not installed")])
+def test_a_report(quick: None) -> None:
+    [found] = report_on_backends([NUMPY, BackendInfo("cupy", problem="cupy is not installed")])
     assert (found.backend, found.bandwidth, found.problem) == ("numpy", 10e9, None)
     assert found.device == NUMPY.devices[0]
     assert found.settings == get_backend("numpy").settings()
@@ -82,7 +81,7 @@ def test_a_diagnosis(quick: None) -> None:
 def test_half_precision_where_torch_computes_in_it(quick: None) -> None:
     make_backend("torch")
     [info] = [info for info in gpt_xp.backends() if info.name == "torch"]
-    [found] = diagnose([info])
+    [found] = report_on_backends([info])
     assert {each.dtype for each in found.models} == {"float32", "float64", "bfloat16", "float16"}
 
 
@@ -91,7 +90,7 @@ def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytes
         raise gpt_xp.errors.BackendError("it cannot", "mend it")
 
     monkeypatch.setattr("gpt_xp_backends.numpy_backend.create", refuse)
-    assert diagnose([NUMPY]) == [Diagnosis("numpy", problem="it cannot: mend it")]
+    assert report_on_backends([NUMPY]) == [BackendReport("numpy", problem="it cannot: mend it")]
 
 
 def test_bandwidth_is_bytes_per_second(backend: Backend) -> None:
@@ -103,15 +102,15 @@ def test_bandwidth_is_bytes_per_second(backend: Backend) -> None:
 
 def test_the_matrix_grows_until_reading_it_takes_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     sides, backend = [], make_backend("numpy").replace(device_memory=None)
-    monkeypatch.setattr(doctor, "SMALLEST", 2**4)
-    monkeypatch.setattr(doctor, "LARGEST", 2**7)
+    monkeypatch.setattr(hardware, "SMALLEST_MATRIX", 2**4)
+    monkeypatch.setattr(hardware, "LARGEST_MATRIX", 2**7)
 
     def shortest(backend: Backend, function: object, seconds: float, vector: object, matrix: Any) -> float:
         sides.append(matrix.shape[0])
         assert matrix.sum() == matrix.size
         return 1e-3 if matrix.shape[0] < limit else 2e-2
 
-    monkeypatch.setattr(doctor, "_shortest", shortest)
+    monkeypatch.setattr(hardware, "_shortest", shortest)
     limit = 64
     assert measure_bandwidth(backend) == 64 * 64 * 4 / 2e-2
     assert sides == [16, 16, 32, 32, 64, 64]
@@ -145,9 +144,9 @@ def test_the_table(call, small_memory: None) -> None:
         "  1558M        6.9 yes   1.6  13.7 no    0.8\n"
         "  distilgpt2   0.4 yes    31   0.7 yes    15\n"
         "\n"
-        "Under each dtype: GB for the params and the cache of one row at full context;\n"
-        "whether the device has them; and the most tokens a second to be decoded in one\n"
-        "row at that bandwidth, as each of them takes reading all the params once.\n"
+        "Under each dtype: the GB of the params and of the cache of one row at full\n"
+        "context; whether they fit the device; and the most tokens per second in one row\n"
+        "at that bandwidth, because each token reads all params once.\n"
     )
 
 
@@ -169,14 +168,14 @@ def test_lines_are_no_longer_than_a_terminal(call, monkeypatch: pytest.MonkeyPat
     """With the longest numbers: a GPU of 4.8 TB/s in four dtypes."""
     device = DeviceInfo("cuda:0", "NVIDIA H200", 150_000_000_000)
     models = tuple(
-        outlook(name, model.config, dtype, device.memory, 4.8e12)
+        model_fit(name, model.config, dtype, device.memory, 4.8e12)
         for name, model in MODELS.items()
         for dtype in ITEM_SIZE
     )
     settings = {"XLA_FLAGS": "--xla_gpu_something=true --xla_gpu_something_else=false", "platform": "cuda 13"}
-    found = [Diagnosis("jax", device, settings, 4.8e12, models), Diagnosis("cupy", problem="word " * 40)]
+    found = [BackendReport("jax", device, settings, 4.8e12, models), BackendReport("cupy", problem="word " * 40)]
     monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [NUMPY])
-    monkeypatch.setattr("gpt_xp.cli.backends.diagnose", lambda infos: found)
+    monkeypatch.setattr("gpt_xp.cli.backends.report_on_backends", lambda infos: found)
     lines = call("backends", "--verbose").out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("29300" in line for line in lines)  # distilgpt2 has 81,912,576 params

@@ -11,7 +11,7 @@ from small_models import CONFIGS, leaves, small_params, small_tokens, tree_map
 from small_quantized import small
 
 from gpt_xp import Backend, Model
-from gpt_xp.checkpoint.checkpoint import read_params
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import ConfigError
 
 CONFIG, TOKENS = CONFIGS["prime"], small_tokens("prime")[0].tolist()

@@ -15,7 +15,7 @@ from comparison import TOLERANCE, assert_values
 from servers import BucketServer, HubServer, reset, status
 
 import gpt_xp
-from gpt_xp.checkpoint.checkpoint import save_checkpoint
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.errors import CheckpointError, DownloadError, ModelNotFoundError, SettingError
 from gpt_xp.hub import find as hub
 from gpt_xp.hub import store
@@ -161,7 +161,7 @@ def test_params_are_float32_however_they_are_stored(models, dtype, shakespeare):
         stored, tolerance = gpt_xp.quantize(params, "int8"), 1 / 127
     else:
         stored, tolerance = gpt_xp.tree.tree_map(lambda leaf: leaf.astype(dtype), params), 2**-11
-    save_checkpoint(models / "mine", stored, shakespeare.config, shakespeare.tokenizer)
+    checkpoint.save(models / "mine", stored, shakespeare.config, shakespeare.tokenizer)
     found = gpt_xp.load_encoder_hparams_and_params("mine", models)[2]
     for ours, expected in zip(leaves(found), leaves(params), strict=True):
         assert ours.dtype == np.float32

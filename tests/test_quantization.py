@@ -22,7 +22,9 @@ from small_quantized import KINDS, decode, float32_params, float64_of, small
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.checkpoint.checkpoint import read_params
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_carried, stated_quantization
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError, GptXpError, NumericalError, SettingError
 from gpt_xp.generation import decoder
@@ -201,7 +203,7 @@ def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pyt
         raise PermissionError("no folder can be written to")
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
-    kernel = numpy_quantized._kernel.__wrapped__("int8", True)
+    kernel = numpy_quantized._kernel.__wrapped__("int8", "few")
     x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
     kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
     assert out.tolist() == [[112, 1.5]]
@@ -219,14 +221,12 @@ def test_float64_stays_float64() -> None:
 @pytest.fixture(params=KINDS)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> SimpleNamespace:
     params, config = small(request.param)
-    gpt_xp.checkpoint.checkpoint.save_checkpoint(tmp_path, params, config)
+    checkpoint.save(tmp_path, params, config)
     return SimpleNamespace(kind=request.param, config=config, params=params, directory=tmp_path)
 
 
 def test_what_is_saved_is_what_is_read(saved: SimpleNamespace) -> None:
-    found = read_params(
-        saved.directory, saved.config, None, gpt_xp.checkpoint.checkpoint.read_quantization(saved.directory)
-    )
+    found = read_params(saved.directory, saved.config, None, stated_quantization(read_carried(saved.directory)))
     for before, after in zip(leaves(saved.params), leaves(found), strict=True):
         assert type(before) is type(after) or isinstance(after, np.ndarray)
         for a, b in zip(*((leaf if isinstance(leaf, Quantized) else [leaf]) for leaf in (before, after)), strict=True):
@@ -242,7 +242,7 @@ def test_a_damaged_quantized_checkpoint_is_refused(saved: SimpleNamespace) -> No
     params = dict(saved.params)
     params["wte"] = params["wte"]._replace(scale=params["wte"].scale[:-1])
     with pytest.raises(CheckpointError, match="wte_scale is"):
-        gpt_xp.checkpoint.checkpoint.save_checkpoint(saved.directory, params, saved.config)
+        checkpoint.save(saved.directory, params, saved.config)
 
 
 def test_the_config_of_another_quantization_is_refused(saved: SimpleNamespace) -> None:
@@ -251,7 +251,7 @@ def test_the_config_of_another_quantization_is_refused(saved: SimpleNamespace) -
     assert entries["quantization_config"] == {"quant_method": "gpt-xp", "weights": saved.kind}
     path.write_text(json.dumps(entries | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ConfigError, match="quantize it by gpt-xp"):
-        gpt_xp.checkpoint.checkpoint.read_quantization(saved.directory)
+        stated_quantization(read_carried(saved.directory))
 
 
 def test_a_loaded_model_is_saved_and_loaded_again(backend: Backend, tmp_path: Path) -> None:

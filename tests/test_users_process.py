@@ -12,8 +12,8 @@ from commands import Result, in_a_new_process, posix, process
 from libraries import skipping_what_is_missing
 
 from gpt_xp.environment import gpt_xp_home, is_offline, says_yes
-from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
+from gpt_xp.training.settings import TrainingSettings
 
 # All that a program can have set: read before gpt-xp works, and after.
 SNAPSHOT = """
@@ -45,8 +45,7 @@ WORK = """
 import tempfile
 from pathlib import Path
 import gpt_xp
-from gpt_xp import comparison, training
-from gpt_xp import benchmark as bench
+import gpt_xp.benchmark.models, gpt_xp.comparison.driver, gpt_xp.training.loop
 %(imports)s
 before = snapshot()
 model = gpt_xp.load("shakespeare", backend=%(backend)r, threads=2)
@@ -77,7 +76,7 @@ def no_jax_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def needs_jax() -> None:
     with skipping_what_is_missing("jax"):
-        jax_backend(Settings(data=("x",)))
+        jax_backend(TrainingSettings(data=("x",)))
 
 
 THEIRS = "variable KMP_DUPLICATE_LIB_OK"  # threadpoolctl sets it when it is imported

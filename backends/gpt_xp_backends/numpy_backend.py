@@ -31,7 +31,7 @@ SEVERAL, PART = 32, 2048
 
 # What is in NumPy as the standard has it, of that which every step calls.
 STANDARD = (
-    *("argmax", "asarray", "broadcast_to", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
+    *("argmax", "asarray", "broadcast_to", "concat", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
     *("tanh", "where", "zeros"),
 )
 
@@ -120,7 +120,8 @@ class NumPyBackend(Backend):
         plain = NumPy(**vars(namespace()) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
         xp = QuantizedNamespace(plain, self.dtype, functools.partial(numpy_quantized.product, threads_of_blas))
         quantized = self.replace(xp=ReplacedParts(xp, PARTS), _scope=scope)
-        return quantized.replace(quantized=lambda: quantized)
+        vars(quantized)["quantized"] = lambda: quantized  # it takes such weights by now
+        return quantized
 
     def settings(self) -> dict[str, str]:
         """Return what is known of NumPy's BLAS: other libraries may have brought one of their own into the process."""
@@ -170,9 +171,8 @@ def namespace() -> NumPy:
         "clip": lambda x, min, max: np.minimum(np.maximum(x, min), max),
         "take_along_axis": _take_along_last_axis,
         "sort": _sort,
-        "cumulative_sum": lambda x, axis=None, dtype=None: np.cumsum(
-            x, axis=axis, dtype=dtype
-        ),  # NumPy 2.0 has no other
+        # NumPy 2.0 has no other.
+        "cumulative_sum": lambda x, axis=None, dtype=None: np.cumsum(x, axis=axis, dtype=dtype),
     }
     return NumPy(**{name: getattr(np, name) for name in STANDARD} | shorter)
 
@@ -241,9 +241,7 @@ class Limits:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._before: dict[
-            str, tuple[Any, int]
-        ] = {}  # of each library's file: its controller, threads before any limit
+        self._before: dict[str, tuple[Any, int]] = {}  # by file: a library, and its threads outside of all limits
         self._inside: dict[object, tuple[Any, int]] = {}  # controller and threads of each limit, in their order
 
     @contextlib.contextmanager

@@ -8,13 +8,13 @@ fetches ahead at each of them. The number of rows decides how a product is compu
 - fewer than `MANY`: widen a tile of the weight, and use each number of it and of x 4 times;
 - more, as in prefill: widen some columns of the weight, and let BLAS multiply by them on its own threads.
 
-Importing this takes a second and compiles once per machine: it is imported when quantization is asked for.
+Importing this takes a second, and compiles once per machine.
 """
 
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, cast
 
 import numba
@@ -24,6 +24,7 @@ from numba import njit, prange, types
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 
 NumPyArray: TypeAlias = np.ndarray[Any, Any]
+Scope: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 TILE = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
 DEPTH = 1024  # numbers of a row that are multiplied at a time: a tile of x and one of the weight fit the first cache
@@ -37,30 +38,26 @@ LINE = 64  # bytes of a cache line: operands that begin at one are loaded in hal
 _lock = threading.Lock()  # one of Numba's threading layers ends the process where two threads use it at once
 
 
-def product(
-    threads_of_blas: Callable[[], AbstractContextManager[None]], x: NumPyArray, weight: QuantizedWeight
-) -> NumPyArray:
+def product(threads_of_blas: Scope, x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
     """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out].
 
     Numba computes it by the threads that it is set to, or BLAS by those that it has in `threads_of_blas()`.
     """
     rows, n_out, kind = len(x), len(weight.q), kind_of(weight)
+    out = np.empty((rows, n_out), np.float32)
     if rows <= FEW:
-        out = np.empty((rows, n_out), np.float32)
         x = np.ascontiguousarray(x if kind == "int8" else _halves(x))
-        _run(_kernel(kind, True), x, weight.q, weight.scale, out)
+        _run(_kernel(kind, "few"), x, weight.q, weight.scale, out)
         return out
     if rows < MANY:
-        x, out = _padded(x), np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)  # to add to
-        _run(_kernel(kind, False), x, weight.q, weight.scale, out)
-        return out[:rows, :n_out]
-    out = np.empty((rows, n_out), np.float32)
+        sums = np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)
+        _run(_kernel(kind, "many"), _padded(x), weight.q, weight.scale, sums)
+        return sums[:rows, :n_out]
     wide = np.empty((min(COLUMNS, n_out), x.shape[1]), np.float32)
     with threads_of_blas():
         for first in range(0, n_out, COLUMNS):
-            columns = slice(first, min(first + COLUMNS, n_out))
-            part = wide[: columns.stop - first]
-            _widening_kernel(kind)(weight.q[columns], weight.scale[columns], part)
+            columns, part = slice(first, first + COLUMNS), wide[: n_out - first]
+            _kernel(kind, "widen")(weight.q[columns], weight.scale[columns], part)
             np.matmul(x, part.T, out=out[:, columns])
     return out
 
@@ -70,28 +67,23 @@ def _run(kernel: Callable[..., None], *arguments: Any) -> None:
         kernel(*arguments, numba.get_num_threads())
 
 
-def matmul(threads_of_blas: Callable[[], AbstractContextManager[None]], x: NumPyArray, w: NumPyArray) -> NumPyArray:
+def matmul(threads_of_blas: Scope, x: NumPyArray, w: NumPyArray) -> NumPyArray:
     """Return the product of two arrays, such as queries with keys, or their weights with values.
 
     For one query of each head, Numba's threads read a long cache: BLAS, which has one thread then, takes longer.
     """
-    if x.ndim == 4 and x.shape[2] == 1:
-        return _of_one_query(np.ascontiguousarray(x), w)
-    if x.ndim == 4 and len(x) * x.shape[2] >= MANY:
-        with threads_of_blas():
-            return np.asarray(np.matmul(x, w))
-    return np.asarray(np.matmul(x, w))
-
-
-def _of_one_query(x: NumPyArray, w: NumPyArray) -> NumPyArray:
-    if x.dtype == np.float32 and x.shape[:2] == w.shape[:2] and max(w.shape[2:]) >= LONG:
+    is_many = x.ndim == 4 and len(x) * x.shape[2] >= MANY
+    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.shape[:2] == w.shape[:2]
+    if is_query and not is_many and max(w.shape[2:]) >= LONG:
+        x = np.ascontiguousarray(x)
         for rows, is_keys in ((w.mT, True), (w, False)):
             if (cached := _heads(rows)) is not None:
                 out = np.empty((*x.shape[:3], w.shape[3]), np.float32)
                 heads, of_out = x.reshape(len(cached), -1), out.reshape(len(cached), -1)
                 _run(_attention_kernel(is_keys), heads, cached, rows.shape[2], of_out)
                 return out
-    return np.asarray(np.matmul(x, w))
+    with threads_of_blas() if is_many else nullcontext():
+        return np.asarray(np.matmul(x, w))
 
 
 def _heads(rows: NumPyArray) -> NumPyArray | None:
@@ -126,8 +118,6 @@ def _padded(x: NumPyArray) -> NumPyArray:
     padded[len(x) :] = 0
     return padded
 
-
-# --- kernels --------------------------------------------------------------------------------------------------------
 
 _FAST = {"fastmath": True, "boundscheck": False, "nogil": True}  # fastmath: sums in any order, in vector registers
 
@@ -331,30 +321,24 @@ def _rows_int4(q: Any, scale: Any, wide: Any) -> None:
 
 
 @functools.cache
-def _widening_kernel(kind: str) -> Callable[..., None]:
-    codes, scale = _weight_types(kind)
-    function = {"int8": _rows_int8, "int4": _rows_int4}[kind]
-    return _compiled(types.void(codes, scale, types.Array(types.float32, 2, "C")), function, parallel=False)
-
-
-@functools.cache
 def _attention_kernel(is_keys: bool) -> Callable[..., None]:
     rows, cached = types.Array(types.float32, 2, "C"), types.Array(types.float32, 3, "C")
     return _compiled(types.void(rows, cached, types.intp, rows, types.intp), _keys if is_keys else _values)
 
 
 @functools.cache
-def _kernel(kind: str, few: bool) -> Callable[..., None]:
-    """Return one of the kernels for quantized weights."""
-    function = {"int8": (_many_int8, _few_int8), "int4": (_many_int4, _few_int4)}[kind][few]
-    rows = types.Array(types.float32, 2, "C")
-    return _compiled(types.void(rows, *_weight_types(kind), rows, types.intp), function)
-
-
-def _weight_types(kind: str) -> tuple[Any, Any]:
-    """Return the types of codes and scales. Those that are mapped from a file are read-only; writable ones fit too."""
+def _kernel(kind: str, way: str) -> Callable[..., None]:
+    """Return the kernel that multiplies "few" or "many" rows by a weight of that kind, or widens ("widen") one."""
+    int8: dict[str, Callable[..., None]] = {"few": _few_int8, "many": _many_int8, "widen": _rows_int8}
+    int4: dict[str, Callable[..., None]] = {"few": _few_int4, "many": _many_int4, "widen": _rows_int4}
+    function = (int8 if kind == "int8" else int4)[way]
+    # Weights that are mapped from a file are read-only; writable ones fit too.
     codes, n_axes = (types.int8, 1) if kind == "int8" else (types.uint8, 2)
-    return types.Array(codes, 2, "C", readonly=True), types.Array(types.float32, n_axes, "C", readonly=True)
+    weight = types.Array(codes, 2, "C", readonly=True), types.Array(types.float32, n_axes, "C", readonly=True)
+    rows = types.Array(types.float32, 2, "C")
+    if way == "widen":
+        return _compiled(types.void(*weight, rows), function, parallel=False)
+    return _compiled(types.void(rows, *weight, rows, types.intp), function)
 
 
 def _compiled(signature: Any, function: Callable[..., None], parallel: bool = True) -> Callable[..., None]:

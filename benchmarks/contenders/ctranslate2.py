@@ -8,7 +8,8 @@ import ctranslate2
 import numpy as np
 from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:

@@ -1,7 +1,6 @@
-"""What int8 on NumPy can do: the products of GPT-2's layers, of its token table and of its cache, and nothing else.
+"""The floor of int8 on NumPy: the products of GPT-2's layers, of its token table and of its cache alone.
 
-No engine: it computes no logits. It is the floor of `gpt-xp numpy+int8`, by the same compiled products and threads, as
-the bare products in float32 are that of gpt-xp on NumPy.
+It computes no logits. It is the floor of `gpt-xp numpy+int8`, with the same compiled products and threads.
 """
 
 import time
@@ -11,20 +10,18 @@ from typing import Any
 import numpy as np
 
 import gpt_xp
-from gpt_xp.registry import get_backend
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.quantization import quantized_backend
+from gpt_xp.registry import get_backend
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """Nothing: the checkpoint is read as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
-def products(params: Any, tokens: Any, cache: Any, window: int, xp: Any) -> Any:
-    """Multiply the rows of tokens [rows] with all weights in turn, a single one with the cache too, the last with wte.
-
-    Its first arguments are those of a step of the model, so that long prompts are computed in blocks like that.
-    """
+def products(params: Any, tokens: Any, cache: Any, xp: Any) -> Any:
+    """Multiply tokens [rows] with all weights in turn, a single row with the cache too, the last row with wte."""
     x = xp.take(params["wte"], tokens, axis=0)
     for block, (query, k, weights, v) in zip(params["blocks"], cache, strict=True):
         x = xp.matmul(x, block["attn"]["c_attn"]["w"])[:, : x.shape[1]]
@@ -51,21 +48,21 @@ class Contender:
         return {"name": "numpy", "version": backend.version, "device": "cpu", "dtype": "int8", "settings": {}}
 
     def logits(self, tokens: list[int]) -> None:
-        """There are none."""
+        """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
         """Return the seconds of prefill, in pieces as long as those of gpt-xp, and of each later token."""
         (prompt,) = prompts
-        length = self.backend.piece(1)
+        length = self.backend.chunk_tokens(1)
         pieces = [min(length, len(prompt) - begin) for begin in range(0, len(prompt), length)]
         layers = [self.layer(len(prompt) + n_tokens) for _ in range(self.config.n_layer)]
         times = [time.perf_counter()]
         for step in range(n_tokens):
-            window = len(prompt) + step
-            cache = [(query, k[:, :, :window], weights[..., :window], v[:, :, :window])
+            n_slots = len(prompt) + step
+            cache = [(query, k[:, :, :n_slots], weights[..., :n_slots], v[:, :, :n_slots])
                      for query, k, weights, v in layers]  # fmt: skip
             for rows in [1] if step else pieces:
-                self.products(self.params, np.zeros(rows, dtype=np.int32), cache, window=window, xp=self.backend.xp)
+                self.products(self.params, np.zeros(rows, dtype=np.int32), cache, xp=self.backend.xp)
             times.append(time.perf_counter())
         return np.diff(times).tolist()
 

@@ -8,7 +8,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 
 FILE_TYPES = {
     "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,

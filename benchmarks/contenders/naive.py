@@ -1,6 +1,6 @@
-"""GPT-2 as picoGPT computes it, written anew: no cache, so each new token costs the whole text before it once more.
+"""GPT-2 with picoGPT's algorithm, written again: without a cache, so each new token computes the whole text again.
 
-Everything is float32 here, to its favour: picoGPT's own constants make NumPy 2 compute in float64, which takes longer.
+All of it is float32, which is an advantage: picoGPT's constants make NumPy 2 compute in float64, which is slower.
 """
 
 import math
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """It reads the checkpoint as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
 def norm(x: Any, g: Any, b: Any) -> Any:

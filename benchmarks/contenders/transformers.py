@@ -9,7 +9,7 @@ import transformers
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """It reads the checkpoint as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
 class Contender:

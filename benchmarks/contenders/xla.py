@@ -1,7 +1,7 @@
-"""What XLA can do: the products of GPT-2's layers, of its token table and of its cache in one program, nothing else.
+"""The floor of XLA: the products of GPT-2's layers, of its token table and of its cache alone, in one program.
 
-No engine: it computes no logits. It is the floor of gpt-xp on JAX, as the bare products in NumPy are that of NumPy. The
-cache lies here as XLA reads it in the least time: an array of its own for each layer, all of which is looked at.
+It computes no logits. It is the floor of gpt-xp on JAX. The cache has the layout that XLA reads fastest: one array for
+each layer, which is read completely.
 """
 
 import time
@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_xp_backends.jax_backend import LONG, window
+from gpt_xp_backends.jax_backend import LONG, few_sizes
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 
 
 def prepare(folder: Path, dtype: str) -> None:
-    """Nothing: the checkpoint is read as it is."""
+    """Do nothing, because the checkpoint is read unchanged."""
 
 
 @jax.jit
@@ -51,7 +52,7 @@ class Contender:
         return {"name": "XLA", "version": jax.__version__, "device": "cpu", "dtype": "float32", "settings": {}}
 
     def logits(self, tokens: list[int]) -> None:
-        """There are none."""
+        """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
         """Return the seconds of prefill, in pieces as long as those of gpt-xp on JAX, and of each later token."""
@@ -59,11 +60,11 @@ class Contender:
         sizes = [min(LONG, len(prompt) - begin) for begin in range(0, len(prompt), LONG)]
         pieces = [(self.full(rows, self.config.n_embd), ()) for rows in sizes]
         token = self.full(1, self.config.n_embd)
-        caches = {n: self.cache(n) for n in {window(len(prompt) + step) for step in range(1, n_tokens)}}
+        caches = {n: self.cache(n) for n in {few_sizes(len(prompt) + step) for step in range(1, n_tokens)}}
         with jax.default_matmul_precision("highest"):
             times = [time.perf_counter()]
             for step in range(n_tokens):
-                for x, cache in [(token, caches[window(len(prompt) + step)])] if step else pieces:
+                for x, cache in [(token, caches[few_sizes(len(prompt) + step)])] if step else pieces:
                     jax.block_until_ready(products(self.blocks, self.wte, x, cache))
                 times.append(time.perf_counter())
         return np.diff(times).tolist()

@@ -1,4 +1,4 @@
-"""Who takes part in `train.py`: each trains the same params on the same tokens by the same recipe, in its own process.
+"""The trainers of `train.py`: each trains the same params on the same tokens with the same recipe, in its own process.
 
 AdamW with decay on matrices alone and a constant learning rate, gradients clipped to a norm, float32, no dropout. A
 `Trainer` is a class in a module here, made of a folder with a checkpoint and of the rows in a batch; `worker.py` runs

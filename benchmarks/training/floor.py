@@ -1,4 +1,4 @@
-"""The floor: the bare matrix products of one step, forward and backward, in NumPy or in JAX, whichever is the faster.
+"""The floor: the matrix products of one step alone, forward and backward, in NumPy or JAX, whichever is faster.
 
 Attention's are over full squares, half of which the mask throws away.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 
 Shape = tuple[int, ...]
 TRIALS = 3
@@ -62,7 +62,7 @@ def in_numpy(products: list[Any]) -> Callable[[], None]:
 
 
 class Trainer:
-    """It takes a step's products, and learns nothing."""
+    """Computes the products of a step, and learns nothing."""
 
     def __init__(self, folder: Path, batch: int) -> None:
         config = read_config(folder)

@@ -1,4 +1,4 @@
-"""What the trainers on torch share: the optimizer and the step."""
+"""The optimizer and the step that the trainers on torch share."""
 
 from collections.abc import Callable
 from typing import Any

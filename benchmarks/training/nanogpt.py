@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812, its usual name
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from training import in_torch
 
 

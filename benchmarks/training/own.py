@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.training.program import Program, jax_backend
-from gpt_xp.training.settings import Settings
+from gpt_xp.training.settings import TrainingSettings
 from training import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY
 
 
@@ -17,7 +18,7 @@ class Trainer:
     accumulate = 1
 
     def __init__(self, folder: Path, batch: int) -> None:
-        settings = Settings(
+        settings = TrainingSettings(
             data=("random tokens",), batch_size=batch // self.accumulate, accumulate=self.accumulate,
             learning_rate=LEARNING_RATE, min_learning_rate=1.0, warmup=0,
             beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, clip=CLIP,
@@ -25,7 +26,7 @@ class Trainer:
         self.config = read_config(folder)
         self.backend = jax_backend(settings)
         self.program = Program(settings, self.config, read_params(folder, self.config), self.backend)
-        self.state = self.program.start()
+        self.state = self.program.initial_state()
         self.n_steps = 0
 
     def describe(self) -> str:

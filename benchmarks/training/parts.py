@@ -1,7 +1,7 @@
-"""Where a step of gpt-xp goes: its parts, forward and backward, each compiled and timed alone.
+"""Measure the parts of a step of gpt-xp, forward and backward, each compiled and timed alone.
 
-The functions are those of `model.py`. Alone, a part reads what it needs from memory and writes all its results there,
-which the compiler may spare it within the whole step: the sum of the parts need not be the step.
+The functions are those of `transformer.py`. Alone, a part reads its inputs from memory and writes its results there,
+which the compiler may avoid within a whole step. So the sum of the parts may differ from the step.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The process of one trainer: `train.py` starts it, and it answers one line of JSON on stdin with one on stdout.
+"""The process of one trainer, which `train.py` starts: it answers each line of JSON on stdin with one on stdout.
 
     python benchmarks/training/worker.py nanogpt:Trainer FOLDER 16     (module and class, checkpoint, rows of a batch)
 
@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts' folder, as for those that are started from there
 
 from gpt_xp.benchmark.worker import one_line
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
                 answer = {"description": trainer.describe()}
             else:
                 answer = train(trainer, Path(folder), int(batch), request["seed"], request["steps"])
-        except Exception as error:  # the one place where a trainer's failure becomes its reason
+        except Exception as error:  # Any failure of a trainer becomes its answer.
             answer = {"error": one_line(error)}
         print(json.dumps(answer), flush=True)
 

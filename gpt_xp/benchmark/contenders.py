@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_config, read_params
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.generation.loop import BLOCK_STEPS
 from gpt_xp.model import load
 from gpt_xp.registry import get_backend

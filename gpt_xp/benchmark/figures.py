@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt_xp.generation.loop import BLOCK_STEPS
-
-# The first token belongs to prefill. The others fill one block of a backend that decodes in blocks.
-N_NEW = 1 + BLOCK_STEPS
+# The first token belongs to prefill. The other 16 are one block of a backend that decodes in blocks.
+N_NEW = 17
 
 
 @dataclass(frozen=True)

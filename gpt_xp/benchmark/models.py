@@ -8,7 +8,7 @@ from typing import Any
 from gpt_xp.benchmark.driver import run_benchmark
 from gpt_xp.benchmark.figures import N_NEW, Workload
 from gpt_xp.benchmark.results import Benchmark, ContenderSpec
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import default_model, find_model

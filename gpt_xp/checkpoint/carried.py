@@ -1,4 +1,4 @@
-"""Entries and files of a checkpoint that gpt-xp does not use. `save` writes them again, so that none is lost."""
+"""Entries and files of a checkpoint that gpt-xp does not use. `save` writes them again, so none is lost."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
-# Weights and the state of a training, in any format: beside new weights they would be of another model.
+# Weights and training states in any format: they belong to the old weights, and must not lie beside new ones.
 _WEIGHTS = re.compile(
     r"pytorch_model.*|checkpoint|hparams\.json|.*\.(safetensors|h5|msgpack|ot|onnx|onnx_data|gguf|tflite|pt|pth|ckpt|npz)"
     r"|.*\.index(\.json)?|.*\.meta|.*\.data-\d+-of-\d+"
@@ -33,10 +33,10 @@ class Carried:
     generation: dict[str, Any] = field(default_factory=dict)
 
     def copy_files(self, aside: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-        """Copy the files that gpt-xp does not use to `aside`, but for those that `target` has already.
+        """Copy the files that gpt-xp does not use to `aside`, except those that `target` has already.
 
-        Not copied are the tokenizer's, which it writes itself, weights in other formats, hidden files, folders, and
-        files of more than 100 MB. Raises `OSError`.
+        Files of the tokenizer (it writes them itself), weights in other formats, hidden files, folders, and files of
+        more than 100 MB are not copied. Raises `OSError`.
         """
         for path in self._files():
             if not (Path(target) / path.name).exists():
@@ -44,10 +44,10 @@ class Carried:
 
     def _files(self) -> Iterator[Path]:
         if not self.directory.is_dir():
-            return  # it was moved or removed since
+            return  # it has been moved or removed
         for path in sorted(self.directory.iterdir()):
-            is_ours = path.name in _TOKENIZER | _WRITTEN_BY_GPT_XP or path.name.startswith(".")
-            if is_ours or _WEIGHTS.fullmatch(path.name):
+            is_written_elsewhere = path.name in _TOKENIZER | _WRITTEN_BY_GPT_XP or path.name.startswith(".")
+            if is_written_elsewhere or _WEIGHTS.fullmatch(path.name):
                 continue
             found = path.stat()
             if stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES and os.access(path, os.R_OK):

@@ -1,65 +1,135 @@
-"""The entries of transformers' `config.json` <-> GPT2Config, for models that compute what GPT-2 computes."""
+"""`config.json` and `generation_config.json` <-> GPT2Config, for models that compute what GPT-2 computes."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from gpt_xp.checked_files import exists, read_json, reading
+from gpt_xp.checkpoint.carried import CONFIG, GENERATION_CONFIG, Carried
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import ConfigError
+from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.quantization import KINDS
 
-# The entries of config.json that change what is computed, and the values that mean GPT-2, the default first.
+# The entries of config.json that change the mathematics, and the values that mean GPT-2, the default first.
 _MATHEMATICS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True, False),  # where false, `checkpoint.read_params` compares the two matrices
+    "tie_word_embeddings": (True, False),  # where false, `weights.read_params` compares the two matrices
 }
-ROLES = ("eos_token_id", "bos_token_id")
+_ROLES = ("eos_token_id", "bos_token_id")
 _DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 _MAX_SIZE = 2**31 - 1  # token ids and positions are int32
 
 
-def config_from(entries: dict[str, Any], generation: dict[str, Any] | None = None) -> GPT2Config:
-    """Return the config that the entries describe.
+# --- reading ----------------------------------------------------------------------------------------------------------
 
-    `generation` are the entries of `generation_config.json`, whose end and begin tokens come before those of
-    `config.json`. Raises `ConfigError` where that is not GPT-2's mathematics.
+
+def read_config(directory: str | os.PathLike[str]) -> GPT2Config:
+    """Return the config that a directory states. Raises as `read_carried` and `config_of` do."""
+    return config_of(read_carried(directory))
+
+
+def read_carried(directory: str | os.PathLike[str]) -> Carried:
+    """Return all entries of a directory's `config.json` and `generation_config.json`.
+
+    Raises `ModelNotFoundError` where there is no such directory, and `CheckpointError` where a file is missing,
+    unreadable or malformed.
     """
-    _check_model_type(entries)
-    check_roles(entries)
-    for key, allowed in _MATHEMATICS.items():
-        _require(key, entries.get(key, allowed[0]), allowed)
-    n_vocab = size_in(entries, "vocab_size")
-    n_embd = size_in(entries, "n_embd")
-    _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
-    return GPT2Config(
-        n_vocab=n_vocab,
-        n_ctx=size_in(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
-        n_embd=n_embd,
-        n_head=size_in(entries, "n_head"),
-        n_layer=size_in(entries, "n_layer"),
-        **roles_from(entries, generation or {}, n_vocab),
-    )
+    path, generation = os.path.join(directory, CONFIG), os.path.join(directory, GENERATION_CONFIG)
+    with reading(directory):
+        if not exists(path):
+            if exists(os.path.join(directory, "adapter_config.json")):
+                raise CheckpointError(
+                    f"{directory} has an adapter (PEFT), and not the model that it belongs to: merge the two with "
+                    f"merge_and_unload(), and save the result with save_pretrained"
+                )
+            raise CheckpointError(
+                f"{directory} has no config.json: a checkpoint is a directory with config.json and model.safetensors, "
+                f"as transformers' save_pretrained writes it"
+            )
+        return Carried(Path(directory), read_json(path), read_json(generation) if exists(generation) else {})
 
 
-def roles_from(entries: dict[str, Any], generation: dict[str, Any], n_vocab: int) -> dict[str, Any]:
+def config_of(carried: Carried) -> GPT2Config:
+    """Return the config that the entries of a checkpoint describe.
+
+    An entry that is absent has transformers' default. The tokens that end and begin a text are those that
+    `generation_config.json` names, else `config.json`. An id outside the vocabulary, which no model can choose, is left
+    out. Raises `ConfigError`, which names the file, where the entries are not GPT-2's mathematics.
+    """
+    with _named(carried.directory / GENERATION_CONFIG):
+        _check_roles(carried.generation)
+    with _named(carried.directory / CONFIG):
+        entries = carried.config
+        _check_model_type(entries)
+        _check_roles(entries)
+        for key, allowed in _MATHEMATICS.items():
+            _require(key, entries.get(key, allowed[0]), allowed)
+        n_vocab = size_in(entries, "vocab_size")
+        n_embd = size_in(entries, "n_embd")
+        _require("n_inner", entries.get("n_inner"), (None, 4 * n_embd))
+        return GPT2Config(
+            n_vocab=n_vocab,
+            n_ctx=size_in(entries, "n_ctx" if "n_ctx" in entries and "n_positions" not in entries else "n_positions"),
+            n_embd=n_embd,
+            n_head=size_in(entries, "n_head"),
+            n_layer=size_in(entries, "n_layer"),
+            **_roles_from(entries, carried.generation, n_vocab),
+        )
+
+
+def stated_quantization(carried: Carried) -> str | None:
+    """Return how the weights of a checkpoint are quantized, by its entries: "int8", "int4", or None.
+
+    Raises `ConfigError`, which names the file, for a quantization that is not gpt-xp's.
+    """
+    if (found := carried.config.get("quantization_config")) is None:
+        return None
+    with _named(carried.directory / CONFIG):
+        if found not in (_quantization_entry(kind) for kind in KINDS):
+            raise ConfigError(
+                f"quantization_config is {json.dumps(found):.80}, which gpt-xp cannot read; take the model that was "
+                f"quantized, and quantize it by gpt-xp"
+            )
+    return str(found["weights"])
+
+
+def is_tied(entries: dict[str, Any]) -> bool:
+    """Return whether embedding and head are one matrix by the entries of `config.json`."""
+    return entries.get("tie_word_embeddings") is not False
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let a `ConfigError` name the file that has the entries."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _roles_from(entries: dict[str, Any], generation: dict[str, Any], n_vocab: int) -> dict[str, Any]:
     """Return `eos_token_id` and `bos_token_id` as `GPT2Config` has them, by the first source that names them.
 
     Ids outside the vocabulary, which no model can choose, are left out.
     """
     found: dict[str, Any] = {}
-    for key in ROLES:
+    for key in _ROLES:
         ids = next((named for source in (generation, entries) if (named := _ids(source.get(key)))), [])
         known = [i for i in ids if 0 <= i < n_vocab]
         found[key] = None if not known else known[0] if len(known) == 1 or key == "bos_token_id" else tuple(known)
     return found
 
 
-def check_roles(entries: dict[str, Any]) -> None:
+def _check_roles(entries: dict[str, Any]) -> None:
     """Raise `ConfigError` where `eos_token_id` or `bos_token_id` is neither a token id, a list of them, nor null."""
-    for key in ROLES:
+    for key in _ROLES:
         if any(type(i) is not int for i in _ids(entries.get(key))):
             shown = json.dumps(entries[key])
             raise ConfigError(f"{key} is {shown:.80}; a token id, a list of them or null was expected")
@@ -90,23 +160,6 @@ def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
         )
 
 
-def quantization_from(entries: dict[str, Any]) -> str | None:
-    """Return the kind of quantization that the entries describe. Raises `ConfigError` for one that is not gpt-xp's."""
-    if (found := entries.get("quantization_config")) is None:
-        return None
-    if found not in (quantization_entry(kind) for kind in KINDS):
-        raise ConfigError(
-            f"quantization_config is {json.dumps(found):.80}, which gpt-xp cannot read; take the model that was "
-            f"quantized, and quantize it by gpt-xp"
-        )
-    return str(found["weights"])
-
-
-def quantization_entry(kind: str) -> dict[str, str]:
-    """Return the `quantization_config` of a model of that kind; transformers knows no such method and says so."""
-    return {"quant_method": "gpt-xp", "weights": kind}
-
-
 def size_in(entries: dict[str, Any], key: str) -> int:
     """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or cannot be."""
     if key not in entries:
@@ -120,6 +173,9 @@ def size_in(entries: dict[str, Any], key: str) -> int:
     return value
 
 
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
 def config_entries(
     config: GPT2Config,
     dtype: str,
@@ -129,8 +185,8 @@ def config_entries(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the entries of `config.json` and of `generation_config.json` for a model to be saved.
 
-    `stated` and `generation` are the entries of the checkpoint that the model came from: they are kept, but for what
-    the config says otherwise. transformers has the same defaults for all that is not here.
+    `stated` and `generation` are the entries of the checkpoint that the model came from. They are kept, except where
+    the config says something else. Entries that are left out have the same defaults in transformers.
     """
     stated, generation = stated or {}, generation or {}
     entries: dict[str, Any] = {
@@ -153,10 +209,15 @@ def config_entries(
         "dtype": dtype,
     }
     if quantization is not None:
-        entries["quantization_config"] = quantization_entry(quantization)
+        entries["quantization_config"] = _quantization_entry(quantization)
     roles = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
-    if not stated or roles != roles_from(stated, generation, config.n_vocab):
+    if not stated or roles != _roles_from(stated, generation, config.n_vocab):
         first = next(iter(config.end_tokens), None) if config.bos_token_id is None else config.bos_token_id
         entries |= roles | {"bos_token_id": first}
-        generation = {key: value for key, value in generation.items() if key not in ROLES}
+        generation = {key: value for key, value in generation.items() if key not in _ROLES}
     return entries, generation
+
+
+def _quantization_entry(kind: str) -> dict[str, str]:
+    """Return the `quantization_config` for that kind. transformers refuses it, because it knows no such method."""
+    return {"quant_method": "gpt-xp", "weights": kind}

@@ -1,8 +1,8 @@
 """OpenAI's own files, read by TensorFlow once and written beside them in the layout that `checkpoint` reads.
 
 A directory holds `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorFlow checkpoint: `model.ckpt.index`,
-`model.ckpt.data-00000-of-00001`, and `checkpoint`, a text that names it. So OpenAI published GPT-2 (openai/gpt-2
-`download_model.py`), and so gpt-2-simple leaves a fine-tuned one, where the name is `model-1000`.
+`model.ckpt.data-00000-of-00001`, and `checkpoint`, a text that names it. OpenAI published GPT-2 in this layout
+(openai/gpt-2 `download_model.py`), and gpt-2-simple writes fine-tuned models in it, where the name is `model-1000`.
 """
 
 import glob
@@ -18,57 +18,50 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import (
-    WEIGHTS,
-    check_tensors,
-    exists,
-    read_config,
-    read_json,
-    reading,
-    sync,
-    tensor_shapes,
-    write_json,
-    written_aside,
-)
-from gpt_xp.checkpoint.config_json import config_entries, size_in
-from gpt_xp.checkpoint.safetensors_file import NumpyArray, n_bytes, open_regular, open_safetensors, write_safetensors
+from gpt_xp.atomic_files import sync, write_json, written_aside
+from gpt_xp.checked_files import exists, open_regular, read_json, reading
+from gpt_xp.checkpoint.config_json import config_entries, read_config, size_in
+from gpt_xp.checkpoint.safetensors_file import n_bytes, open_safetensors, write_safetensors
+from gpt_xp.checkpoint.tensors import PREFIX, check_tensors, tensor_shapes
+from gpt_xp.checkpoint.weights import WEIGHTS
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.installation import install_command
-from gpt_xp.tokenizer.bpe import EOS
+from gpt_xp.tokenizer.words import EOS
+from gpt_xp.types import NumpyArray
 
 _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_SAFETENSORS_NAME = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+_DTYPE_OF_NAME = {name: dtype for dtype, name in _SAFETENSORS_NAME.items()}
 OPENAI_NAME, _INDEX = "model.ckpt", ".index"
 _NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # not all_model_checkpoint_paths
 _MAX_TEXT = 1_000_000  # bytes of the file `checkpoint`; it has a hundred, or a line for each step that was kept
 _FIX = "copy its directory to a place where you may write, and load that"
 
-# In the header of what `convert` writes: the checkpoint that it was made from. The index holds the checksums of all
-# tensors, so that another index means other weights.
+# In the header of a converted file: the checkpoint that it was made from. The index holds the checksums of all tensors,
+# so another index means other weights.
 _MADE_FROM = "gpt_xp.made_from_index_sha256"
 
 
 def is_openai_layout(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds `hparams.json` and the index of a TensorFlow checkpoint."""
+    """Return whether a directory holds `hparams.json` and the index of a TensorFlow checkpoint."""
     return os.path.exists(os.path.join(directory, "hparams.json")) and has_index(directory)
 
 
 def has_index(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds the index of a TensorFlow checkpoint."""
+    """Return whether a directory holds the index of a TensorFlow checkpoint."""
     try:
         names = os.listdir(directory)
-    except (OSError, ValueError):  # no directory, or none that can be read; ValueError: a NUL in its name
+    except (OSError, ValueError):  # no directory, or an unreadable one; ValueError: a NUL in its name
         return False
     return any(name.endswith(_INDEX) for name in names)
 
 
 def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:
-    """The sizes in a directory's `hparams.json`: n_vocab, n_ctx, n_embd, n_head, n_layer. Other entries are ignored.
+    """Return the sizes in a directory's `hparams.json`: n_vocab, n_ctx, n_embd, n_head, n_layer.
 
-    Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the file is missing,
-    unreadable or malformed, and `ConfigError` for sizes that cannot be.
+    Other entries are ignored. Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the
+    file is missing, unreadable or malformed, and `ConfigError` for impossible sizes.
     """
     path = os.path.join(directory, "hparams.json")
     with reading(directory):
@@ -84,12 +77,12 @@ def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def has_tensorflow() -> bool:
-    """Whether TensorFlow is installed; it is not imported."""
+    """Return whether TensorFlow is installed. It is not imported."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
 def check_tensorflow() -> None:
-    """Raise `CheckpointError`, with the pip command that mends it, where TensorFlow is not installed.
+    """Raise `CheckpointError`, with the pip command to run, where TensorFlow is not installed.
 
     TensorFlow is not imported.
     """
@@ -106,9 +99,9 @@ def convert(directory: str | os.PathLike[str]) -> None:
     """Make `model.safetensors` and `config.json` from OpenAI's files, beside them, unless they are up to date.
 
     Afterwards the directory can be read as any other. Tensors have the dtype that they are stored in, and the names
-    that transformers gives them; one at a time is in memory. Each file is written aside and then takes its name, the
-    weights first, so that a conversion that was stopped is made again, and two at once do each other no harm. A
-    `model.safetensors` that was not made here is left alone, and so is a `config.json` of the same sizes.
+    that transformers gives them. One at a time is in memory. Each file is written aside and then renamed, the weights
+    first. So a conversion that was stopped is made again, and two at once do each other no harm. A `model.safetensors`
+    that was not made here is left alone, and so is a `config.json` of the same sizes.
 
     Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where files are missing, damaged,
     unreadable, do not fit each other or cannot be written, or TensorFlow is needed and not installed, and
@@ -119,7 +112,7 @@ def convert(directory: str | os.PathLike[str]) -> None:
         there = exists(weights)
         made_from = _made_from(weights) if there else None
         if exists(f"{weights}.index.json") or (there and made_from is None):
-            return  # the user's own
+            return  # the user put it there
         config = GPT2Config(**read_hparams(directory))
         if exists(config_json):
             _check_config(directory, config)
@@ -161,7 +154,7 @@ def _chosen(directory: str | os.PathLike[str]) -> str | None:
         return None
     with open_regular(text) as file:
         found = _NAME.search(file.read(_MAX_TEXT).decode("utf-8", "replace"))
-    # The last part of a path, in either notation: it is where the checkpoint was once saved, and must lead nowhere.
+    # Only the last part of a path, in either notation: the path is where the checkpoint was once saved.
     return (re.split(r"[/\\]", found[1])[-1] or None) if found else None
 
 
@@ -194,7 +187,7 @@ def _check_config(directory: str | os.PathLike[str], config: GPT2Config) -> None
 
 def _write_config(directory: str | os.PathLike[str], config: GPT2Config, weights: str) -> None:
     with open_safetensors(weights) as file:
-        dtype = _DTYPES[file.tensors["transformer.wte.weight"].dtype]
+        dtype = _DTYPE_OF_NAME[file.tensors[f"{PREFIX}wte.weight"].dtype]
     entries, _ = config_entries(replace(config, eos_token_id=_end_of_text(directory)), dtype)
     with written_aside(os.path.join(directory, "config.json"), n_bytes=1000, fix=_FIX) as temporary:
         write_json(temporary, entries)
@@ -221,34 +214,34 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
     dtypes = {name: dtype.name for name, dtype in reader.get_variable_to_dtype_map().items()}
     names = tensor_shapes(config, len(shapes))
     variables = {name: _variable(name) for name in names}
-    slots = tuple(f"{variable}/" for variable in variables.values())
+    optimizer_prefixes = tuple(f"{variable}/" for variable in variables.values())
     check_tensors(
         f"the variables of {prefix}",
         {
             name: (tuple(shape), dtypes[name])
             for name, shape in shapes.items()
-            # What an optimizer keeps has the name of its variable and goes on, or is no part of the model.
-            if name.startswith("model/") and not name.startswith(slots)
+            # An optimizer's variables begin with the name of a variable of the model, or lie outside the model.
+            if name.startswith("model/") and not name.startswith(optimizer_prefixes)
         },
         # OpenAI's linear layers are convolutions of width 1: [1, n_in, n_out], the same bytes as [n_in, n_out].
         {variables[name]: (1, *shape) if variables[name].endswith("/w") else shape for name, shape in names.items()},
-        _CODES,
+        _SAFETENSORS_NAME,
     )
 
     def read(full_name: str) -> NumpyArray:
-        variable = variables[full_name.removeprefix("transformer.")]
+        variable = variables[full_name.removeprefix(PREFIX)]
         with _tensorflow_errors(prefix):
             array = np.ascontiguousarray(reader.get_tensor(variable))
-        # NumPy gives no buffer of a bfloat16, which is not its own.
+        # NumPy gives no buffer of a bfloat16, which is a dtype of another library.
         return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
-    tensors = {f"transformer.{name}": (_CODES[dtypes[variables[name]]], shape) for name, shape in names.items()}
+    tensors = {f"{PREFIX}{name}": (_SAFETENSORS_NAME[dtypes[variables[name]]], shape) for name, shape in names.items()}
     with written_aside(weights, sum(n_bytes(*stored) for stored in tensors.values()), fix=_FIX) as temporary:
         write_safetensors(temporary, tensors, read, metadata)
 
 
 def _variable(name: str) -> str:
-    """OpenAI's name of a tensor: "h.0.ln_1.weight" -> "model/h0/ln_1/g"."""
+    """Return OpenAI's name of a tensor: "h.0.ln_1.weight" -> "model/h0/ln_1/g"."""
     path, _, leaf = name.rpartition(".")
     path = path.replace("h.", "h", 1).replace(".", "/")
     if path in ("wte", "wpe"):
@@ -258,7 +251,7 @@ def _variable(name: str) -> str:
 
 
 def _open_reader(prefix: str) -> Any:
-    """TensorFlow's reader of a checkpoint: names, shapes and dtypes of its variables, and each as a NumPy array."""
+    """Return TensorFlow's reader of a checkpoint, with the names, shapes, dtypes and arrays of its variables."""
     with _quiet():
         import tensorflow as tf
     with _tensorflow_errors(prefix):
@@ -267,12 +260,12 @@ def _open_reader(prefix: str) -> Any:
 
 @contextmanager
 def _tensorflow_errors(prefix: str) -> Iterator[None]:
-    """Say in our own words what TensorFlow finds wrong with the files."""
+    """Turn the errors of TensorFlow into `CheckpointError`."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # its own have no other parent, and some come as C++ throws them: IndexError, ValueError
+    except Exception as error:  # TensorFlow's have no narrower parent, and C++ throws IndexError and ValueError too
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{prefix} is truncated, damaged or no TensorFlow checkpoint ({reason:.200}); fetch or copy all of its "
@@ -282,12 +275,12 @@ def _tensorflow_errors(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what TensorFlow says at its import off stderr, unless the user has chosen how much it may say."""
+    """Keep TensorFlow's messages at its import off stderr, unless the user has chosen how much is logged."""
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         yield
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # That is not enough: 2.21 writes some lines before it looks at the level, from C++, which sys.stderr does not see.
+    # That is not enough: 2.21 writes some lines from C++ before it reads the level, and they pass sys.stderr by.
     stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:

@@ -1,19 +1,17 @@
-"""One safetensors file: its tensors, mapped into memory or read into aligned memory; and how one is written.
+"""One safetensors file: tensors mapped into memory or read into aligned memory, and a writer.
 
-The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes of little-endian header length, that
-many bytes of JSON giving each tensor's dtype, shape and place, then the tensors' bytes one after the other.
-The `safetensors` library checks the file; the header is parsed here once more because the library does not
-tell where in the file a tensor lies, and a map needs that; and a file is written here because the library
-wants all tensors in memory at once.
+The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes of little-endian header length; that
+many bytes of JSON with each tensor's dtype, shape and place; then the tensors' bytes one after the other.
+
+The `safetensors` library checks the file. The header is parsed here again, because the library does not tell where in
+the file a tensor lies, and a map needs that. A file is written here because the library wants all tensors in memory.
 """
 
-import errno
 import hashlib
 import json
 import math
 import mmap
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from gpt_xp import json_text
-from gpt_xp.errors import CheckpointError, JsonError
-
-NumpyArray = npt.NDArray[Any]
+from gpt_xp.checked_files import mapping_errors, open_regular, parse_json
+from gpt_xp.errors import CheckpointError
+from gpt_xp.types import NumpyArray
 
 # NumPy has no bfloat16: it is read as 16 bits and widened.
 _ON_DISK: dict[str, np.dtype[Any]] = {
@@ -41,14 +38,12 @@ _ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of 
 _ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
 
 _ALIGNMENT = 64  # a cache line, and the widest vector register
-_NO_MAPPING = (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git stores a text that begins so in place of a large file
-_PIECE = 2**20  # bytes written and hashed at a time: few enough to be still in the processor's cache
+_WRITTEN_BYTES = 2**20  # at a time: few enough to stay in the processor's cache while they are hashed
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header says of one tensor: the format's name of its dtype ("F32"), its shape and its place."""
+    """One tensor as the header describes it: the format's name of its dtype ("F32"), its shape and its place."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,7 +54,7 @@ class StoredTensor:
 class SafetensorsFile:
     """An open safetensors file, made by `open_safetensors`.
 
-    `tensors` maps names to what is stored, and `metadata` is the text that whoever wrote the file put into its header.
+    `tensors` maps names to `StoredTensor`. `metadata` has the texts that the writer of the file put into its header.
     """
 
     def __init__(self, path: str, file: BufferedReader, mapping: mmap.mmap) -> None:
@@ -69,18 +64,18 @@ class SafetensorsFile:
         self._mapping = mapping
 
     def read(self, name: str, dtype: npt.DTypeLike | None = None) -> NumpyArray:
-        """One tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
+        """Return one tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
 
-        Mapped, not copied, where the file holds that very dtype at an aligned place; such an array outlives the
-        closing of the file and its replacement by another under the same name. Raises `CheckpointError` where a value
-        is too large for `dtype`, or the file has become shorter.
+        It is mapped, not copied, where the file holds that dtype at an aligned place. Such an array stays valid when
+        the file is closed or replaced by another of the same name. Raises `CheckpointError` where a value is too large
+        for `dtype`, or the file has become shorter.
         """
         tensor = self.tensors[name]
         on_disk = _ON_DISK[tensor.dtype]
         stored: np.dtype[Any] = np.dtype(np.float32) if tensor.dtype == "BF16" else on_disk
         wanted: np.dtype[Any] = stored if dtype is None else np.dtype(dtype)
-        # NumPy copies a misaligned matrix at every product, 3-4 times slower: better once, here. The published
-        # GPT-2 files are misaligned throughout, their headers being of odd length.
+        # NumPy copies a misaligned matrix at every product, which is 3-4 times slower than one copy here. All tensors
+        # of the published GPT-2 files are misaligned, because their headers are of odd length.
         if wanted == on_disk and tensor.start % on_disk.itemsize == 0:
             n_values = math.prod(tensor.shape)
             return np.frombuffer(self._mapping, on_disk, n_values, tensor.start).reshape(tensor.shape)
@@ -89,16 +84,18 @@ class SafetensorsFile:
             array = _widen(array)
         if array.dtype != wanted:
             array = self._convert(name, array, wanted)
-        array.flags.writeable = False  # like a mapped one, so that no caller comes to depend on the alignment
+        array.flags.writeable = (
+            False  # like a mapped one: whether it can be written to must not depend on the alignment
+        )
         return array
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of one tensor as they lie in the file, mapped."""
+        """Return the bytes of one tensor as they are in the file, mapped."""
         tensor = self.tensors[name]
         return memoryview(self._mapping)[tensor.start : tensor.end]
 
     def _read_aligned(self, tensor: StoredTensor, on_disk: np.dtype[Any]) -> NumpyArray:
-        # Read, not copied out of the map: the map's pages would count as resident memory a second time.
+        # Read, not copied out of the map: the pages of the map would count as resident memory too.
         array = _aligned_empty(tensor.shape, on_disk)
         self._file.seek(tensor.start)
         if self._file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -126,8 +123,8 @@ def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
             _check(path)
             yield SafetensorsFile(path, file, mapping)
         finally:
-            with suppress(BufferError):  # arrays that are mapped: then it closes with the last of them
-                mapping.close()  # Windows deletes and replaces no file that is mapped
+            with suppress(BufferError):  # mapped arrays still exist: the map closes with the last of them
+                mapping.close()  # Windows neither deletes nor replaces a mapped file
 
 
 def write_safetensors(
@@ -138,14 +135,14 @@ def write_safetensors(
 ) -> str:
     """Write a safetensors file, one tensor in memory at a time, and return the SHA-256 of the file, in hexadecimal.
 
-    `tensors` maps each name to the format's name of its dtype (one of `FLOATS`) and its shape; `read(name)` its bytes,
-    C-contiguous and little-endian, as anything with the buffer protocol. Every tensor begins at a multiple of its item
-    size, and of 64 bytes where the sizes of those before it allow. What is written is on the disk when this returns;
-    a failure leaves part of the file, so give a temporary name, and rename it.
+    `tensors` maps each name to the format's name of its dtype (one of `FLOATS`) and its shape. `read(name)` returns its
+    bytes, C-contiguous and little-endian, as an object with the buffer protocol. Every tensor begins at a multiple of
+    its item size, and of 64 bytes where the sizes of those before it allow. The file is on the disk when this returns.
+    A failure leaves part of the file, so give a temporary name, and rename it.
 
     Raises `CheckpointError` where `read` gives another number of bytes, `OSError` as `open` does.
     """
-    # The wide dtypes first, as the safetensors library does it: an odd number of float16 would misalign a float32.
+    # Wide dtypes come first, as in the safetensors library: an odd number of float16 would misalign a float32.
     stored = dict(sorted(tensors.items(), key=lambda item: -_ON_DISK[item[1][0]].itemsize))
     digest = hashlib.sha256()
     with open(path, "wb") as file:
@@ -158,55 +155,12 @@ def write_safetensors(
         for name, (dtype, shape) in stored.items():
             _write_tensor(name, read(name), n_bytes(dtype, shape), write)
         file.flush()
-        os.fsync(file.fileno())  # or a power cut after the renaming could leave a name without its bytes
+        os.fsync(file.fileno())  # else a power cut after the renaming could leave a name without its bytes
     return digest.hexdigest()
 
 
-@contextmanager
-def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `CheckpointError`, which names the file, where its file system cannot map files into memory."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_MAPPING:
-            raise
-        raise CheckpointError(
-            f"{path} is on a file system that cannot map files into memory ({error.strerror}); copy its directory to a "
-            f"local disk, and use the copy"
-        ) from error
-
-
-@contextmanager
-def open_regular(path: str) -> Iterator[BufferedReader]:
-    """Open a file for reading bytes; a directory, a pipe, and a pointer of Git LFS are a `CheckpointError`."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
-    with open(path, "rb") as file:
-        if problem := lfs_problem(file.peek(len(_LFS_POINTER)), path):
-            raise CheckpointError(problem)
-        yield file
-
-
-def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
-    """Return the message for a file that begins with `content`, where it is a pointer of Git LFS; else None."""
-    if not content.startswith(_LFS_POINTER):
-        return None
-    return f"{path} is only a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
-
-
-def parse_json(text: bytes, path: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises `CheckpointError` for anything else, and for a name that is there twice."""
-    try:
-        value = json_text.parse(text, unique=True)
-    except JsonError as error:
-        raise CheckpointError(f"{path} holds malformed JSON ({error}); fetch or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object but {value!r:.80}; fetch or save it again")
-    return value
-
-
 def _check(path: str) -> None:
-    """Let the library compare header and file: lengths, dtypes, shapes, places without gap or overlap."""
+    """Let the library check the header against the file: lengths, dtypes, shapes, places without gap or overlap."""
     try:
         with safe_open(path, framework="np"):
             pass
@@ -218,7 +172,7 @@ def _map(path: str, file: BufferedReader) -> mmap.mmap:
     try:
         with mapping_errors(path):
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:  # so it calls an empty file
+    except ValueError as error:  # raised for an empty file
         raise _damaged(path, error) from error
 
 
@@ -239,7 +193,7 @@ def _parse_header(path: str, mapping: mmap.mmap) -> tuple[dict[str, StoredTensor
 
 
 def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The length, and the JSON, padded so that the tensors begin at a multiple of `_ALIGNMENT`."""
+    """Return the length and the JSON, padded so that the tensors begin at a multiple of `_ALIGNMENT`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -259,11 +213,11 @@ def _write_tensor(name: str, data: Any, n_bytes: int, write: Callable[[memoryvie
     with memoryview(data) as view:
         if view.nbytes != n_bytes:
             raise CheckpointError(f"{name!r:.80} has {view.nbytes} bytes instead of {n_bytes}")
-        if n_bytes == 0:  # and a view with a zero in its shape cannot be cast
+        if n_bytes == 0:  # a view with a zero in its shape cannot be cast
             return
         with view.cast("B") as content:
-            for start in range(0, n_bytes, _PIECE):
-                write(content[start : start + _PIECE])
+            for start in range(0, n_bytes, _WRITTEN_BYTES):
+                write(content[start : start + _WRITTEN_BYTES])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray:
@@ -274,7 +228,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray:
 
 
 def _widen(bfloat16: NumpyArray) -> NumpyArray:
-    """Float32 from bfloat16, which is the upper half of the float32 of the same value."""
+    """Return bfloat16 values as float32. The bits of a bfloat16 are the upper half of that float32."""
     bits = _aligned_empty(bfloat16.shape, np.dtype(np.uint32))
     bits[...] = bfloat16
     bits <<= 16

@@ -1,10 +1,10 @@
-"""The command line, thin: parse, call the library, print.
+"""The command line: parse options, call the library, print.
 
-One file for each command. `group.py` finds the command, `options.py` has what several commands share, `prompts.py`
-and `prompt_files.py` say where prompts come from, and `output.py` writes: the continuation to stdout, everything else
-to stderr.
+Each command has one file, and `group.py` finds it. Several commands share `options.py`, `loading.py` (the model),
+`prompts.py` and `prompt_files.py` (where prompts come from) and `output.py`, which writes results to stdout and
+everything else to stderr.
 
-Nothing is imported here but what Python has loaded already, so that Ctrl-C is handled before NumPy is imported.
+This module imports only what Python has already loaded, so that Ctrl-C is handled before NumPy is imported.
 """
 
 import errno
@@ -13,28 +13,29 @@ import sys
 
 
 def main() -> None:
-    """Run the command and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    """Run the command and exit with its code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     try:
         import gc
 
         from gpt_xp.cli.interrupts import let_interrupt_exit, resend_interrupt
 
         sys.unraisablehook = resend_interrupt
-        gc.set_threshold(50_000)  # to look for garbage in a tokenizer, 100 000 objects, while it is made takes 20 ms
+        # Garbage collection would take 20 ms while a tokenizer of 100 000 objects is made.
+        gc.set_threshold(50_000)
         code = run()
         let_interrupt_exit()
 
         from gpt_xp.cli.output import settle_stderr
 
         settle_stderr()
-        gc.freeze()  # or Python would look through all of JAX for garbage at the end, for 0.3 s
-    except KeyboardInterrupt:  # in the few milliseconds around `run`
+        gc.freeze()  # Otherwise Python would spend 0.3 s on garbage in JAX at the end.
+    except KeyboardInterrupt:  # It came in the few milliseconds before or after `run`.
         os._exit(130)
     sys.exit(code)
 
 
 def run() -> int:
-    """Run the command with the arguments of this process, and return its exit code: the one edge of all errors."""
+    """Run the command with the arguments of this process; turn its errors into messages, and return its exit code."""
     from gpt_xp.cli.interrupts import exit_on_interrupt
 
     with exit_on_interrupt():
@@ -48,14 +49,14 @@ def run() -> int:
     try:
         with notes_of_warnings():
             return cli.main(prog_name="gpt-xp", standalone_mode=False) or 0
-    except click.Abort:  # so click calls a KeyboardInterrupt, after a newline on stderr
+    except click.Abort:  # click raises this for a KeyboardInterrupt, after a newline on stderr.
         return 130
     except click.UsageError as error:
         error.show()
         return error.exit_code
     except (GptXpError, click.ClickException) as error:
         note(f"error: {error}")
-    except OSError as error:  # of a disk that is full, or a file that cannot be read
+    except OSError as error:  # The disk is full, or a file cannot be read.
         discard_stdout()
         what = error if error.filename or error.errno != errno.ENOSPC else f"cannot write to stdout: {error.strerror}"
         note(f"error: {what}")

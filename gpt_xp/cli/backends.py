@@ -1,4 +1,4 @@
-"""`gpt-xp backends`: which array libraries are here, how to get the others, and what to expect of them."""
+"""`gpt-xp backends`: list the array libraries, their devices, and how to install those that are missing."""
 
 import dataclasses
 
@@ -8,43 +8,43 @@ from gpt_xp.backend import BackendInfo, DeviceInfo
 from gpt_xp.cli.options import CONTEXT, flag, json_option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
-from gpt_xp.hardware import Diagnosis, Outlook, diagnose
+from gpt_xp.hardware import BackendReport, ModelFit, report_on_backends
 from gpt_xp.registry import backends as find_backends
 from gpt_xp.registry import default_backend
 from gpt_xp.reporting.text import table, wrapped
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@flag("--verbose", help="Tell what makes runs differ, which models fit, and the fastest decode that memory allows.")
+@flag("--verbose", help="Also show settings, which models fit, and the fastest decode that memory allows.")
 @json_option
 def backends(verbose: bool, as_json: bool) -> None:
-    """Show the array libraries to compute with, their devices, and what is missing."""
+    """List the array libraries, their devices, and how to install those that are missing."""
     with waiting("looking for devices"):
         found = sorted(find_backends(), key=lambda info: info.name)
     with waiting("measuring"):
-        diagnoses = diagnose(found) if verbose else []
+        reports = report_on_backends(found) if verbose else []
     default = default_backend()
     if as_json:
         record = {"default": default, "backends": [dataclasses.asdict(info) for info in found]}
-        write_json(record | ({"diagnoses": list(map(dataclasses.asdict, diagnoses))} if verbose else {}))
+        write_json(record | ({"diagnoses": list(map(dataclasses.asdict, reports))} if verbose else {}))
         return
     header = ("", "backend", "installed", "devices")
     write(table([header, *(row for info in found for row in _rows(info, default))]))
     write("* the default; choose another with --backend or GPT_XP_BACKEND\n")
-    write("".join(map(_diagnosis, diagnoses)))
-    if diagnoses:
+    write("".join(map(_report, reports)))
+    if reports:
         write(f"\n{EXPLANATION}")
 
 
 EXPLANATION = """\
-Under each dtype: GB for the params and the cache of one row at full context;
-whether the device has them; and the most tokens a second to be decoded in one
-row at that bandwidth, as each of them takes reading all the params once.
+Under each dtype: the GB of the params and of the cache of one row at full
+context; whether they fit the device; and the most tokens per second in one row
+at that bandwidth, because each token reads all params once.
 """
 
 
 def _rows(info: BackendInfo, default: str) -> list[tuple[str, ...]]:
-    """Return a line for each device; the first says which backend it is."""
+    """Return a row for each device; the first has the name of the backend."""
     lines = list(map(_device, info.devices))
     if info.problem:
         lines += [info.problem, *([info.fix] if info.fix else [])]
@@ -58,7 +58,7 @@ def _device(device: DeviceInfo) -> str:
     return f"{device.name} ({device.kind}{memory})"
 
 
-def _diagnosis(found: Diagnosis) -> str:
+def _report(found: BackendReport) -> str:
     if found.problem is not None:
         return "\n" + wrapped(f"{found.backend}: {found.problem}")
     assert found.device
@@ -68,12 +68,12 @@ def _diagnosis(found: Diagnosis) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in found.settings.items())
     columns: dict[str, list[str]] = {}
     for each in found.models:
-        columns.setdefault(each.dtype, [each.dtype]).append(_outlook(each))
+        columns.setdefault(each.dtype, [each.dtype]).append(_fit(each))
     names = ["  model", *(f"  {name}" for name in dict.fromkeys(each.model for each in found.models))]
     return "\n" + wrapped(f"{reads}; {settings}") + table(list(zip(names, *columns.values(), strict=True)))
 
 
-def _outlook(each: Outlook) -> str:
+def _fit(each: ModelFit) -> str:
     fits = {True: "yes", False: "no", None: "?"}[each.fits]
     limit = f"{each.decode_limit:.1f}" if each.decode_limit < 10 else f"{each.decode_limit:.0f}"
     return f"{each.needed / 1e9:4.1f} {fits:3} {limit:>5}"

@@ -1,28 +1,28 @@
-"""`gpt-xp --prompt-file`: continue many prompts, some at a time, and print JSON lines."""
+"""`gpt-xp --prompt-file`: continue many prompts in batches, and print JSON lines."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gpt_xp.cli.output import progress, write_json
-from gpt_xp.cli.prompt_files import Line
-from gpt_xp.cli.report import about, continuation, everything, figures
+from gpt_xp.cli.output import progress_bar, write_json
+from gpt_xp.cli.prompt_files import PromptLine
+from gpt_xp.cli.report import continuation_fields, session_fields, shared_fields, stats_fields
 from gpt_xp.cli.session import Session
 from gpt_xp.errors import DeviceMemoryError, GptXpError, NumericalError, PromptError
 from gpt_xp.generation.results import Generation, Stats
 
 
-def refuse_errors(lines: Iterable[Line]) -> None:
-    """Raise the error of the first line that has one."""
+def refuse_errors(lines: Iterable[PromptLine]) -> None:
+    """Raise the error of the first line that has an error."""
     for line in lines:
         if line.error is not None:
             raise PromptError(f"{line.place}: {line.error}")
 
 
-def checked(session: Session, line: Line) -> Line:
-    """Return the line, with an `error` if the model cannot continue its prompt."""
+def checked(session: Session, line: PromptLine) -> PromptLine:
+    """Return the line, with an `error` where the model cannot continue its prompt."""
     try:
         if line.prompt is not None and line.error is None:
-            session.stream(line.prompt)  # checks at once, and generates only when it is iterated
+            session.stream(line.prompt)  # This only checks: text is generated when the iterator is used.
     except GptXpError as error:
         return replace(line, error=str(error))
     return line
@@ -30,10 +30,10 @@ def checked(session: Session, line: Line) -> Line:
 
 @dataclass
 class Batches:
-    """Continues lines, batch by batch, and prints what comes out: results, errors in their places, statistics.
+    """Continues lines batch by batch, and prints a JSON line for each result, error and batch.
 
     With `full`, each result has the settings and the statistics of its batch. Without, the settings are the first line,
-    and the statistics of a batch are a line after its results. With `strict`, an error ends it.
+    and the statistics of a batch follow its results. With `strict`, an error ends everything.
     """
 
     session: Session
@@ -41,24 +41,24 @@ class Batches:
     full: bool
     strict: bool
     stats: list[Stats] = field(default_factory=list)  # of each batch
-    n_failed: int = 0  # lines
+    n_failed: int = 0  # lines with an error
 
-    def run(self, lines: Sequence[Line], batch_size: int) -> None:
+    def run(self, lines: Sequence[PromptLine], batch_size: int) -> None:
         """Print a line of JSON for each sample of each line, in order."""
-        if self.strict:
-            refuse_errors(checked(self.session, line) for line in lines)  # before any work that could be lost
+        if self.strict:  # All lines are checked before any work is done.
+            refuse_errors(checked(self.session, line) for line in lines)
         if not self.full:
-            write_json({"type": "settings", **about(self.session)})
-        with progress(len(lines), "prompt") as bar:
+            write_json({"type": "settings", **session_fields(self.session)})
+        with progress_bar(len(lines), "prompt") as bar:
             for begin in range(0, len(lines), batch_size):
                 batch = lines[begin : begin + batch_size]
                 self._continue([checked(self.session, line) for line in batch])
                 bar.update(len(batch))
 
-    def _continue(self, batch: Sequence[Line]) -> None:
+    def _continue(self, batch: Sequence[PromptLine]) -> None:
         try:
             results = self.session.generate([str(line.prompt) for line in batch if line.error is None])
-        except (DeviceMemoryError, NumericalError) as error:  # perhaps for one of them alone
+        except (DeviceMemoryError, NumericalError) as error:  # Perhaps only one of the lines causes it.
             if self.strict:
                 raise
             if len(batch) == 1:
@@ -69,20 +69,20 @@ class Batches:
         else:
             self._print(batch, results)
 
-    def _print(self, batch: Sequence[Line], results: Sequence[Generation]) -> None:
+    def _print(self, batch: Sequence[PromptLine], results: Sequence[Generation]) -> None:
         each = iter(results)
         for line in batch:
-            place = {"file": line.file, "line": line.number, "prompt": line.prompt}
-            place |= {} if line.input is None else {"input": line.input}
+            source = {"file": line.file, "line": line.number, "prompt": line.prompt}
+            source |= {} if line.input is None else {"input": line.input}
             if line.error is not None:
                 self.n_failed += 1
-                write_json({"type": "error", **place, "error": line.error})
+                write_json({"type": "error", **source, "error": line.error})
                 continue
             for sample in range(self.session.settings.num_samples):
                 result = next(each)
-                more = everything(self.session, result) if self.full else {}
-                write_json({"type": "result", **place, **continuation(sample, result, self.logprobs), **more})
+                more = shared_fields(self.session, result) if self.full else {}
+                write_json({"type": "result", **source, **continuation_fields(sample, result, self.logprobs), **more})
         if results:
             self.stats.append(results[0].stats)
             if not self.full:
-                write_json({"type": "batch", **figures(results[0].stats)})
+                write_json({"type": "batch", **stats_fields(results[0].stats)})

@@ -1,4 +1,4 @@
-"""`gpt-xp bench`: how fast one model is on several array libraries."""
+"""`gpt-xp bench`: measure how fast one model is on several array libraries."""
 
 import functools
 from pathlib import Path
@@ -14,7 +14,7 @@ from gpt_xp.hub.find import find_model
 
 
 def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
-    """Return the numbers in a list with commas; they must be whole, and above 0."""
+    """Return the numbers that commas separate. Fail where one is not a whole number above 0."""
     return None if value is None else [COUNT(each, param, ctx) for each in names(value)]
 
 
@@ -23,7 +23,7 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     "--backends",
     of="bench",
     metavar="NAMES",
-    help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that are here]',
+    help='Such as numpy,numpy+int8,torch@cuda ("+": quantized, "@": a device).  [default: all that can be used]',
 )
 @option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
 @model_option
@@ -31,19 +31,26 @@ def counts(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     "--context",
     metavar="NUMBERS",
     callback=counts,
-    help="Tokens of a prompt, such as 16,128,512.  [default: three that suit the model]",
+    help="Tokens in a prompt, such as 16,128,512.  [default: three that suit the model]",
 )
-@option("--batch", metavar="NUMBERS", callback=counts, default="1", show_default=True, help="Prompts together: 1,8.")
+@option(
+    "--batch",
+    metavar="NUMBERS",
+    callback=counts,
+    default="1",
+    show_default=True,
+    help="Prompts in a batch, such as 1,8.",
+)
 @option(
     "-n",
     "--max-tokens",
     of="bench",
     metavar="N",
     type=COUNT,
-    help="Generated from each prompt.  [default: 17, or what fits]",
+    help="Tokens to generate from each prompt.  [default: 17, or as many as fit]",
 )
-@option("--rounds", metavar="N", type=COUNT, default=7, show_default=True, help="Turns that each contender has.")
-@option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.  [default: as many as there are cores]")
+@option("--rounds", metavar="N", type=COUNT, default=7, show_default=True, help="Turns of each contender.")
+@option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.  [default: the number of cores]")
 @json_option
 @flag("--markdown", help="Print tables in Markdown.")
 @option(
@@ -69,10 +76,10 @@ def bench(
     markdown: bool,
     plot: str | None,
 ) -> None:
-    """Measure how fast a model is on several array libraries, in turn, and beside the bare matrix products.
+    """Measure how fast a model is on several array libraries, which take turns.
 
-    The logits of all are compared first. The exit code is 1 if they differ, if a backend fails, or if none can be
-    measured.
+    Each is compared with the matrix products alone (floor), the limit of the machine. The logits of all are compared
+    first. The exit code is 1 if they differ, if a backend fails, or if none can be measured.
     """
     from gpt_xp.benchmark import report
     from gpt_xp.benchmark.plot import save_plot
@@ -80,7 +87,7 @@ def bench(
 
     if plot is not None:
         check_plot(Path(plot))
-    find_model(model, offline=offline)  # a download shows its own bar
+    find_model(model, offline=offline)  # A download shows its own progress bar.
     found = gpt_xp.bench(
         None if backends is None else names(backends), model, dtypes=names(dtypes), context=context, batch=batch,
         max_tokens=max_tokens, rounds=rounds, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
@@ -97,7 +104,7 @@ def bench(
 @click.command("bench-worker", hidden=True)
 @click.argument("job")
 def bench_worker(job: str) -> None:
-    """Be one contender of a benchmark, which JOB describes in JSON: what `gpt_xp.benchmark` starts for each."""
+    """Run one contender of a benchmark, which JOB describes in JSON. `gpt_xp.bench` starts this process."""
     from gpt_xp.benchmark.contenders import make
     from gpt_xp.benchmark.worker import serve
 

@@ -1,4 +1,4 @@
-"""`gpt-xp compare`: one model on several array libraries, and by how much they differ."""
+"""`gpt-xp compare`: show how far the results of several array libraries differ for one model."""
 
 import functools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from gpt_xp.hub.find import find_model
     "--backends",
     of="compare",
     metavar="NAMES",
-    help='Such as numpy,jax@cpu ("@": a device).  [default: all that are here]',
+    help='Such as numpy,jax@cpu ("@": a device).  [default: all that can be used]',
 )
 @option("--dtypes", metavar="NAMES", default="float32", show_default=True, help="Such as float32,bfloat16.")
 @model_option
@@ -31,7 +31,7 @@ from gpt_xp.hub.find import find_model
     type=COUNT,
     default=32,
     show_default=True,
-    help="Generated from each prompt.",
+    help="Tokens to generate from each prompt.",
 )
 @option(
     "--seed",
@@ -40,11 +40,11 @@ from gpt_xp.hub.find import find_model
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of the sampled tokens.",
+    help="Seed of the sampled tokens.",
 )
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU.")
 @json_option
-@flag("--layers", help="Show the error after each layer too.")
+@flag("--layers", help="Also show the error after each layer.")
 @flag("--markdown", help="Print tables in Markdown.")
 @option(
     "--plot",
@@ -69,9 +69,10 @@ def compare(
     markdown: bool,
     plot: str | None,
 ) -> None:
-    """Run a model on several array libraries, and show by how much they differ from float64 on NumPy.
+    """Run a model on several array libraries, and show how far they differ from float64 on NumPy.
 
-    Without PROMPT it is a fixed set of prompts. The exit code is 1 if a backend is outside the tolerance of its dtype.
+    Without PROMPT, a fixed set of prompts is used. The exit code is 1 if a backend is outside the tolerance of its
+    dtype.
     """
     from gpt_xp.comparison import report
     from gpt_xp.comparison.plot import save_plot
@@ -79,7 +80,7 @@ def compare(
 
     if plot is not None:
         check_plot(Path(plot))
-    find_model(model, offline=offline)  # a download shows its own bar
+    find_model(model, offline=offline)  # A download shows its own progress bar.
     found = gpt_xp.compare(
         None if backends is None else names(backends), model, prompts or None, dtypes=names(dtypes),
         max_tokens=max_tokens, seed=seed, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
@@ -96,7 +97,7 @@ def compare(
 @click.command("compare-backend", hidden=True)
 @click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare_backend(job: Path) -> None:
-    """Do one backend's part of a comparison: what `gpt_xp.compare` starts for each."""
+    """Run one backend of a comparison. `gpt_xp.compare` starts this process."""
     from gpt_xp.comparison.worker import work
 
     work(job)

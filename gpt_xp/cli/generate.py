@@ -10,27 +10,28 @@ from typing import Any
 import click
 
 from gpt_xp.cli.batch import Batches, refuse_errors
-from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, output_options, sampling_options, tell_no_effect
-from gpt_xp.cli.output import is_terminal, note, progress, waiting, write, write_json
+from gpt_xp.cli.loading import load_model
+from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, note_no_effect, output_options, sampling_options
+from gpt_xp.cli.output import is_terminal, note, progress_bar, waiting, write, write_json
 from gpt_xp.cli.prompt_files import read_prompt_files
-from gpt_xp.cli.prompts import PromptCommand, read_prompt
-from gpt_xp.cli.report import add_stats, continuation, everything, logprob_table, stats_line
-from gpt_xp.cli.session import Session, check_settings, load_model, tell_special_tokens
+from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
+from gpt_xp.cli.report import add_stats, continuation_fields, logprob_table, shared_fields, stats_line
+from gpt_xp.cli.session import Session, check_settings
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
 from gpt_xp.settings import GenerationSettings
 
-LOADING = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
-# The paragraphs after "\b" are not wrapped: a command must stay one that can be copied.
+LOADING_OPTIONS = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
+# click does not wrap the paragraphs after "\b", so that commands can be copied.
 EPILOG = """\
-Stdin is read where there is no PROMPT, or in place of a "-", which joins the two:
+Stdin is read where there is no PROMPT. A "-" stands for stdin, and joins it with PROMPT:
 
 \b
   cat play.txt | gpt-xp - "TL;DR:"
 
-After "--" everything is prompt. An option can also be set by a variable: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and
-GPT_XP_STOP holds a JSON list. picoGPT's --model_size and --models_dir are understood. For completion in bash
-(zsh_source and fish_source are for other shells):
+After "--" everything is prompt. A variable can set an option: GPT_XP_MAX_TOKENS=100 is --max-tokens 100, and
+GPT_XP_STOP holds a JSON list. picoGPT's --model_size and --models_dir work too. For completion in bash (zsh_source and
+fish_source are for other shells):
 
 \b
   eval "$(_GPT_XP_COMPLETE=bash_source gpt-xp)"
@@ -59,7 +60,7 @@ def generate(
     **settings: Any,
 ) -> None:
     """Continue PROMPT with GPT-2, and print the continuation and a newline."""
-    loading = {name: settings.pop(name) for name in LOADING}
+    loading = {name: settings.pop(name) for name in LOADING_OPTIONS}
     check_settings(settings)
     if words and is_from_variable(ctx, "prompt_file"):
         prompt_file = ()
@@ -73,10 +74,10 @@ def generate(
     if draw_seed:
         settings["seed"] = secrets.randbits(32)
     as_json = as_json or json_full
-    tell_what_does_nothing(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
+    note_options_without_effect(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
     session = Session(*load_model(**loading), GenerationSettings(**settings))
     prompts = [line.prompt for line in lines if line.prompt is not None] or [prompt]
-    tell_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
+    note_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
     if draw_seed and not as_json and not lines:
         note(f"seed {settings['seed']}")
 
@@ -93,7 +94,7 @@ def generate(
         if logprobs:
             click.echo("\n".join(logprob_table(session, result) for result in results), err=True, nl=False)
         all_stats = [results[0].stats]
-        tell_of_context(session, results)
+        note_full_context(session, results)
     if stats and all_stats:
         note(stats_line(session.name, add_stats(all_stats)))
     if n_failed:
@@ -102,27 +103,27 @@ def generate(
 
 
 def option_names(command: click.Command) -> set[str]:
-    """Return the names of the command's options, as Python would write them."""
+    """Return the names of the command's options, with underscores."""
     options = [each for each in command.params if isinstance(each, click.Option)]
     names = (name for each in options for name in each.opts if name.startswith("--"))
     return {name.removeprefix("--").replace("-", "_") for name in names}
 
 
-def tell_what_does_nothing(ctx: click.Context, settings: dict[str, Any], in_json: bool, from_file: bool) -> None:
-    """Say on stderr which options were typed, and have no effect beside the others."""
+def note_options_without_effect(ctx: click.Context, settings: dict[str, Any], in_json: bool, from_file: bool) -> None:
+    """Write a line to stderr for options on the command line that have no effect together with the others."""
     if settings["temperature"] == 0:
-        tell_no_effect(ctx, ("top_k", "top_p", "min_p", "seed"), "without a temperature: add --temperature 1")
+        note_no_effect(ctx, ("top_k", "top_p", "min_p", "seed"), "without a temperature: add --temperature 1")
     if in_json:
-        tell_no_effect(ctx, ("echo", "no_stream"), "on JSON")
+        note_no_effect(ctx, ("echo", "no_stream"), "on JSON")
     if not from_file:
-        tell_no_effect(ctx, ("batch_size", "strict"), "without --prompt-file")
+        note_no_effect(ctx, ("batch_size", "strict"), "without --prompt-file")
     for stop in settings["stop"] if is_typed(ctx, "stop") else ():
         if found := re.search(r"\\[nrt]", stop):
             note(f"--stop '{stop}' holds a backslash and a letter; in bash and zsh, $'{found[0]}' is the character")
 
 
-def tell_of_context(session: Session, results: Sequence[Generation]) -> None:
-    """Say on stderr where a continuation ended because the context was full."""
+def note_full_context(session: Session, results: Sequence[Generation]) -> None:
+    """Write a line to stderr where a continuation ended because the context was full."""
     full = [len(result.token_ids) for result in results if result.finish_reason == "context"]
     if full:
         asked = session.settings.max_tokens
@@ -132,7 +133,7 @@ def tell_of_context(session: Session, results: Sequence[Generation]) -> None:
 
 
 def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
-    """Print `start` and the continuation as it comes; whatever ends it, the line is ended too."""
+    """Print `start` and the continuation while it is generated, and in any case a newline at the end."""
     pieces = await_first(session.stream(prompt))
     write(start)
     try:
@@ -146,7 +147,7 @@ def stream_text(session: Session, prompt: str, start: str) -> list[Generation]:
 
 
 def print_text(session: Session, prompt: str, start: str) -> list[Generation]:
-    """Print each sample behind `start` when all are complete, or when Ctrl-C or an error ends them."""
+    """Print `start` and each sample when all are complete, or when Ctrl-C or an error ends them."""
     texts = [""] * session.settings.num_samples
     results: list[Generation] = []
     try:
@@ -165,18 +166,18 @@ def print_json(session: Session, prompt: str, logprobs: bool) -> list[Stats]:
             {
                 "type": "result",
                 "prompt": prompt,
-                **continuation(sample, result, logprobs),
-                **everything(session, result),
+                **continuation_fields(sample, result, logprobs),
+                **shared_fields(session, result),
             }
         )
     return [results[0].stats]
 
 
 def collect(session: Session, prompt: str, texts: list[str]) -> list[Generation]:
-    """Generate to the end, behind a progress bar; `texts` grows with each sample's text."""
+    """Generate all samples with a progress bar, and return them; add their text to `texts` on the way."""
     results = []
     pieces = await_first(session.stream(prompt))
-    with progress(len(texts) * (session.settings.max_tokens or 0), "token") as bar:
+    with progress_bar(len(texts) * (session.settings.max_tokens or 0), "token") as bar:
         for piece in pieces:
             texts[piece.index] += piece.text
             if piece.result is None:
@@ -187,14 +188,14 @@ def collect(session: Session, prompt: str, texts: list[str]) -> list[Generation]
 
 
 def await_first(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Return the same pieces when the first one is there: it takes as long as reading the prompt, and compiling."""
+    """Return the same pieces when the first one is there, after the prompt is read and everything is compiled."""
     with waiting("reading the prompt"):
         first = next(pieces)
     return itertools.chain([first], pieces)
 
 
 def layout(texts: Sequence[str]) -> str:
-    """Return one text as it is, several each under a line that says which it is."""
+    """Return a single text as it is, and several texts each under a line with its number."""
     if len(texts) == 1:
         return f"{texts[0]}\n"
     return "".join(f"--- sample {number} ---\n{text}\n" for number, text in enumerate(texts, start=1))

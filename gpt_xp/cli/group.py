@@ -1,4 +1,4 @@
-"""The command `gpt-xp`: a group of commands, the first of which need not be named."""
+"""The command `gpt-xp`: a group of commands; where none is named, it is `generate`."""
 
 from importlib import import_module
 
@@ -10,7 +10,8 @@ from gpt_xp.cli.options import CONTEXT
 from gpt_xp.cli.prompts import IMPLIED
 from gpt_xp.version import __version__
 
-# The other commands, and their modules, which are imported only when they are called: generating starts sooner.
+# The other commands and their modules. A module is imported when its command is called, so that generating starts
+# sooner.
 COMMANDS = {
     "backends": "backends",
     "bench": "bench",
@@ -26,7 +27,7 @@ COMMANDS = {
 
 
 class DefaultGroup(click.Group):
-    """A group with a default command, which gets all arguments that do not begin with a command's name."""
+    """A group with a default command, which runs where the first argument is not the name of a command."""
 
     def __init__(self, *, default: click.Command, **settings: object) -> None:
         super().__init__(**settings)  # type: ignore[arg-type]
@@ -38,7 +39,7 @@ class DefaultGroup(click.Group):
         return sorted({*self.commands, *COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of that name, imported now if it is not the default one."""
+        """Return the command of that name; import its module now unless it is the default."""
         if cmd_name in COMMANDS:
             module = import_module(f"gpt_xp.cli.{COMMANDS[cmd_name]}")
             command: click.Command = getattr(module, cmd_name.replace("-", "_"))
@@ -46,11 +47,11 @@ class DefaultGroup(click.Group):
         return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the name of the default command in front where no command is named."""
+        """Insert the name of the default command where no command is named."""
         own = {*self.list_commands(ctx), *ctx.help_option_names, "--version"}
-        if args[:1] == ["help"] and own.issuperset(args[1:2]):  # `gpt-xp help train`, as other tools have it
+        if args[:1] == ["help"] and own.issuperset(args[1:2]):  # `gpt-xp help train` works as in other tools.
             args = [*args[1:], "--help"]
-        # A shell that completes the first word may want a command or an option: see `shell_complete`.
+        # Where a shell completes the first word, it may be a command or an option: see `shell_complete`.
         completing = ctx.resilient_parsing and not args
         if not completing and not (args and args[0] in own):
             ctx.meta[IMPLIED] = True
@@ -73,7 +74,7 @@ class DefaultGroup(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete the first word: a command, or an option of the default command."""
         items = super().shell_complete(ctx, incomplete) + self.default.shell_complete(ctx, incomplete)
-        return list({item.value: item for item in items}.values())  # both have --help
+        return list({item.value: item for item in items}.values())  # Both have --help.
 
 
 cli = DefaultGroup(

@@ -1,4 +1,4 @@
-"""Ctrl-C, where Python's own way does not do: importing JAX, and callbacks."""
+"""Handle Ctrl-C where Python's default is not enough: while JAX is imported, and in callbacks."""
 
 import _thread
 import contextlib
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, with 130, while the body runs: where there is nothing yet to keep.
+    """Let Ctrl-C end the process at once with code 130 while the body runs. Use it where nothing can be lost.
 
-    A KeyboardInterrupt that is raised while NumPy or JAX is imported is swallowed there, or crashes the process.
+    A KeyboardInterrupt while NumPy or JAX is imported would be swallowed there, or crash the process.
     """
     changed = let_interrupt_exit()
     try:
@@ -24,7 +24,10 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def let_interrupt_exit() -> bool:
-    """Let Ctrl-C end the process at once from now on; return False where it is ignored, as behind nohup, or set."""
+    """Let Ctrl-C end the process at once from now on.
+
+    Return False, and change nothing, where Ctrl-C is ignored (as with nohup) or has another handler.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
     signal.signal(signal.SIGINT, exit_now)
@@ -33,7 +36,7 @@ def let_interrupt_exit() -> bool:
 
 @contextlib.contextmanager
 def ignore_interrupt() -> Iterator[None]:
-    """Let Ctrl-C do nothing while the body runs, which must be short: where half of it would be worse than all."""
+    """Ignore Ctrl-C while the body runs. Use it for short work that must not end in the middle."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -42,9 +45,12 @@ def ignore_interrupt() -> Iterator[None]:
 
 
 def resend_interrupt(lost: "sys.UnraisableHookArgs") -> None:
-    """Send a Ctrl-C again that came while a callback ran: Python drops those, and JAX has one in garbage collection."""
+    """Send a Ctrl-C again that was lost because it came while a callback ran.
+
+    Python drops such an interrupt, and JAX has a callback in garbage collection.
+    """
     if lost.exc_type is KeyboardInterrupt:
-        again = threading.Timer(0.01, _thread.interrupt_main)  # a little later, when the callback is over
+        again = threading.Timer(0.01, _thread.interrupt_main)  # It is sent a little later, when the callback is over.
         again.daemon = True
         again.start()
     else:
@@ -52,6 +58,6 @@ def resend_interrupt(lost: "sys.UnraisableHookArgs") -> None:
 
 
 def exit_now(signum: int, frame: object) -> None:
-    """End the process, as a handler of Ctrl-C: nothing is unwound, nothing cleaned up."""
-    os.write(2, b"\n")  # the terminal has written ^C
+    """End the process at once, without any cleanup. This is a signal handler for Ctrl-C."""
+    os.write(2, b"\n")  # The terminal has written ^C.
     os._exit(130)

@@ -1,10 +1,10 @@
-"""`gpt-xp models`: the models that are known by name, fetched, found, verified, removed."""
+"""`gpt-xp models`: list, fetch, find, verify and remove the models that have names."""
 
 from typing import Any, NoReturn
 
 import click
 
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
 from gpt_xp.environment import gpt_xp_home, gpt_xp_home_text
@@ -15,8 +15,8 @@ from gpt_xp.hub.published import MODELS, Published, find_published
 from gpt_xp.reporting.text import size, table
 
 EPILOG = """\
-Models are kept in GPT_XP_HOME (default: the user's cache folder). HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_CACHE are
-honoured, and so are HTTPS_PROXY and GPT_XP_OFFLINE=1.
+Models are kept in GPT_XP_HOME (default: the user's cache folder). The variables HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_CACHE, HTTPS_PROXY and GPT_XP_OFFLINE=1 are used too.
 """
 
 
@@ -24,7 +24,7 @@ honoured, and so are HTTPS_PROXY and GPT_XP_OFFLINE=1.
 @json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
-    """Show the models that are known by name, and which are here; fetch, find, verify or remove them."""
+    """List the models that have names, and which of them are here; fetch, find, verify or remove them."""
     if ctx.invoked_subcommand is None:
         show(as_json)
 
@@ -33,14 +33,14 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def list_models(ctx: click.Context, as_json: bool) -> None:
-    """Show the models that are known by name, and which are here."""
+    """List the models that have names, and which of them are here."""
     assert ctx.parent is not None
     show(as_json or ctx.parent.params["as_json"])
 
 
 @models.command(context_settings=CONTEXT)
 @click.argument("name")
-@click.option("--source", type=click.Choice(store.SOURCES), help="The Hub (default), or OpenAI's own bucket.")
+@click.option("--source", type=click.Choice(store.SOURCES), help="The Hub (default), or OpenAI's bucket.")
 def pull(name: str, source: str | None) -> None:
     """Fetch the model NAME, verify it, and print where it is."""
     model = get_published(name)
@@ -62,7 +62,7 @@ def path(name: str) -> None:
 @models.command(context_settings=CONTEXT)
 @click.argument("name")
 def rm(name: str) -> None:
-    """Remove what gpt-xp has fetched of the model NAME."""
+    """Remove the files of the model NAME that gpt-xp has fetched."""
     model = get_published(name)
     removed = store.remove(model)
     for folder in removed:
@@ -77,9 +77,9 @@ def rm(name: str) -> None:
 @click.argument("name", required=False)
 @click.pass_context
 def verify(ctx: click.Context, name: str | None) -> None:
-    """Read the files of the model NAME, or of all that are here, and compare their hashes with what they must be.
+    """Read the files of the model NAME, or of all models that are here, and check their hashes.
 
-    A damaged file is thrown away, and fetched again the next time the model is used.
+    A damaged file is removed, and fetched again the next time the model is used.
     """
     asked = [get_published(name)] if name else list(MODELS.values())
     found = [(model, copy) for model in asked for copy in store.stored(model)]
@@ -118,7 +118,7 @@ def _is_not_here(model: Published) -> NoReturn:
 
 
 def show(as_json: bool) -> None:
-    """Print the table, or the JSON, of what is known and what is here."""
+    """Print the models as a table or JSON."""
     records = [_record(model) for model in MODELS.values()] + [_bundled_record(name) for name in bundled()]
     if as_json:
         write_json(

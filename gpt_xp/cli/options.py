@@ -1,8 +1,8 @@
-"""The options that commands share, and those of generation.
+"""The options that several commands share, and those of generation.
 
-Each option can also be set by an environment variable, `GPT_XP_` and its long name in capitals; with the command's name
-between, where other commands have an option of that name that means something else. A variable is set once for many
-calls: where it does not apply to one, it is left aside without a word, unlike an option that is typed.
+An environment variable can set each option: `GPT_XP_` and the long name in capitals. The name of the command stands
+between them where another command has an option of that name with another meaning. A variable is set once for many
+calls. So it is silently ignored where it does not apply, unlike an option on the command line.
 """
 
 import os
@@ -27,10 +27,10 @@ Decorator = Callable[[Any], Any]
 
 
 class TextType(click.types.StringParamType):
-    """Any text that has a UTF-8 form. Python gives other bytes of an argument as lone surrogates."""
+    """Text that can be written as UTF-8. Python represents other bytes of an argument as lone surrogates."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the text; fail with advice for people who type."""
+        """Return the text; fail with advice where it is not UTF-8."""
         text = super().convert(value, param, ctx)
         try:
             text.encode()
@@ -50,7 +50,7 @@ TEXT = TextType()
 
 
 class StopType(TextType):
-    """Any text; in the environment a JSON list of texts, so that each may hold spaces and newlines."""
+    """Text; in an environment variable a JSON list of texts, so that they may hold spaces and newlines."""
 
     def split_envvar_value(self, rv: str) -> list[str]:
         """Return the texts in the value of an environment variable."""
@@ -64,18 +64,19 @@ class StopType(TextType):
 
 
 class Flag(Option):
-    """An option that is there or not. Any value of its variable sets it that does not say no."""
+    """An option without a value. Its variable sets it, unless the variable says no."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return "1" or "0", or None where the variable is not set."""
-        value = os.environ.get(str(self.envvar))  # click 8.2.0 gives "True" for every value
+        value = os.environ.get(str(self.envvar))  # click 8.2.0 would give "True" for every value.
         return str(int(is_yes(value))) if value else None
 
 
 def option(*names: str, of: str | None = None, cls: type[Option] = Option, **settings: Any) -> Decorator:
-    """Return `click.option` with the environment variable of that name.
+    """Return `click.option` with an environment variable for it.
 
-    `of` is the command's name, for an option that means something else in another command: then the variable has it.
+    `of` is the name of the command, for an option that has another meaning in another command. The name of the variable
+    then has it.
     """
     long = next(name for name in names if name.startswith("--"))
     variable = "_".join(["GPT_XP", *([of] if of else []), *long[2:].split("-")]).upper()
@@ -83,12 +84,12 @@ def option(*names: str, of: str | None = None, cls: type[Option] = Option, **set
 
 
 def flag(*names: str, **settings: Any) -> Decorator:
-    """Return an option that is there or not."""
+    """Return an option without a value."""
     return option(*names, cls=Flag, is_flag=True, **settings)
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Return several decorators as one; help lists their options in this order."""
+    """Return several decorators as one; the help lists their options in this order."""
 
     def decorate(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -107,7 +108,7 @@ model_option = together(
     flag("--offline", help="Never use the network."),
 )  # fmt: skip
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
-SPECIAL_TOKENS = "Read what spells a special token, such as <|endoftext|>, as that token and not as plain text."
+SPECIAL_TOKENS = "Read the spelling of a special token, such as <|endoftext|>, as that token and not as plain text."
 special_tokens_option = flag("--special-tokens", help=SPECIAL_TOKENS)
 loading_options = together(
     model_option,
@@ -120,11 +121,11 @@ loading_options = together(
     option("--device", metavar="NAME", help="A device of the backend, such as cpu, gpu or cuda:1."),
     option(
         "--dtype", metavar="DTYPE", type=DTYPES, default="float32", show_default=True,
-        help="float32, float64, or where the backend computes in it float16 or bfloat16.",
+        help="float32, float64, or where the backend computes in them float16 or bfloat16.",
     ),
     option(
         "--quantize", metavar="KIND", type=click.Choice(KINDS),
-        help="Keep the weights in 8 or 4 bits, int8 or int4: faster and smaller, and a little less exact.",
+        help="Keep the weights in 8 or 4 bits: int8 or int4. Faster and smaller, a little less exact.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
 )  # fmt: skip
@@ -135,30 +136,30 @@ sampling_options = together(
     ),
     option(
         "--temperature", metavar="X", type=float, default=0.0, show_default=True,
-        help="0 takes the likeliest token each time, 1 draws as the model says.",
+        help="0 takes the likeliest token each time, 1 draws with the model's probabilities.",
     ),
     option("--top-k", metavar="N", type=int, help="Draw from the N likeliest tokens (0: from all)."),
-    option("--top-p", metavar="P", type=float, help="Draw from the fewest tokens that P of the probability is in."),
+    option("--top-p", metavar="P", type=float, help="Draw from the fewest tokens with a total probability of P."),
     option("--min-p", metavar="P", type=float, help="Draw from tokens at least P times as likely as the likeliest."),
-    option("--repetition-penalty", metavar="X", type=float, help="Above 1: make tokens that were there less likely."),
+    option("--repetition-penalty", metavar="X", type=float, help="Above 1: make tokens of the text less likely."),
     option("--stop", multiple=True, type=StopType(), help="End before this text. May be given several times."),
-    option("--seed", metavar="N", type=int, help="Same seed, same text.  [default: drawn, and told on stderr]"),
+    option("--seed", metavar="N", type=int, help="Same seed, same text.  [default: random, shown on stderr]"),
     option("--num-samples", metavar="N", type=COUNT, default=1, show_default=True, help="Continue the prompt N times."),
     flag("--ignore-eos", help="Go on after an end token such as <|endoftext|>."),
     special_tokens_option,
-    flag("--speculate", help="Guess from repeats in the text and check several tokens at once: same text, sooner."),
+    flag("--speculate", help="Guess tokens from repeats in the text, and check several at once: same text, faster."),
 )  # fmt: skip
 output_options = together(
-    flag("--no-stream", help="Print the text at the end, on a terminal too."),
+    flag("--no-stream", help="Print the text when it is complete, on a terminal too."),
     flag("--echo", help="Print the prompt before its continuation."),
     flag("--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."),
     json_option,
     flag("--stats", help="Print a line of statistics to stderr."),
-    flag("--json-full", help="As --json; with --prompt-file, print the settings and statistics in each line."),
+    flag("--json-full", help="Like --json; with --prompt-file, print settings and statistics in each line."),
     option(
         "--prompt-file", metavar="FILE", type=FILE, multiple=True,
-        help="Continue every line of FILE (-: of stdin), and print JSON lines. All of them may be JSON objects "
-        "with a field `prompt` instead; their other fields are printed as `input`. Empty lines are skipped. A line "
+        help="Continue each line of FILE (-: of stdin), and print JSON lines. All lines may be JSON objects "
+        "with a field `prompt`; their other fields are printed as `input`. Empty lines are skipped. A line "
         "that cannot be continued has an `error`, and the exit code is 1. May be given several times.",
     ),
     flag("--strict", help="Print nothing if a line of --prompt-file cannot be continued."),
@@ -170,12 +171,12 @@ output_options = together(
 
 
 def names(text: str) -> list[str]:
-    """Return the names in a list with commas."""
+    """Return the names that commas separate."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def tell_no_effect(ctx: click.Context, names: Iterable[str], why: str) -> None:
-    """Say on stderr which of these options were typed, and do nothing."""
+def note_no_effect(ctx: click.Context, names: Iterable[str], why: str) -> None:
+    """Write a line to stderr that names those of the options that were given and have no effect."""
     options = [each for each in ctx.command.params if isinstance(each, Option) and each.name in names]
     typed = [each.long for each in options if is_typed(ctx, str(each.name))]
     if typed:

@@ -1,4 +1,4 @@
-"""Writing: results to stdout, everything else to stderr."""
+"""Write results to stdout, and everything else to stderr."""
 
 import contextlib
 import errno
@@ -20,11 +20,11 @@ from gpt_xp.errors import GptXpWarning
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-SCHEMA = 2  # of what --json prints; a change that can break a reader adds one
+SCHEMA = 2  # the version of the JSON that --json prints; a change that can break a reader adds one
 
 
 def write(text: str) -> None:
-    """Write to stdout at once. A reader that has gone away ends the command quietly."""
+    """Write to stdout at once. Where the reader of a pipe has gone, the command ends without a message."""
     try:
         if sys.stdout is None:
             raise OSError(errno.EBADF, "it is closed")
@@ -35,14 +35,17 @@ def write(text: str) -> None:
 
 
 def write_json(record: dict[str, Any]) -> None:
-    """Write one line of JSON, in ASCII: no terminal, pipe or code page can damage it."""
+    """Write one line of JSON in ASCII, which no terminal, pipe or code page can damage."""
     write(json.dumps({"schema": SCHEMA, **record}) + "\n")
 
 
 def write_json_list(record: dict[str, Any], name: str, items: Iterable[str]) -> None:
-    """Write one line of JSON as `write_json` does, with a list of items, JSON each, that may be longer than memory."""
+    """Write one line of JSON as `write_json` does, with a list `name` of items that need not fit into memory.
+
+    Each item is JSON text.
+    """
     write(json.dumps({"schema": SCHEMA, **record, name: []}).removesuffix("]}"))
-    write_many(f", {item}" if place else item for place, item in enumerate(items))
+    write_many(f", {item}" if index else item for index, item in enumerate(items))
     write("]}\n")
 
 
@@ -60,7 +63,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def notes_of_warnings() -> Iterator[None]:
-    """Write each `GptXpWarning` of the body as one line to stderr, even where Python turns warnings into errors."""
+    """Write each `GptXpWarning` of the body as one line to stderr, even where warnings are errors."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -76,12 +79,12 @@ def notes_of_warnings() -> Iterator[None]:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person is at the other end; a closed stream is None."""
+    """Return whether the stream is a terminal; a closed stream is None."""
     return stream is not None and stream.isatty()
 
 
-def progress(total: int | None, unit: str) -> "tqdm[NoReturn]":
-    """Return a bar on stderr, seen on a terminal only, and only from the second second on."""
+def progress_bar(total: int | None, unit: str) -> "tqdm[NoReturn]":
+    """Return a progress bar on stderr. It is shown only on a terminal, and only after one second."""
     from tqdm import tqdm
 
     hidden = not is_terminal(sys.stderr)
@@ -90,9 +93,9 @@ def progress(total: int | None, unit: str) -> "tqdm[NoReturn]":
 
 @contextlib.contextmanager
 def waiting(what: str, delay: float = 1, exit_at_once: bool = True) -> Iterator[None]:
-    """While the body runs: show on a terminal what takes so long, and let Ctrl-C end the process at once.
+    """While the body runs, show `what` on a terminal after `delay` seconds, and let Ctrl-C end the process at once.
 
-    Without `exit_at_once`, Ctrl-C is left to the body, which has something to clean up.
+    Without `exit_at_once`, Ctrl-C interrupts the body, which can clean up.
     """
     done = threading.Event()
 
@@ -117,19 +120,19 @@ def waiting(what: str, delay: float = 1, exit_at_once: bool = True) -> Iterator[
 
 
 def make_encodable() -> None:
-    """Let stdout show "?" for a character that its encoding lacks, instead of failing."""
+    """Let stdout show "?" for a character that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def discard_stdout() -> None:
-    """Throw away what is still to be written, or Python complains about it when it exits."""
+    """Discard unwritten output. Otherwise Python would complain about it when it exits."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def settle_stderr() -> None:
-    """Throw away what stderr no longer takes, as when the reader of a pipe has gone: or Python exits with 120."""
+    """Discard unwritten errors where stderr is closed. Otherwise Python would exit with code 120."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()
@@ -139,7 +142,7 @@ def settle_stderr() -> None:
 
 def _end(error: OSError) -> NoReturn:
     discard_stdout()
-    # Windows says EINVAL when the other end of a pipe is closed.
+    # Windows reports EINVAL when the other end of a pipe is closed.
     if error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL):
         raise click.exceptions.Exit(0) from None
     raise click.ClickException(f"cannot write to stdout: {error.strerror}") from None

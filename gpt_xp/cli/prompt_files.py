@@ -1,4 +1,4 @@
-"""The files of --prompt-file: a prompt on each line, as it is or in a JSON object."""
+"""Read the files of --prompt-file: each line is a prompt, or a JSON object with a prompt."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -13,13 +13,13 @@ from gpt_xp.tree import finite
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a prompt file: its prompt, or the error that there is in its place."""
+class PromptLine:
+    """A line of a prompt file: its prompt, or the error in its place."""
 
-    file: str  # as it was given; "-" is stdin
+    file: str  # as the user gave it; "-" is stdin
     number: int
     prompt: str | None = None
-    input: dict[str, Any] | None = None  # the other fields of a JSON object, None for plain text
+    input: dict[str, Any] | None = None  # the other fields of a JSON object; None for plain text
     error: str | None = None
 
     @property
@@ -28,12 +28,12 @@ class Line:
         return f"{_name(self.file)}, line {self.number}"
 
 
-def read_prompt_files(files: Sequence[str], options: Collection[str]) -> list[Line]:
-    """Return the lines of all files ("-": stdin), but the empty ones.
+def read_prompt_files(files: Sequence[str], options: Collection[str]) -> list[PromptLine]:
+    """Return the lines of all files ("-": stdin) except empty lines.
 
-    The lines of a file are JSON objects if its name ends in .jsonl or its first line is one; else they are prompts. A
-    line that holds no prompt has an `error`. Raises `TextError` for a file that cannot be read; `PromptError` for one
-    without a prompt, for one that is neither form, and for a field that bears the name of one of the `options`.
+    The lines of a file are JSON objects where its name ends in .jsonl or its first line is an object. Otherwise they
+    are prompts. A line without a prompt has an `error`. Raises `TextError` for a file that cannot be read;
+    `PromptError` for a file without prompts or in another form, and for a field with the name of one of the `options`.
     """
     each = (_read(file, read_bytes(source)) for file, source in zip(files, sources(files), strict=True))
     lines = [line for lines in each for line in lines]
@@ -47,7 +47,7 @@ def read_prompt_files(files: Sequence[str], options: Collection[str]) -> list[Li
     return lines
 
 
-def _read(file: str, data: bytes) -> list[Line]:
+def _read(file: str, data: bytes) -> list[PromptLine]:
     each = [(number, text) for number, text in enumerate(data.split(b"\n"), start=1) if text.strip()]
     if not each:
         raise PromptError(f"{_name(file)} holds no prompt: expected one a line")
@@ -58,14 +58,14 @@ def _read(file: str, data: bytes) -> list[Line]:
             "`jq -c` writes them"
         )
     is_json = file.endswith(".jsonl") or _is_object(first)
-    lines = [_line(Line(file, number), text.removesuffix(b"\r"), is_json) for number, text in each]
+    lines = [_line(PromptLine(file, number), text.removesuffix(b"\r"), is_json) for number, text in each]
     for line in lines:
         if not is_json and line.prompt is not None and _is_object(line.prompt):
             raise PromptError(f"{line.place} is a JSON object, and the first line is not: make all of them objects")
     return lines
 
 
-def _line(line: Line, data: bytes, is_json: bool) -> Line:
+def _line(line: PromptLine, data: bytes, is_json: bool) -> PromptLine:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -81,13 +81,13 @@ def _line(line: Line, data: bytes, is_json: bool) -> Line:
     if not isinstance(prompt, str):
         return replace(line, input=finite(fields), error=f'expected a JSON object with a text "prompt", not {text:.60}')
     line = replace(line, prompt=prompt, input=finite(fields))
-    if line.input != fields:  # Python reads more than it may write
+    if line.input != fields:  # Python reads NaN and infinity, which are not JSON.
         return replace(line, error="JSON has no NaN, no Infinity, and no number beyond 1e308")
     return line
 
 
 def _is_object(text: str) -> bool:
-    """Whether a line is meant as a JSON object."""
+    """Return whether a line is meant as a JSON object."""
     if not text.lstrip().startswith("{"):
         return False
     try:
@@ -99,7 +99,7 @@ def _is_object(text: str) -> bool:
 
 
 def _is_json(data: bytes) -> bool:
-    """Whether the whole file is one JSON list or object."""
+    """Return whether the whole file is one JSON list or object."""
     try:
         return isinstance(json_text.parse(data), dict | list)
     except JsonError:
@@ -107,7 +107,7 @@ def _is_json(data: bytes) -> bool:
 
 
 def _is_spread(data: bytes) -> bool:
-    """Whether the file begins with a JSON object or list that is laid out over several lines."""
+    """Return whether the file begins with a JSON object or list that spans several lines."""
     first = re.match(rb"\s*[\[{].*?^[\]}]", data, re.DOTALL | re.MULTILINE)
     return first is not None and _is_json(first[0])
 

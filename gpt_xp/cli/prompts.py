@@ -1,46 +1,48 @@
-"""Where a prompt comes from: the command line, stdin, or both."""
+"""Read a prompt from the command line, stdin, or both."""
 
 import array
 import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import click
 
 from gpt_xp.cli.output import is_terminal, note
 from gpt_xp.cli.wording import Command
+from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import Source, read_text, stdin
 
-IMPLIED = "gpt_xp.cli.implied"  # in ctx.meta: the command was not named
-LITERAL = "gpt_xp.cli.literal"  # in ctx.meta: how many words stand after `--`
+# Keys of ctx.meta.
+IMPLIED = "gpt_xp.cli.implied"  # true where the command was not named
+LITERAL = "gpt_xp.cli.literal"  # the number of words after `--`
 
 
 class PromptCommand(Command):
-    """A command that takes a prompt, and knows which words stand after `--`: there, "-" is not stdin."""
+    """A command that takes a prompt. A word "-" after `--` is a prompt, and not stdin."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Count the words after `--` before click takes it away."""
+        """Count the words after `--` before click removes it."""
         ctx.meta[LITERAL] = len(args) - args.index("--") - 1 if "--" in args else 0
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if error.possibilities:
                 raise
-            # Not a misspelt option, so perhaps none at all.
+            # It is not a misspelt option, so perhaps it is a prompt.
             message = f'{error.message} A prompt that begins with "-" goes after "--".'
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
 
 
 def read_prompt(ctx: click.Context, words: Sequence[str]) -> str:
-    """Return the prompt that `words` stand for; with none, and nothing to read, print the help and exit."""
+    """Return the prompt that `words` give. Without words, and with a terminal as stdin, print the help and exit."""
     if not words and is_terminal(sys.stdin):
         click.echo((ctx.find_root() if ctx.meta.get(IMPLIED) else ctx).get_help())
         ctx.exit()
     words = words or ("-",)
     n_plain = len(words) - ctx.meta[LITERAL]
-    is_stdin = [word == "-" and place < n_plain for place, word in enumerate(words)]
+    is_stdin = [word == "-" and index < n_plain for index, word in enumerate(words)]
     if n_plain:
         _hint_at_command(ctx, words[0])
     if is_stdin.count(True) > 1 or is_stdin.count(False) > 1:
@@ -49,9 +51,10 @@ def read_prompt(ctx: click.Context, words: Sequence[str]) -> str:
 
 
 def join_stdin(words: Sequence[str], is_stdin: Sequence[bool]) -> str:
-    """Return the words as one text, with stdin, less one newline at its end, in place of those that stand for it.
+    """Return the words as one text, with stdin in place of those for which `is_stdin` is true.
 
-    Raises `TextError` where stdin cannot be read or is not UTF-8, and a usage error where it leaves the text empty.
+    One newline at the end of stdin is removed. Raises `TextError` where stdin cannot be read or is not UTF-8, and a
+    usage error where the text is then empty.
     """
     if not any(is_stdin):
         note_unread_stdin()
@@ -66,7 +69,7 @@ def join_stdin(words: Sequence[str], is_stdin: Sequence[bool]) -> str:
 def sources(files: Sequence[str]) -> list[Source]:
     """Return the files, with stdin in place of "-".
 
-    Raises `TextError` where stdin is closed, and a usage error where it is there twice.
+    Raises `TextError` where stdin is closed, and a usage error where "-" is given twice.
     """
     if files.count("-") > 1:
         raise click.UsageError("stdin (-) can be read only once")
@@ -76,15 +79,15 @@ def sources(files: Sequence[str]) -> list[Source]:
 
 
 def note_unread_stdin() -> None:
-    """Write a line to stderr where stdin holds text, and the command reads it nowhere."""
+    """Write a line to stderr where stdin holds text that the command does not read."""
     if n_waiting() and not is_terminal(sys.stdin):
         note('stdin is not read: put "-" where its text belongs')
 
 
 def n_waiting() -> int:
-    """Return how many bytes can be read from stdin at once; 0 where that is not known, as on Windows."""
+    """Return how many bytes can be read from stdin at once; 0 where this is not known, as on Windows."""
     n_bytes = array.array("i", [0])
-    with contextlib.suppress(AttributeError, ImportError, OSError, ValueError):  # closed, or not a pipe or a file
+    with contextlib.suppress(AttributeError, ImportError, OSError, ValueError):  # stdin is closed, or no pipe or file.
         import fcntl
         import termios
 
@@ -92,7 +95,7 @@ def n_waiting() -> int:
     return n_bytes[0]
 
 
-# Words that other tools, or other places of this one, have for commands. Nobody means them as a prompt.
+# Words that are commands of other tools or subcommands of this one, and surely not meant as a prompt.
 ELSEWHERE = {
     "list": "gpt-xp models",
     "ls": "gpt-xp models",
@@ -107,7 +110,7 @@ ELSEWHERE = {
 
 
 def _hint_at_command(ctx: click.Context, word: str) -> None:
-    """Say so when the prompt may have been meant as a command; raise a usage error where it surely was."""
+    """Write a hint where the prompt may be meant as a command; raise a usage error where it surely is."""
     group = ctx.find_root().command
     if not (ctx.meta.get(IMPLIED) and isinstance(group, click.Group)):
         return
@@ -117,3 +120,16 @@ def _hint_at_command(ctx: click.Context, word: str) -> None:
         )
     for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
         click.echo(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}", err=True)
+
+
+def note_special_tokens(tokenizer: Tokenizer | None, texts: Iterable[str], special_tokens: bool) -> None:
+    """Write a line to stderr where a text spells a special token that is read as plain text."""
+    if special_tokens or tokenizer is None:
+        return
+    if spelled := next(filter(None, map(tokenizer.first_special, texts)), None):
+        note_plain_token(spelled)
+
+
+def note_plain_token(token: str) -> None:
+    """Write a line to stderr that this special token was read as plain text."""
+    note(f"{token} in the text is read as plain text; --special-tokens reads it as one token")

@@ -1,4 +1,4 @@
-"""What there is to say about a continuation: the JSON record, the line of statistics, the table of tokens."""
+"""Show a continuation: its JSON fields, the line of statistics, the table of tokens."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from gpt_xp.quantization import quantization_of
 from gpt_xp.reporting.text import table
 from gpt_xp.version import __version__
 
-ABOUT = ("backend", "device", "dtype", "quantize")  # fields of `Stats` that are the same for all batches
+SESSION_STATS = ("backend", "device", "dtype", "quantize")  # fields of `Stats` that are equal in all batches
 
 
-def continuation(sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
+def continuation_fields(sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
     """Return the JSON fields of one continuation."""
     return {
         "sample": sample,
@@ -26,12 +26,12 @@ def continuation(sample: int, result: Generation, logprobs: bool) -> dict[str, A
     }
 
 
-def everything(session: Session, result: Generation) -> dict[str, Any]:
-    """Return the JSON fields that a continuation shares with others: the settings, and `batch`, its batch's figures."""
-    return {**about(session), "batch": figures(result.stats)}
+def shared_fields(session: Session, result: Generation) -> dict[str, Any]:
+    """Return the JSON fields that a continuation shares with others: the session's, and `batch`, the statistics."""
+    return {**session_fields(session), "batch": stats_fields(result.stats)}
 
 
-def about(session: Session) -> dict[str, Any]:
+def session_fields(session: Session) -> dict[str, Any]:
     """Return the JSON fields that all continuations of a session share."""
     backend = session.model.backend
     return {
@@ -50,9 +50,9 @@ def about(session: Session) -> dict[str, Any]:
     }
 
 
-def figures(stats: Stats) -> dict[str, Any]:
-    """Return the JSON fields of a batch: statistics over all its rows."""
-    own = {name: value for name, value in dataclasses.asdict(stats).items() if name not in ABOUT}
+def stats_fields(stats: Stats) -> dict[str, Any]:
+    """Return the JSON fields of a batch: the statistics over all its rows."""
+    own = {name: value for name, value in dataclasses.asdict(stats).items() if name not in SESSION_STATS}
     return {
         **own,
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
@@ -90,14 +90,14 @@ def add_stats(each: Sequence[Stats]) -> Stats:
     return dataclasses.replace(
         each[0],
         **{field: total(field) for field in sums},
-        peak_memory_bytes=each[-1].peak_memory_bytes,  # it only grows
+        peak_memory_bytes=each[-1].peak_memory_bytes,  # The peak never falls.
     )
 
 
 def logprob_table(session: Session, result: Generation) -> str:
     """Return each token with its log probability and its probability."""
     tokenizer = session.model.tokenizer
-    assert tokenizer is not None  # `load` always reads one
+    assert tokenizer is not None  # `load` always reads a tokenizer.
     rows = [("id", "token", "logprob", "probability")]
     for token, logprob in zip(result.token_ids, result.logprobs, strict=True):
         rows.append((str(token), tokenizer.decoder[token], f"{logprob:.4f}", f"{math.exp(logprob):.4f}"))

@@ -1,4 +1,4 @@
-"""`gpt-xp score`: how likely a text is, and which continuation of a prompt is the likeliest."""
+"""`gpt-xp score`: show how likely a text is, or rank the continuations of a prompt."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gpt_xp.cli.loading import load_model
 from gpt_xp.cli.options import (
     CONTEXT,
     COUNT,
@@ -20,9 +21,8 @@ from gpt_xp.cli.options import (
     special_tokens_option,
     together,
 )
-from gpt_xp.cli.output import progress, waiting, write, write_json
-from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, sources
-from gpt_xp.cli.session import load_model, tell_special_tokens
+from gpt_xp.cli.output import progress_bar, waiting, write, write_json
+from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, note_special_tokens, sources
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.errors import SettingError, TokenizerError
 from gpt_xp.model import Model
@@ -35,12 +35,12 @@ from gpt_xp.tokenizer.text_files import read_text
 from gpt_xp.tree import finite
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
-OF_A_FILE = ("last", "convention", "window", "stride", "crops", "seed")  # options that say nothing to --choices
+FILE_OPTIONS = ("last", "convention", "window", "stride", "crops", "seed")  # options that --choices does not use
 EPILOG = """\
-Conventions: "huggingface" slides a window over the text and scores what is new in it, as transformers' page "Perplexity
-of fixed-length models" does; "lm-eval" scores every token once, the first from bos_token_id, as
-lm-evaluation-harness does; "nanogpt" scores random crops. Figures of one are not comparable with those of another.
-A choice that is a word of its own begins with a space, or the prompt ends with one.
+Conventions: "huggingface" slides a window over the text and scores the new tokens, as transformers' page "Perplexity of
+fixed-length models" does. "lm-eval" scores every token once, the first from bos_token_id, as lm-evaluation-harness
+does. "nanogpt" scores random crops. Figures of different conventions cannot be compared. If a choice is a separate
+word, begin it with a space, or end the prompt with one.
 """
 
 window_options = together(
@@ -50,12 +50,12 @@ window_options = together(
     ),
     option(
         "--convention", metavar="NAME", type=click.Choice(CONVENTIONS), default=CONVENTIONS[0], show_default=True,
-        help="How windows are laid over the text: huggingface, lm-eval or nanogpt.",
+        help="How the text is cut into windows: huggingface, lm-eval or nanogpt.",
     ),
     option("--window", metavar="N", type=COUNT, help="Tokens in a window.  [default: the model's context]"),
     option("--stride", metavar="N", type=COUNT, help="For huggingface: tokens between windows.  [default: half]"),
-    option("--crops", metavar="N", type=COUNT, help="For nanogpt: how many crops.  [default: 1000]"),
-    option("--seed", of="score", metavar="N", type=SEED, default=0, show_default=True, help="Of the crops."),
+    option("--crops", metavar="N", type=COUNT, help="For nanogpt: number of crops.  [default: 1000]"),
+    option("--seed", of="score", metavar="N", type=SEED, default=0, show_default=True, help="Seed of the crops."),
 )  # fmt: skip
 
 
@@ -67,9 +67,16 @@ window_options = together(
 @flag("--choices", help="Rank each CHOICE by how likely it is to follow PROMPT (-: stdin).")
 @option(
     "--by", metavar="WHAT", type=click.Choice(MEASURES), default=MEASURES[0], show_default=True,
-    help="Rank by the total log-probability, or by that per token or per byte.",
+    help="Rank by the total log-probability, or by the mean per token or per byte.",
 )  # fmt: skip
-@option("--batch-size", metavar="N", type=COUNT, default=8, show_default=True, help="Windows, or choices, at a time.")
+@option(
+    "--batch-size",
+    metavar="N",
+    type=COUNT,
+    default=8,
+    show_default=True,
+    help="Windows or choices that are computed together.",
+)
 @json_option
 @click.pass_context
 def score(
@@ -89,12 +96,12 @@ def score(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Print how well a model predicts the text in FILE (-: stdin): perplexities, bits per byte, and the like."""
+    """Print how well a model predicts the text in FILE (-: stdin), as perplexities and bits per byte."""
     if choices:
-        _refuse(ctx, OF_A_FILE, "says nothing to --choices")
+        _refuse(ctx, FILE_OPTIONS, "has no meaning with --choices")
         prompt = _prompt(ctx, arguments)
         name, model = load_model(**loading)
-        tell_special_tokens(model.tokenizer, [prompt, *arguments[1:]], special_tokens)
+        note_special_tokens(model.tokenizer, [prompt, *arguments[1:]], special_tokens)
         with waiting("scoring", exit_at_once=False):
             ranked = model.rank(prompt, arguments[1:], by=by, batch_size=batch_size, special_tokens=special_tokens)
         if as_json:
@@ -114,13 +121,13 @@ def score(
         if convention != owner and is_from_variable(ctx, name):
             windows[name] = None
     try:
-        Windows(**windows)  # its errors before a model is loaded
+        Windows(**windows)  # Its errors come before a model is loaded.
     except SettingError as error:
         raise click.UsageError(str(error)) from None
     file, text = _read(arguments)
     text = text[int((1 - last) * len(text)) :]
     name, model = load_model(**loading)
-    tell_special_tokens(model.tokenizer, [text], special_tokens)
+    note_special_tokens(model.tokenizer, [text], special_tokens)
     settings = {**windows, "batch_size": batch_size, "special_tokens": special_tokens}
     result, seconds = _score(model, text, settings)
     if as_json:
@@ -130,9 +137,9 @@ def score(
 
 
 def _score(model: Model, text: str, settings: dict[str, Any]) -> tuple[Score, float]:
-    """Score behind a progress bar; return the seconds that it took, too."""
+    """Score with a progress bar; return the score and the seconds that it took."""
     begin = time.perf_counter()
-    with progress(0, "token") as bar:
+    with progress_bar(0, "token") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -143,7 +150,7 @@ def _score(model: Model, text: str, settings: dict[str, Any]) -> tuple[Score, fl
 
 
 def _read(arguments: Sequence[str]) -> tuple[str, str]:
-    """Return the name and the text of the one file that is given, as it is."""
+    """Return the name and the text of the one file that is given."""
     if len(arguments) != 1:
         raise click.UsageError(f"give one FILE, or - for stdin, not {len(arguments)}; --choices ranks continuations")
     file = str(FILE(arguments[0]))
@@ -172,9 +179,12 @@ def _refuse(ctx: click.Context, names: Sequence[str], why: str) -> None:
 
 def _table(score: Score, seconds: float) -> str:
     windows = score.windows
-    laid = {"window": windows.window, "stride": windows.stride, "crops": windows.crops}
+    layout = {"window": windows.window, "stride": windows.stride, "crops": windows.crops}
     rows = [
-        ("convention", ", ".join([windows.convention, *(f"{name} {n}" for name, n in laid.items() if n is not None)])),
+        (
+            "convention",
+            ", ".join([windows.convention, *(f"{name} {n}" for name, n in layout.items() if n is not None)]),
+        ),
         ("tokens", f"{len(score.token_ids)}, {score.n_scored} scored"),
         ("words", str(score.n_words)),
         ("characters", str(score.n_characters)),
@@ -190,14 +200,14 @@ def _table(score: Score, seconds: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    assert value is not None  # the command's models have a tokenizer, and a text that is scored is not empty
+    assert value is not None  # All models of the command have a tokenizer, and a scored text is not empty.
     return f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
 
 
 def _choices_table(ranked: Sequence[RankedChoice]) -> str:
     rows = [["choice", "tokens", "log-probability", "per token", "per byte"]]
     for each in ranked:
-        assert each.logprob_per_byte is not None  # the choices are text
+        assert each.logprob_per_byte is not None  # The choices are text.
         figures = (f"{figure:.4f}" for figure in (each.logprob, each.logprob_per_token, each.logprob_per_byte))
         rows.append([json.dumps(each.choice, ensure_ascii=False), str(len(each.token_ids)), *figures])
     return table(rows)
@@ -240,7 +250,7 @@ def _choices(ranked: Sequence[RankedChoice], model: Model) -> list[dict[str, Any
 
 
 def _per_token(ids: Sequence[int], logprobs: Sequence[float], model: Model) -> list[dict[str, Any]]:
-    assert model.tokenizer is not None  # `load` always reads one
+    assert model.tokenizer is not None  # `load` always reads a tokenizer.
     texts = {id: _text(id, model.tokenizer) for id in set(ids)}
     return [{"id": id, "text": texts[id], "logprob": logprob} for id, logprob in zip(ids, logprobs, strict=True)]
 

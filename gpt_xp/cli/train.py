@@ -27,59 +27,65 @@ from gpt_xp.cli.options import (
     together,
 )
 from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
-from gpt_xp.cli.session import tell_spelled
+from gpt_xp.cli.prompts import note_plain_token
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
-from gpt_xp.training import Evaluation, Settings, Watcher
-from gpt_xp.training.loop import CHANGEABLE
-from gpt_xp.training.settings import SHAPE
+from gpt_xp.training.log import Evaluation, Watcher
+from gpt_xp.training.settings import CHANGEABLE, SHAPE, TrainingSettings
 from gpt_xp.training.state import is_begun
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-FILE = click.Path(exists=True, dir_okay=False)  # not stdin: the text is read more than once
+FILE = click.Path(exists=True, dir_okay=False)  # "-" is not allowed, because the text is read more than once.
 NUMBER = click.FloatRange(min=0)
 BELOW_ONE = click.FloatRange(min=0, max=1, max_open=True)
 
 
 def setting(name: str, kind: Any, help: str, **more: Any) -> Decorator:
-    """Return an option without a default of its own: that is the library's, and `--resume` must know what was given."""
+    """Return an option without a default, because the library has the defaults.
+
+    This also shows which options were given, which `--resume` needs.
+    """
     return option(name, type=kind, help=help, **{"metavar": "N" if kind is COUNT else "X"} | more)
 
 
 model_settings = together(
     setting("--from", str, "Start from a trained model: a name or a directory.", metavar="MODEL", setting="start"),
-    setting("--freeze", click.IntRange(min=0), "Keep the N lower blocks and the embeddings as they are.", metavar="N"),
+    setting("--freeze", click.IntRange(min=0), "Keep the N lower blocks and the embeddings unchanged.", metavar="N"),
     setting("--n-layer", COUNT, "From scratch: blocks.  [default: 6]"),
     setting("--n-head", COUNT, "From scratch: attention heads.  [default: 6]"),
     setting("--n-embd", COUNT, "From scratch: width, a multiple of the heads.  [default: 192]"),
     setting("--n-ctx", COUNT, "From scratch: tokens of context.  [default: 256]"),
     setting("--vocab-size", COUNT, "From scratch: train a tokenizer of N tokens on the text.  [default: 1024]"),
-    setting("--tokenizer", str, "From scratch: take the tokenizer of a model or directory.", metavar="MODEL"),
-    flag("--special-tokens", default=None, help=SPECIAL_TOKENS),  # None: `--resume` must know what was given
+    setting("--tokenizer", str, "From scratch: use the tokenizer of a model or directory.", metavar="MODEL"),
+    flag("--special-tokens", default=None, help=SPECIAL_TOKENS),  # `--resume` must know whether it was given.
 )
 optimizer_settings = together(
-    setting("--steps", COUNT, "Steps to take.  [default: 2000]"),
+    setting("--steps", COUNT, "Number of steps.  [default: 2000]"),
     setting("--batch-size", COUNT, "Rows of text that are computed together.  [default: 4]", of="train"),
-    setting("--accumulate", COUNT, "Batches in a step: they take turns, which saves memory.  [default: 4]"),
+    setting("--accumulate", COUNT, "Batches in a step, computed one by one, which saves memory.  [default: 4]"),
     setting("--seq-len", COUNT, "Tokens in a row.  [default: the context, at most 256]"),
-    setting("--learning-rate", NUMBER, "The highest.  [default: 0.001]"),
-    setting("--min-learning-rate", click.FloatRange(0, 1), "The last, as a part of the highest.  [default: 0.1]"),
-    setting("--warmup", click.IntRange(min=0), "Steps up to the highest.  [default: 100]", metavar="N"),
-    setting("--weight-decay", NUMBER, "Of matrices.  [default: 0.1]"),
-    setting("--beta1", BELOW_ONE, "Of AdamW.  [default: 0.9]"),
-    setting("--beta2", BELOW_ONE, "Of AdamW.  [default: 0.99]"),
+    setting("--learning-rate", NUMBER, "Highest learning rate.  [default: 0.001]"),
+    setting(
+        "--min-learning-rate",
+        click.FloatRange(0, 1),
+        "Last learning rate, as a fraction of the highest.  [default: 0.1]",
+    ),
+    setting("--warmup", click.IntRange(min=0), "Steps until the highest learning rate.  [default: 100]", metavar="N"),
+    setting("--weight-decay", NUMBER, "Weight decay of matrices.  [default: 0.1]"),
+    setting("--beta1", BELOW_ONE, "beta1 of AdamW.  [default: 0.9]"),
+    setting("--beta2", BELOW_ONE, "beta2 of AdamW.  [default: 0.99]"),
     setting("--clip", NUMBER, "Clip gradients to this norm.  [default: 1]"),
     setting("--weight-dropout", BELOW_ONE, "Zero a weight in a step with this probability.  [default: 0]", metavar="P"),
-    setting("--average", BELOW_ONE, "Average the params, with this decay; 0 does not.  [default: 0]"),
-    setting("--seed", click.IntRange(min=0), "Of all random numbers.  [default: 0]", metavar="N", of="train"),
+    setting("--average", BELOW_ONE, "Average the params with this decay; 0: do not.  [default: 0]"),
+    setting("--seed", click.IntRange(min=0), "Seed of all random numbers.  [default: 0]", metavar="N", of="train"),
 )
 evaluation_settings = together(
     setting("--val", FILE, "Validate on FILE.  [default: the end of the data]", metavar="FILE", multiple=True),
-    setting("--val-fraction", BELOW_ONE, "The part of the characters to validate on.  [default: 0.1]"),
+    setting("--val-fraction", BELOW_ONE, "Fraction of the characters to validate on.  [default: 0.1]"),
     setting("--eval-every", COUNT, "Evaluate, and save, after every N steps.  [default: 250]"),
-    setting("--eval-tokens", COUNT, "Tokens of the validation text to evaluate on, at most.  [default: 1000000]"),
+    setting("--eval-tokens", COUNT, "Most tokens of the validation text to evaluate on.  [default: 1000000]"),
     setting(
         "--patience", click.IntRange(min=0), "End after N evaluations without a better one; 0: never.  [default: 10]"
     ),
@@ -91,14 +97,14 @@ evaluation_settings = together(
         metavar="FILE",
         of="train",
     ),
-    setting("--save-dtype", click.Choice(["float32", "float16"]), "Of the checkpoint.  [default: float32]"),
+    setting("--save-dtype", click.Choice(["float32", "float16"]), "dtype of the checkpoint.  [default: float32]"),
 )
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @option("--data", metavar="FILE...", type=FILE, multiple=True, help="The text, UTF-8: one file or several.")
 @click.argument("more", metavar="", nargs=-1, type=FILE)
-@option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Where to keep the model.")
+@option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Directory for the model.")
 @flag("--resume", help="Go on with the run in DIR, which was stopped or killed.")
 @model_settings
 @optimizer_settings
@@ -108,7 +114,7 @@ evaluation_settings = together(
     of="train",
     metavar="DTYPE",
     type=click.Choice(["float32", "bfloat16"]),
-    help="Of products.  [default: float32]",
+    help="dtype of matrix products.  [default: float32]",
 )
 @option("--device", of="train", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: JAX's choice]")
@@ -124,10 +130,10 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a GPT-2 on text, from scratch or from a trained one, on JAX.
+    """Train a GPT-2 on text with JAX, from scratch or from a trained model.
 
-    DIR then holds the model that predicted the validation text best (use it with --model DIR), the evaluations in
-    train.jsonl, and what --resume needs in the folder `training`. Ctrl-C saves where the run is.
+    DIR then holds the model that predicts the validation text best (use it with --model DIR), the evaluations in
+    train.jsonl, and in the folder `training` everything that --resume needs. Ctrl-C saves the state of the run.
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     for name in inapplicable(ctx, given, resume):
@@ -137,7 +143,7 @@ def train(
     if given.get("patience") == 0:
         given["patience"] = None
     try:
-        found = gpt_xp.train([*data, *more], out, resume=resume, watcher=Bar(), **given)
+        found = gpt_xp.train([*data, *more], out, resume=resume, watcher=TrainingBar(), **given)
     except KeyboardInterrupt:
         if is_begun(out):
             note(f"stopped; go on with: gpt-xp train --out {shlex.quote(out)} --resume")
@@ -153,7 +159,7 @@ def train(
 
 
 def inapplicable(ctx: click.Context, given: Container[str], resume: bool) -> list[str]:
-    """Return the options that variables set, and that this run cannot take: they are meant for another one."""
+    """Return the options that variables set and that do not apply to this run."""
     from_scratch = ("tokenizer", "vocab_size", *SHAPE)
     typed = {name for name in ctx.params if is_typed(ctx, name)}
     if resume:
@@ -171,18 +177,18 @@ def inapplicable(ctx: click.Context, given: Container[str], resume: bool) -> lis
     return [name for name in names if name in given and is_from_variable(ctx, name)]
 
 
-class Bar(Watcher):
-    """What a person sees on stderr: a bar on a terminal, and everywhere a line for each evaluation."""
+class TrainingBar(Watcher):
+    """Shows a run on stderr: a progress bar on a terminal, and a line for each evaluation."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
 
     def loading(self) -> AbstractContextManager[None]:
-        """Show that JAX is being imported, where that takes long; Ctrl-C ends the process at once."""
+        """Show that JAX is being imported where that takes long; Ctrl-C ends the process at once."""
         return waiting("loading jax")
 
     def loaded(self, backend: Backend) -> None:
-        """Keep the programs that JAX compiles, for the next run."""
+        """Keep the programs that JAX compiles for the next run."""
         backend.keep_compiled()
 
     @contextmanager
@@ -195,11 +201,11 @@ class Bar(Watcher):
             yield bar.update
 
     def spelled(self, token: str) -> None:
-        """Say that a special token was read as plain text."""
-        tell_spelled(token)
+        """Write a line that a special token was read as plain text."""
+        note_plain_token(token)
 
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
-        """Say what is trained, and begin the bar."""
+    def begins(self, step: int, settings: TrainingSettings, config: GPT2Config, tokens: int) -> None:
+        """Write the size of the model and the text, and start the bar."""
         from tqdm import tqdm
 
         note(
@@ -213,14 +219,14 @@ class Bar(Watcher):
         )  # fmt: skip
 
     def stepped(self, step: int, loss: float, tokens: int) -> None:
-        """Move the bar; tqdm writes it ten times a second at most."""
+        """Move the bar; tqdm draws it at most ten times a second."""
         self._tokens += tokens
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {self._rate:,.0f} tok/s", refresh=False)
             self._bar.update()
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Write a line, above the bar."""
+        """Write a line above the bar."""
         from tqdm import tqdm
 
         training = "" if evaluation.train_loss is None else f"training {evaluation.train_loss:.4f}, "
@@ -233,13 +239,20 @@ class Bar(Watcher):
         self._tokens, self._since = 0, time.monotonic()
 
     def interrupted(self) -> None:
-        """Say what happens now, and let a second Ctrl-C end the process: an exception has crashed JAX here."""
-        signal.signal(signal.SIGINT, exit_now)  # first: a second one may come as soon as the line is read
+        """Write that the state is saved, and let a second Ctrl-C end the process at once.
+
+        A KeyboardInterrupt at this time has crashed JAX.
+        """
+        signal.signal(
+            signal.SIGINT, exit_now
+        )  # This is first, because a second Ctrl-C may come as soon as the line is read.
         with suppress(OSError):
-            os.write(2, b"\ngpt-xp: saving after this step; Ctrl-C again ends at once\n")  # print is not for handlers
+            os.write(
+                2, b"\ngpt-xp: saving after this step; Ctrl-C again ends at once\n"
+            )  # print must not be used in a signal handler.
 
     def ends(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Errors in the command's words: an option's name for Python's, and a variable's where the value came from there."""
+"""Reword errors: show the name of an option or a variable in place of a Python argument."""
 
 import re
 
@@ -9,9 +9,9 @@ from gpt_xp.errors import CheckpointError, GptXpError, TokenizerError
 
 
 class Option(click.Option):
-    """An option that can be set by a variable; errors call it by that where the value came from there.
+    """An option that an environment variable can set. Errors show the variable where the value came from it.
 
-    `setting` is its name in the library, where that differs from its own.
+    `setting` is its name in the library, where that is different.
     """
 
     def __init__(self, *arguments: object, setting: str | None = None, **settings: object) -> None:
@@ -29,17 +29,17 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose errors speak of options, not of Python's arguments."""
+    """A command whose errors show the names of options, not of Python's arguments."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command. Raises what it raises, reworded."""
+        """Run the command; reword the messages of its errors."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            if type(error) is not click.UsageError:  # click's own, which know their option
+            if type(error) is not click.UsageError:  # click's own errors name their option.
                 raise
             raise click.UsageError(reworded(error.message, ctx), ctx) from None
-        except (CheckpointError, TokenizerError):  # they speak of what is in files
+        except (CheckpointError, TokenizerError):  # Their messages name fields of files.
             raise
         except GptXpError as error:
             error.args = (reworded(str(error), ctx),)
@@ -52,19 +52,19 @@ def is_from_variable(ctx: click.Context | None, name: str | None) -> bool:
 
 
 def is_typed(ctx: click.Context, name: str) -> bool:
-    """Return whether an option stands on the command line."""
+    """Return whether an option was given on the command line."""
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def reworded(message: str, ctx: click.Context) -> str:
-    """Return a message of the library with the names of options, or of the variables that have set them.
+    """Return a message of the library with the names of options, or of the variables that set them.
 
-    A name is known by an underscore in it (seq_len), by its place at the beginning, or by parentheses around it: the
-    others are words of English too. What is quoted, or a part of a path, is the user's.
+    A Python name is found where it has an underscore (seq_len), begins the message, or stands in parentheses. Elsewhere
+    it may be an English word. Quoted words and parts of paths come from the user and stay.
     """
     options = [each for each in ctx.command.params if isinstance(each, Option)]
     for option in options:
-        if str(option.envvar) in message:  # it is named already
+        if str(option.envvar) in message:  # The message already names the variable.
             continue
         shown = str(option.envvar) if is_from_variable(ctx, option.name) else option.long
         name = re.escape(option.setting)

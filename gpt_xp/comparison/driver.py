@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.checkpoint.checkpoint import read_config
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.comparison.figures import ComparisonFigures, compare_layers, compare_logits, compare_tokens
 from gpt_xp.comparison.job import MODES, PROMPTS
 from gpt_xp.comparison.results import BackendResult, Comparison

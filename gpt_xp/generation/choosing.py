@@ -24,7 +24,7 @@ class Chooser:
 
     def __init__(self, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
         self.backend, self.n_vocab = backend, config.n_vocab
-        self.on_host = backend.samples_on_host
+        self.on_host = backend.samples_on_host and backend.decode_block is None
         self.xp = get_backend("numpy").xp if self.on_host else backend.xp
         self.asarray = np.asarray if self.on_host else backend.asarray
         self.choose = choose if self.on_host else backend.compile(choose, static=("top_k", "xp"))

@@ -1,4 +1,4 @@
-"""Digests of files, written "sha256:...", "md5:..." or "git-sha1:...", and what servers tell of them."""
+"""Digests of files, written "sha256:...", "md5:..." or "git-sha1:...", and those that servers tell."""
 
 import hashlib
 import re
@@ -6,7 +6,7 @@ from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
-_BLOCK = 1 << 20
+READ_BYTES = 1 << 20  # at a time
 DIGEST = "sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git-sha1:[0-9a-f]{40}"  # a regular expression
 
 
@@ -16,7 +16,7 @@ def algorithm_of(digest: str) -> str:
 
 
 def linked_digest(etag: str | None) -> str | None:
-    """Return the digest in an X-Linked-ETag: the Hub names large files by their sha256, and small ones as git does."""
+    """Return the digest in an X-Linked-ETag: the Hub tells a sha256 for large files, and git's sha1 for small ones."""
     value = (etag or "").removeprefix("W/").strip('"').lower()
     if re.fullmatch(r"[0-9a-f]{64}", value):
         return f"sha256:{value}"
@@ -24,8 +24,8 @@ def linked_digest(etag: str | None) -> str | None:
 
 
 def content_md5(headers: Any) -> str | None:
-    """Return the digest of the whole file that the headers of a storage server tell, if they do."""
-    # Azure: on a range, Content-MD5 would be that of the range, and the whole file's has another name.
+    """Return the digest of the whole file that the headers of a storage server tell, or None."""
+    # For a range, Content-MD5 is the digest of the range. Azure then tells the whole file's under another name.
     value = headers.get("x-ms-blob-content-md5") or ("Content-Range" not in headers and headers.get("Content-MD5"))
     try:
         digest = b64decode(value or "", validate=True)
@@ -35,7 +35,7 @@ def content_md5(headers: Any) -> str | None:
 
 
 class Hash:
-    """A hash by the name that a digest begins with; git hashes the size of a file before its bytes."""
+    """A hash of the algorithm that a digest begins with. git hashes the size of a file before its bytes."""
 
     def __init__(self, algorithm: str, n_bytes: int | None) -> None:
         self.algorithm = algorithm
@@ -45,7 +45,7 @@ class Hash:
         self.update = self._hash.update
 
     def digest(self) -> str:
-        """Return the digest of what has been hashed so far."""
+        """Return the digest of the bytes hashed so far."""
         return f"{self.algorithm}:{self._hash.hexdigest()}"
 
 
@@ -53,6 +53,6 @@ def digest_of(path: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file, such as "sha256:...". Raises `OSError`."""
     hash = Hash(algorithm, path.stat().st_size)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(READ_BYTES):
             hash.update(block)
     return hash.digest()

@@ -16,12 +16,12 @@ PUBLISHED_DEFAULT = "124M"
 
 
 def find_model(name: str | Path | None = None, *, offline: bool = False) -> Path:
-    """Return the directory of the model called `name`, which `checkpoint.read_params` and the tokenizer can read.
+    """Return the directory of the model called `name`, which `checkpoint.read` can read.
 
-    `name` is a directory (one in OpenAI's own layout is converted first), else a published model or one of its aliases
-    (fetched if it is not here and neither `offline` nor the environment forbids it), else a bundled model; None is
-    `default_model()`. Raises `ModelNotFoundError` for anything else, `DownloadError`, and `CheckpointError` where
-    OpenAI's files cannot be converted.
+    `name` is a directory, else a published model or one of its aliases, else a bundled model; None is
+    `default_model()`. A directory in OpenAI's own layout is converted first. A published model that is not here is
+    fetched, unless `offline` or the environment forbids it. Raises `ModelNotFoundError` for any other name,
+    `DownloadError`, and `CheckpointError` where OpenAI's files cannot be converted.
     """
     if name is None and not os.environ.get("GPT_XP_MODEL"):
         here = store.copies(MODELS[PUBLISHED_DEFAULT])
@@ -61,9 +61,9 @@ def _check_complete(folder: Path) -> None:
 
 
 def default_model() -> str:
-    """Return what is used where no model is named: `GPT_XP_MODEL`, else 124M if it is here, else the bundled one."""
-    if own := os.environ.get("GPT_XP_MODEL"):
-        return own
+    """Return the model used where none is named: `GPT_XP_MODEL`, else 124M if it is here, else the bundled one."""
+    if named := os.environ.get("GPT_XP_MODEL"):
+        return named
     return PUBLISHED_DEFAULT if store.copies(MODELS[PUBLISHED_DEFAULT]) else BUNDLED_DEFAULT
 
 
@@ -80,16 +80,16 @@ def get_published(name: str) -> Published:
 
 
 def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = False) -> Path:
-    """Return picoGPT's folder `models_dir/size`, or that of a bundled model of the name `size`.
+    """Return picoGPT's folder `models_dir/size`, or the folder of the bundled model called `size`.
 
-    Where neither is there, a published model is fetched into the folder: OpenAI's files, or the Hub's where OpenAI has
-    none or TensorFlow, which reads them, is not installed. Raises as `find_model` does.
+    Where there is neither, a published model is fetched into the folder: OpenAI's files, or the Hub's where OpenAI has
+    none, or where TensorFlow, which reads them, is not installed. Raises as `find_model` does.
     """
     model = find_published(size)
     if "\0" in os.fspath(models_dir) + size:
         raise ModelNotFoundError("the name of a folder of models holds a NUL, which no name does; correct it")
     for folder in (os.path.join(models_dir, size), os.path.join(models_dir, model.name if model else size)):
-        # An index without the rest is somebody's checkpoint too: nothing is fetched over it.
+        # An index alone is part of a checkpoint too: nothing is fetched over it.
         is_there = os.path.exists(os.path.join(folder, "config.json")) and not store.is_begun(Path(folder))
         if is_there or has_index(folder):
             return find_model(folder)
@@ -110,7 +110,7 @@ def bundled() -> list[str]:
 
 
 def names() -> list[str]:
-    """Return the names that `find_model` knows, aliases too, but for those of the Hub's repositories."""
+    """Return the names that `find_model` knows and their aliases, without the names of the Hub's repositories."""
     return [*_published_names(), *bundled()]
 
 

@@ -1,4 +1,4 @@
-"""`gpt-xp.json`: which files of a folder have been verified, and how they were then."""
+"""`gpt-xp.json`: the verified files of a folder, with their digests, sizes and times."""
 
 import contextlib
 import json
@@ -15,27 +15,30 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _VerifiedFile:
     digest: str
     n_bytes: int
     mtime_ns: int
 
 
 class Manifest:
-    """The record of a folder; one that is missing, damaged or of another version knows no file."""
+    """The record of the verified files in a folder.
+
+    A record that is missing, damaged or of another version knows no file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._entries = _read(folder / NAME)
 
     def knows(self, file: str) -> bool:
-        """Whether the file was here once, and verified."""
+        """Return whether the file was once here and verified."""
         return file in self._entries
 
     def holds(self, file: str, *, rehash: bool = False) -> bool:
-        """Whether the file is here as it was verified.
+        """Return whether the file is here as it was verified.
 
-        Its bytes are read only where its time has changed, or to `rehash` it in any case. Raises `OSError`.
+        Its bytes are read only where its time has changed, or always with `rehash`. Raises `OSError`.
         """
         entry, path = self._entries.get(file), self.folder / file
         if entry is None or not path.is_file():
@@ -46,20 +49,20 @@ class Manifest:
         if now.st_size != entry.n_bytes or digest_of(path, entry.digest.partition(":")[0]) != entry.digest:
             return False
         if now.st_mtime_ns != entry.mtime_ns:
-            with contextlib.suppress(OSError):  # a folder that may only be read: then it is hashed each time
+            with contextlib.suppress(OSError):  # in a read-only folder it is hashed each time
                 self.record(file, entry.digest)
         return True
 
     def record(self, file: str, digest: str) -> None:
-        """Note that the file, as it is now, has this digest. Raises `OSError`."""
+        """Record that the file, as it is now, has this digest. Raises `OSError`."""
         with (self.folder / file).open("rb+") as opened:
             os.fsync(opened.fileno())  # or a power cut could leave the record of a file without its bytes
             found = os.fstat(opened.fileno())
-        self._entries[file] = _Entry(digest, found.st_size, found.st_mtime_ns)
+        self._entries[file] = _VerifiedFile(digest, found.st_size, found.st_mtime_ns)
         self._write()
 
     def discard(self, file: str) -> None:
-        """Throw the file away. Raises `OSError`."""
+        """Remove the file and its record. Raises `OSError`."""
         self._entries.pop(file, None)
         self._write()
         (self.folder / file).unlink(missing_ok=True)
@@ -71,13 +74,14 @@ class Manifest:
         os.replace(temporary, self.folder / NAME)
 
 
-def _read(path: Path) -> dict[str, _Entry]:
+def _read(path: Path) -> dict[str, _VerifiedFile]:
     try:
         if not path.is_file():  # a pipe would never end
             return {}
         content = json_text.parse(path.read_bytes())
-        entries = {file: _Entry(**entry) for file, entry in content["files"].items()}
-        is_ours = content["version"] == _VERSION and all(re.fullmatch(DIGEST, each.digest) for each in entries.values())
+        entries = {file: _VerifiedFile(**entry) for file, entry in content["files"].items()}
+        digests_are_valid = all(re.fullmatch(DIGEST, each.digest) for each in entries.values())
+        is_valid = content["version"] == _VERSION and digests_are_valid
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return entries if is_ours else {}
+    return entries if is_valid else {}

@@ -1,22 +1,38 @@
-"""What a person sees of a download, on stderr: a bar on a terminal, elsewhere a line every ten percent."""
+"""The progress of a download on stderr: a bar on a terminal, elsewhere a line every ten percent."""
 
 import contextlib
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from gpt_xp.reporting.text import size
 
 
+class DownloadProgress(Protocol):
+    """Is told how a download goes."""
+
+    def start(self, label: str, n_bytes: int | None, done: int) -> None:
+        """Say that a file of `n_bytes` comes, of which `done` are here; again when it must begin anew."""
+
+    def advance(self, n_bytes: int) -> None:
+        """Say that so many bytes have come."""
+
+    def note(self, text: str) -> None:
+        """Say something in a line."""
+
+    def end(self) -> None:
+        """Say that no more of the file comes, whether it is complete or not."""
+
+
 class StderrProgress:
-    """The `download.Progress` for people; the line that `note` writes begins with "gpt-xp:", as all of ours do."""
+    """Shows people how a download goes. The lines of `note` begin with "gpt-xp:", as all lines on stderr do."""
 
     def __init__(self) -> None:
         self._bar: _Bar | _Lines | None = None
 
     def start(self, label: str, n_bytes: int | None, done: int) -> None:
-        """Show a file, or one that goes on at `done`; nothing where there is no stderr."""
-        with _whatever_becomes_of_stderr():
+        """Show a file, of which `done` bytes are here. Without stderr nothing is shown."""
+        with _ignoring_errors_of_stderr():
             if self._bar is not None:
                 self._bar.go_to(done)
             elif sys.stderr is not None:
@@ -25,7 +41,7 @@ class StderrProgress:
     def advance(self, n_bytes: int) -> None:
         """Show that so many bytes have come."""
         if self._bar is not None:
-            with _whatever_becomes_of_stderr():
+            with _ignoring_errors_of_stderr():
                 self._bar.advance(n_bytes)
 
     def note(self, text: str) -> None:
@@ -33,24 +49,26 @@ class StderrProgress:
         if sys.stderr is not None:
             from tqdm import tqdm
 
-            with _whatever_becomes_of_stderr():
+            with _ignoring_errors_of_stderr():
                 tqdm.write(f"gpt-xp: {text}", file=sys.stderr)
                 sys.stderr.flush()
 
     def end(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
-            with _whatever_becomes_of_stderr():
+            with _ignoring_errors_of_stderr():
                 self._bar.close()
         self._bar = None
 
 
-def _whatever_becomes_of_stderr() -> contextlib.AbstractContextManager[None]:
-    """No download ends because a bar cannot be drawn: the reader of a pipe may have gone, or a disk be full."""
+def _ignoring_errors_of_stderr() -> contextlib.AbstractContextManager[None]:
+    """Let no download end because a bar cannot be drawn: the reader of a pipe may be gone, or a disk full."""
     return contextlib.suppress(OSError)
 
 
 class _Bar:
+    """Draws the bar of a file."""
+
     def __init__(self, label: str, n_bytes: int | None, done: int) -> None:
         from tqdm import tqdm
 
@@ -70,7 +88,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line for each tenth; one at the end for a file whose size is not known."""
+    """Writes a line for each tenth; for a file of unknown size, one at the end."""
 
     def __init__(self, label: str, n_bytes: int | None, done: int) -> None:
         self.label, self.n_bytes = label, n_bytes

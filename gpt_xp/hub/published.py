@@ -1,16 +1,18 @@
-"""The published GPT-2s: their names, where they are, and what their files must be."""
+"""The published GPT-2s: their names, their servers, and the sizes and digests of their files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gpt_xp.config import SIZES, GPT2Config
+from gpt_xp.errors import DownloadError, ModelNotFoundError
 
 HUB = "https://huggingface.co"  # HF_ENDPOINT takes its place
 BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # OpenAI's own; openai/gpt-2 `download_model.py`
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPENAI_WEIGHTS = "model.ckpt.data-00000-of-00001"
 # In the order in which they are fetched: small ones first, and the index last, without which there is no checkpoint.
-HUB_FILES = ("config.json", "vocab.json", "merges.txt", WEIGHTS)
+HUB_FILES = (CONFIG, "vocab.json", "merges.txt", WEIGHTS)
 OPENAI_FILES = (
     "hparams.json",
     "encoder.json",
@@ -24,14 +26,14 @@ OPENAI_FILES = (
 
 @dataclass(frozen=True)
 class Pin:
-    """What a file must be: its bytes where they are known, and "sha256:..." or "md5:..." where that is."""
+    """The size and the digest ("sha256:..." or "md5:...") that a file must have, where they are known."""
 
     n_bytes: int | None = None
     digest: str | None = None
 
 
 UNKNOWN = Pin()
-# The same vocabulary belongs to all of them.
+# All models have the same vocabulary.
 _VOCABULARY = {
     "vocab.json": Pin(1042301, "sha256:196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": Pin(456318, "sha256:1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -52,8 +54,20 @@ class Published:
     in_bucket: bool = True
 
     def pin(self, file: str) -> Pin:
-        """Return what is known of one of the files."""
+        """Return the pin of one of the files."""
         return {WEIGHTS: self.weights, OPENAI_WEIGHTS: self.openai_weights, **_VOCABULARY}.get(file, UNKNOWN)
+
+    def check_config(self, found: GPT2Config, folder: Path) -> None:
+        """Raise `DownloadError` where the config that was fetched into `folder` has other sizes."""
+        if replace(found, eos_token_id=self.config.eos_token_id, bos_token_id=self.config.bos_token_id) != self.config:
+            raise DownloadError(
+                f"what was fetched for {self.name} into {folder} is another model: {found}; ask its source"
+            )
+
+    def check_in_bucket(self) -> None:
+        """Raise `ModelNotFoundError` for a model that OpenAI has not published."""
+        if not self.in_bucket:
+            raise ModelNotFoundError(f"{self.name} is not in OpenAI's bucket; the Hub has it (--source hub)")
 
 
 def _openai(

@@ -1,30 +1,34 @@
-"""What is never done over HTTP, whoever asks for it; and how its errors are told."""
+"""URL safety rules: same origin, safe redirects, no tokens to strangers; and errors of HTTP in plain words."""
 
 import ipaddress
 import re
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from gpt_xp.errors import DownloadError
 
+if TYPE_CHECKING:
+    import requests
+
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return scheme, host and port: what makes two addresses the same server. Raises `DownloadError` if it is none."""
+    """Return scheme, host and port, the identity of a server. Raises `DownloadError` for a malformed address."""
     try:
         parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError:  # its text may hold a password
+    except ValueError:  # its text, which may hold a password, is not shown
         raise DownloadError("an address of a server is malformed, in HF_ENDPOINT or a redirect; correct it") from None
     return scheme, host, port or {"https": 443, "http": 80}.get(scheme)
 
 
 def may_carry_token(url: str, first: str) -> bool:
-    """Whether a token for the server of `first` may go to `url`: to that server, and where nobody else can read it."""
+    """Return whether a token for the server of `first` may go to `url`: same server, and encrypted or loopback."""
     scheme, host, _ = origin(url)
     return origin(url) == origin(first) and (scheme == "https" or is_loopback(host or ""))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this is a name or an address of this very machine."""
+    """Return whether this is a loopback name or address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -32,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def redirected(url: str, location: str) -> str:
-    """Return where `url` redirects to. Raises `DownloadError` if it is from https to anything else, or not HTTP."""
+    """Return the target of a redirect. Raises `DownloadError` if it leaves https, or leads to another scheme."""
     try:
         to = urljoin(url, location)
     except ValueError:
@@ -46,17 +50,30 @@ def redirected(url: str, location: str) -> str:
 
 
 def check_token(token: str | None) -> None:
-    """Raise `DownloadError`, without showing it, for a token that is none."""
+    """Raise `DownloadError`, which does not show it, for a token with characters that no token has."""
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise DownloadError(
             "HF_TOKEN holds spaces, line ends or other characters that no token has; copy it again, or unset it"
         )
 
 
+def bearer(token: str | None) -> Any:
+    """Return what `requests` takes as `auth` to send a token, or None.
+
+    A header would not do: requests lets the user's .netrc replace it.
+    """
+
+    def authorize(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return authorize if token else None
+
+
 def reason_of(error: Exception) -> tuple[str, bool]:
     """Return in plain words why a request failed, and whether it will fail each time.
 
-    Without the address: the messages of requests hold the whole of a signed one, and the password of a proxy.
+    The address is left out: messages of requests hold the whole of a signed one, and the password of a proxy.
     """
     from requests import exceptions as requests
     from urllib3 import exceptions as urllib3
@@ -81,7 +98,7 @@ def reason_of(error: Exception) -> tuple[str, bool]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The innermost error that says something; requests and urllib3 wrap each other's in arguments and attributes."""
+    """Return the innermost error with a cause; requests and urllib3 wrap errors in arguments and attributes."""
     from urllib3 import exceptions as urllib3
 
     while not isinstance(error, urllib3.NameResolutionError | urllib3.ReadTimeoutError):

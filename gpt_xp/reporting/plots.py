@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.checkpoint.checkpoint import written_aside
+from gpt_xp.atomic_files import written_aside
 from gpt_xp.errors import SettingError
 from gpt_xp.installation import install_command
 

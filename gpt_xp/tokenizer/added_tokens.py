@@ -1,4 +1,4 @@
-"""Tokens that were added to a vocabulary: what they are, and where a text has them.
+"""Tokens that were added to a vocabulary, and where a text has them.
 
 Sources: `AddedToken` in transformers, and `AddedVocabulary` in Hugging Face's tokenizers.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-# What counts as part of a word and as white space to tokenizers, which is Rust: Unicode's own definitions.
+# Parts of a word and white space as tokenizers, which is Rust, defines them: by Unicode.
 _WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
 _WORD_BEFORE, _WORD_AFTER = regex.compile(rf"(?r){_WORD_CHARACTER}\Z"), regex.compile(_WORD_CHARACTER)
 _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\p{White_Space}*\Z"), regex.compile(r"\p{White_Space}*")
@@ -17,11 +17,11 @@ _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\p{White_Space}*\Z"), regex.co
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that was added to a vocabulary: text that holds `content` has it whole, never cut by the merges.
+    """A token that was added to a vocabulary. Text that holds `content` has it whole, never cut by the merges.
 
-    A `special` one is found only where special tokens are allowed. `lstrip` and `rstrip` take the white space before
-    and after it along, and `single_word` finds it only between characters that are no part of a word. Those that are
-    not `normalized` are looked for first. So transformers and tokenizers define them.
+    A `special` token is found only where special tokens are allowed. `lstrip` and `rstrip` take the white space before
+    and after it along. `single_word` finds it only between characters that are no part of a word. Tokens that are not
+    `normalized` are searched for first. These are the definitions of transformers and tokenizers.
     """
 
     content: str
@@ -37,16 +37,16 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
-        # Those that are not normalized are found first, wherever they are; then the others, in what is left.
-        parts = ([each for each in self._tokens.values() if each.normalized is group] for group in (False, True))
-        self._patterns = [_any_of(token.content for token in part) for part in parts if part]
-        # Only these can reach over a place where `text_stream` cuts: white space begins there.
-        over = [token.content for token in self._tokens.values() if token.rstrip or regex.search(r"\s", token.content)]
-        self._over = _any_of(over) if over else None
-        self._reach = max(map(len, over), default=0)
+        # Tokens that are not normalized are found first, wherever they are; then the others, in the rest of the text.
+        groups = ([each for each in self._tokens.values() if each.normalized is flag] for flag in (False, True))
+        self._patterns = [_any_of(token.content for token in group) for group in groups if group]
+        # Only these can cross a place where `text_files` cuts: white space begins there.
+        crossing = [each.content for each in self._tokens.values() if each.rstrip or regex.search(r"\s", each.content)]
+        self._crossing = _any_of(crossing) if crossing else None
+        self._longest_crossing = max(map(len, crossing), default=0)
 
     def split(self, text: str) -> Iterable[tuple[str, bool]]:
-        """The parts of `text` in order: the content of an added token and True, or other text and False."""
+        """Return the parts of `text` in order: the content of an added token and True, or other text and False."""
         parts = [(text, False)]
         for pattern in self._patterns:
             parts = [
@@ -68,14 +68,14 @@ class AddedTokens:
                 end = _SPACE_AFTER.match(text, end).end()
             if begin > done:
                 yield text[done:begin], False
-            if begin < end:  # else the token before has taken all of it as white space
+            if begin < end:  # else the token before it has taken all of it as white space
                 yield token.content, True
             done = end
         if done < len(text):
             yield text[done:], False
 
     def uncut(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The same text in pieces none of which ends within an added token, or within the white space it takes."""
+        """Yield the same text in pieces that never end within an added token or the white space it takes."""
         held: str | None = None
         for piece in pieces:
             if held is None or self._is_cut(held, piece):
@@ -87,14 +87,15 @@ class AddedTokens:
             yield held
 
     def _is_cut(self, before: str, after: str) -> bool:
-        if self._over is None:
+        if self._crossing is None:
             return False
-        tail = before[-self._reach :]
-        around = tail + after[: self._reach]
-        # At the very place too: what `single_word` asks for stands on the other side of it.
-        return any(match.start() <= len(tail) <= match.end() for match in self._over.finditer(around, overlapped=True))
+        tail = before[-self._longest_crossing :]
+        around = tail + after[: self._longest_crossing]
+        # A token that ends or begins at the cut counts: `single_word` looks at the character on the other side.
+        matches = self._crossing.finditer(around, overlapped=True)
+        return any(match.start() <= len(tail) <= match.end() for match in matches)
 
 
 def _any_of(contents: Iterable[str]) -> Any:
-    """A pattern that finds the longest of the strings at the leftmost place."""
+    """Return a pattern that finds the longest of the strings at the leftmost place."""
     return regex.compile("|".join(map(regex.escape, sorted(contents, key=len, reverse=True))))

@@ -1,71 +1,49 @@
 """GPT-2's byte-level BPE: text -> token ids -> text.
 
-Text is cut into words by a pattern. The UTF-8 bytes of a word are its first tokens; then neighbours are merged,
-the earliest learned merge first, until no two neighbours are a merge. In GPT-2 every byte is a token, so all text has
+Text is cut into words by a pattern. The UTF-8 bytes of a word are its first tokens. Then neighbours are merged, the
+earliest learned merge first, until no two neighbours are a merge. In GPT-2 every byte is a token, so all text has
 tokens. In the files a byte is written as a printable character: the space as 'Ġ', so ' all' as 'Ġall'.
 
-Tokens that were added to a vocabulary later are found in the text first, and the text between them is encoded so.
+Tokens that were added to a vocabulary later are found in the text first, and the text between them is then encoded.
 
-Sources: Radford et al. 2019, section 2.2; Sennrich et al. 2016 for BPE; the pattern and the characters that
-stand for bytes are those of `encoder.py` in openai/gpt-2.
+Sources: Radford et al. 2019, section 2.2; Sennrich et al. 2016 for BPE.
 """
 
 import dataclasses
-import heapq
 import itertools
-import json
 import operator
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import regex
-
+from gpt_xp.atomic_files import written_together
 from gpt_xp.errors import CheckpointError, TokenizerError
 from gpt_xp.tokenizer.added_tokens import AddedToken, AddedTokens
 from gpt_xp.tokenizer.files import (
-    ADDED_TOKENS,
     IN_MEMORY,
-    MERGES,
-    STATEMENTS,
-    TOKENIZER_CONFIG,
+    SIDE_FILES,
     TOKENIZER_JSON,
-    VOCAB,
-    Parts,
-    Places,
-    read_parts,
-    write_all,
+    SourceNames,
+    TokenizerSpec,
+    pair_files,
+    read_spec,
+    side_files,
 )
-
-EOS = "<|endoftext|>"
-
-# A word is a contraction, or letters, digits or other marks with the space before them, or whitespace, which
-# leaves its last character to the word that follows: "a   b" is "a", "  ", " b".
-WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+from gpt_xp.tokenizer.words import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, check_text, merge_word
 
 CACHED_WORDS = 50_000
 LONGEST_CACHED_WORD = 50  # longer ones seldom come twice, and would let the cache grow without bound
 
 
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte: its own in Latin-1 if that is visible, else one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}  # 0xAD is the soft hyphen
-    substitutes = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(substitutes)) for byte in range(256)]
-
-
-CHARACTER_OF_BYTE = _byte_characters()
-BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(CHARACTER_OF_BYTE)}
-
-
 class Tokenizer:
     """Byte-level BPE with a given vocabulary.
 
-    `encoder` maps token strings to ids, `decoder` back. Ids may have gaps: `ids` are those that have a token, and
-    `n_vocab` is one more than the largest. `added_tokens` come out of text whole; those of them that are
-    `special_tokens` only where special tokens are allowed. `<|endoftext|>` is always one of them. `eos_token_id` and
-    `bos_token_id` are the ids of the tokens that end and begin a text, by default both `<|endoftext|>`, or None.
+    `encoder` maps token strings to ids, and `decoder` maps back. Ids may have gaps: `ids` are those that have a token,
+    and `n_vocab` is one more than the largest. `added_tokens` are found in text whole. Those that are
+    `special_tokens` are found only where special tokens are allowed; `<|endoftext|>` is always one of them.
+    `eos_token_id` and `bos_token_id` are the ids of the tokens that end and begin a text. By default both are
+    `<|endoftext|>`, or None.
     """
 
     def __init__(
@@ -79,14 +57,14 @@ class Tokenizer:
         eos_token: str | None = None,
         add_bos_token: bool = False,
         add_prefix_space: bool = False,
-        _places: Places = IN_MEMORY,
+        _source_names: SourceNames = IN_MEMORY,
         _files: Iterable[tuple[str, bytes]] = (),
     ) -> None:
-        """Make a tokenizer: `special_tokens` are added tokens that are special and take no white space along.
+        """Make a tokenizer. `special_tokens` are added tokens that are special and take no white space along.
 
-        With `add_bos_token` a text begins with `bos_token`; with `add_prefix_space` a space goes before it, and before
-        the text after each added token, where there is none. Raises `TokenizerError` if the parts do not fit each
-        other.
+        With `add_bos_token`, a text begins with `bos_token`. With `add_prefix_space`, a space is put before the text,
+        and before the text after each added token, where there is none. Raises `TokenizerError` if the parts do not
+        fit each other.
         """
         self.encoder = dict(encoder)
         same = dict(zip(self.encoder, self.encoder, strict=True))  # merges are of tokens: each string is held once
@@ -97,7 +75,7 @@ class Tokenizer:
             added[EOS] = dataclasses.replace(added[EOS], special=True)
         self.added_tokens = tuple(added.values())
         self.special_tokens = frozenset(token.content for token in self.added_tokens if token.special)
-        _check_parts(self.encoder, self.merges, added, (bos_token, eos_token), _places)
+        _check_parts(self.encoder, self.merges, added, (bos_token, eos_token), _source_names)
         self.decoder = {id: token for token, id in self.encoder.items()}
         self.n_vocab = max(self.decoder) + 1
         self.bos_token, self.eos_token = (token or (EOS if EOS in added else None) for token in (bos_token, eos_token))
@@ -112,73 +90,58 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Self:
-        """The tokenizer in `directory`, from the first of these that is complete.
+        """Return the tokenizer in `directory`, from the first of these that is complete.
 
-        `tokenizer.json` (it alone can say that a tokenizer is not GPT-2's, so it is never passed over); then
+        `tokenizer.json` (only this file can say that a tokenizer is not GPT-2's, so it is never ignored); then
         `vocab.json` + `merges.txt`, with `added_tokens.json` if there is one; then `encoder.json` + `vocab.bpe`. The
-        roles and flags of tokens, and what goes before a text, are those that `tokenizer_config.json` and
-        `special_tokens_map.json` state. Raises `TokenizerError`, with file and line or field, for what is missing,
-        malformed or not GPT-2's.
+        roles and flags of tokens, `add_bos_token` and `add_prefix_space` are those that `tokenizer_config.json` and
+        `special_tokens_map.json` state. Raises `TokenizerError`, with file and line or field, for files that are
+        missing, malformed or not GPT-2's.
         """
-        return cls._from_parts(read_parts(Path(directory)))
+        return cls._from_spec(read_spec(Path(directory)))
 
     @classmethod
-    def _from_parts(cls, parts: Parts) -> Self:
+    def _from_spec(cls, spec: TokenizerSpec) -> Self:
         return cls(
-            parts.encoder,
-            parts.merges,
-            added_tokens=parts.added_tokens,
-            bos_token=parts.bos_token,
-            eos_token=parts.eos_token,
-            add_bos_token=parts.add_bos_token,
-            add_prefix_space=parts.add_prefix_space,
-            _places=parts.places,
-            _files=parts.files,
+            spec.encoder,
+            spec.merges,
+            added_tokens=spec.added_tokens,
+            bos_token=spec.bos_token,
+            eos_token=spec.eos_token,
+            add_bos_token=spec.add_bos_token,
+            add_prefix_space=spec.add_prefix_space,
+            _source_names=spec.source_names,
+            _files=spec.files,
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
+        """Write `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
 
-        The other files that it was read from (`tokenizer_config.json` and the like) are written as they were; a
-        tokenizer that was made in memory writes down its added tokens and what goes before a text. Raises
+        The other files that it was read from (`tokenizer_config.json` and the like) are written as they were. A
+        tokenizer that was made in memory writes its added tokens, roles and flags. Raises
         `CheckpointError`, and leaves no temporary file, if the files cannot be written, or as `check_place` does.
         """
         folder = Path(directory)
         self.check_place(folder)
-        vocabulary = {token: id for id, token in sorted(self.decoder.items())}
         files = {
-            VOCAB: json.dumps(vocabulary, ensure_ascii=False).encode(),
-            MERGES: "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in self.merges)]).encode(),
+            **pair_files(self.encoder, self.merges),
             # Those of an older tokenizer must not speak for this one.
-            **{name: b"{}" for name in STATEMENTS if name != TOKENIZER_JSON and (folder / name).exists()},
-            **(self._files or self._statements()),
+            **{name: b"{}" for name in SIDE_FILES if name != TOKENIZER_JSON and (folder / name).exists()},
+            **(self._files or self._side_files()),
         }
         try:
-            write_all(folder, files)
+            with written_together(folder) as aside:
+                for name, content in files.items():
+                    Path(aside, name).write_bytes(content)
         except OSError as error:
             raise CheckpointError(f"the tokenizer cannot be written to {folder}: {error}") from error
 
-    def _statements(self) -> dict[str, bytes]:
-        """Return the files that say what `vocab.json` and `merges.txt` cannot; none for GPT-2's own tokenizer."""
-        added = [token for token in self.added_tokens if token != AddedToken(EOS)]
-        stated: dict[str, Any] = {}
-        if added:
-            stated["added_tokens_decoder"] = {
-                str(self.encoder[token.content]): dataclasses.asdict(token) for token in self.added_tokens
-            }
-        for name in ("bos_token", "eos_token"):
-            if getattr(self, name) not in (None, EOS):
-                stated[name] = getattr(self, name)
-        for name in ("add_bos_token", "add_prefix_space"):
-            if getattr(self, name):
-                stated[name] = True
-        files = {TOKENIZER_CONFIG: stated} if stated else {}
-        if added:  # for readers that do not open the other file
-            files[ADDED_TOKENS] = {token.content: self.encoder[token.content] for token in added}
-        return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}
+    def _side_files(self) -> dict[str, bytes]:
+        added = {token: self.encoder[token.content] for token in self.added_tokens}
+        return side_files(added, self.bos_token, self.eos_token, self.add_bos_token, self.add_prefix_space)
 
     def check_place(self, directory: str | os.PathLike[str]) -> None:
-        """Raises `CheckpointError` if a `tokenizer.json` of another tokenizer would be read in place of this one."""
+        """Raise `CheckpointError` if a `tokenizer.json` of another tokenizer would be read in place of this one."""
         path = Path(directory) / TOKENIZER_JSON
         if path.exists() and TOKENIZER_JSON not in self._files:
             try:
@@ -193,7 +156,7 @@ class Tokenizer:
 
     @property
     def _meaning(self) -> tuple[Any, ...]:
-        """All that decides about ids."""
+        """Everything that decides which ids a text has."""
         roles = (self.bos_token, self.eos_token, self.add_bos_token, self.add_prefix_space)
         return self.encoder, self.merges, set(self.added_tokens), *roles
 
@@ -213,20 +176,20 @@ class Tokenizer:
         return self.decoder.keys()
 
     def __len__(self) -> int:
-        """How many tokens there are; `n_vocab` is larger where the ids have gaps."""
+        """Return the number of tokens; `n_vocab` is larger where the ids have gaps."""
         return len(self.encoder)
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        """The ids of `text`; `<|endoftext|>` and other special tokens are plain text unless they are allowed.
+        """Return the ids of `text`; `<|endoftext|>` and other special tokens are plain text unless they are allowed.
 
         Raises `TokenizerError` for text that has no UTF-8 form (lone surrogates), or a byte without a token.
         """
         return list(itertools.chain.from_iterable(self.encode_pieces([text], special_tokens=special_tokens)))
 
     def encode_pieces(self, pieces: Iterable[str], *, special_tokens: bool = False) -> Iterator[list[int]]:
-        """Yield the ids of one text that comes in pieces, each cut as `text_stream.text_pieces` cuts.
+        """Yield the ids of one text that comes in pieces, each cut as `text_files.text_pieces` cuts.
 
-        All together they are the ids of the whole text. Raises as `encode` does.
+        Together they are the ids of the whole text. Raises as `encode` does.
         """
         added = self._all_added if special_tokens else self._added_words
         if self.add_bos_token and self.bos_token is not None:
@@ -244,11 +207,11 @@ class Tokenizer:
             yield ids
 
     def first_special(self, text: str) -> str | None:
-        """The first special token that `text` spells, or None."""
+        """Return the first special token that `text` spells, or None."""
         return next((part for part, is_added in self._special.split(text) if is_added), None)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """The text of `ids`; `errors`, as in `bytes.decode`, says what becomes of incomplete characters.
+        """Return the text of `ids`; `errors` says how incomplete characters are decoded, as in `bytes.decode`.
 
         Raises `TokenizerError` for ids without a token, and with `errors="strict"` for incomplete characters.
         """
@@ -258,7 +221,7 @@ class Tokenizer:
             raise TokenizerError(f"the ids are no text with errors={errors!r}: {error}") from error
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, perhaps with incomplete characters. Raises `TokenizerError` as `token_bytes` does."""
+        """Return the bytes of `ids`, perhaps with incomplete characters. Raises as `token_bytes` does."""
         try:
             each = iter(ids)
         except TypeError:
@@ -266,9 +229,9 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, each))
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token. Raises `TokenizerError` if `id` has no token or is not an integer."""
+        """Return the bytes of one token. Raises `TokenizerError` if `id` has no token or is not an integer."""
         try:
-            token = self.decoder[_integer(id)]
+            token = self.decoder[_checked_id(id)]
         except KeyError:
             gaps = "" if len(self) == self.n_vocab else ", with gaps"
             raise TokenizerError(f"token id {id} has no token: ids are 0 to {self.n_vocab - 1}{gaps}") from None
@@ -278,7 +241,7 @@ class Tokenizer:
         return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
 
     def _is_ordinary(self, token: str) -> bool:
-        """Whether ordinary text can become this token: it is a byte, or a merge makes it."""
+        """Return whether ordinary text can become this token: it is a byte, or a merge makes it."""
         splits = ((token[:place], token[place:]) for place in range(1, len(token)))
         return token in BYTE_OF_CHARACTER or any(split in self._rank for split in splits)
 
@@ -297,48 +260,16 @@ class Tokenizer:
                 f"the text has the byte {byte:#04x} in {word!r:.60}, and this vocabulary has no token for it "
                 f"({missing!r} in its file): leave it out, or take a model whose vocabulary has all 256 bytes"
             )
-        ids = [self.encoder[token] for token in self._merged(characters)]
+        ids = [self.encoder[token] for token in merge_word(characters, self._rank)]
         if len(word) <= LONGEST_CACHED_WORD:
             if len(self._cache) >= CACHED_WORDS:
                 self._cache.clear()  # simpler than forgetting the oldest, and common words are soon back
             self._cache[word] = ids
         return ids
 
-    def _merged(self, characters: list[str]) -> list[str]:
-        """The tokens of a word after all merges: each time the one of lowest rank, and of several such the leftmost.
 
-        O(n log n): a heap holds the merges that are possible, two linked lists the neighbours. The lists are rings
-        closed by a place without a token, so that the first and the last token too have two neighbours.
-        """
-        tokens = [*characters, None]
-        size = len(tokens)
-        before, after = [size - 1, *range(size - 1)], [*range(1, size), 0]
-        possible: list[tuple[int, int]] = []
-
-        def rank_at(left: int) -> int | None:
-            return self._rank.get((tokens[left], tokens[after[left]]))
-
-        def propose(left: int) -> None:
-            if (rank := rank_at(left)) is not None:
-                heapq.heappush(possible, (rank, left))
-
-        for place in range(size):
-            propose(place)
-        while possible:
-            rank, left = heapq.heappop(possible)
-            if rank_at(left) != rank:
-                continue  # another merge has taken one of the two since
-            right = after[left]
-            tokens[left], tokens[right] = "".join(self.merges[rank]), None
-            after[left] = after[right]
-            before[after[left]] = left
-            propose(before[left])
-            propose(left)
-        return [token for token in tokens if token is not None]
-
-
-def _integer(id: Any) -> int:
-    """`id` as a Python int; NumPy's integers are integers too, truth values are not."""
+def _checked_id(id: Any) -> int:
+    """Return `id` as a Python int. NumPy's integers are accepted, truth values are not."""
     try:
         if not isinstance(id, bool) and str(getattr(id, "dtype", "")) != "bool":
             return operator.index(id)
@@ -347,58 +278,44 @@ def _integer(id: Any) -> int:
     raise TokenizerError(f"{id!r} is no token id: expected an integer, not {type(id).__name__}")
 
 
-def check_text(text: str) -> str:
-    """Return the text. Raises `TokenizerError` for what is not text, or has no UTF-8 form (lone surrogates)."""
-    if not isinstance(text, str):
-        raise TokenizerError(f"expected text (str), not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which has "
-            "no UTF-8 form: remove it, or put '?' there with text.encode('utf-8', 'replace').decode()"
-        ) from None
-    return text
-
-
 def _check_parts(
     encoder: dict[str, int],
     merges: list[tuple[str, str]],
     added: Iterable[str],
     roles: Iterable[str | None],
-    places: Places,
+    source_names: SourceNames,
 ) -> None:
-    """Raises `TokenizerError` where vocabulary, merges, added tokens and those with a role do not fit each other."""
+    """Raise `TokenizerError` where vocabulary, merges, added tokens and those with a role do not fit each other."""
     if not encoder:
-        raise TokenizerError(f"{places.vocabulary} has no tokens")
+        raise TokenizerError(f"{source_names.vocabulary} has no tokens")
     for token, id in encoder.items():
         if type(id) is not int or id < 0:
-            raise TokenizerError(f"{places.vocabulary}: the id of {token!r} is {id!r}, expected an integer >= 0")
+            raise TokenizerError(f"{source_names.vocabulary}: the id of {token!r} is {id!r}, expected an integer >= 0")
     if len(set(encoder.values())) < len(encoder):
         first, second = _same_id(encoder)
-        raise TokenizerError(f"{places.vocabulary}: {first!r} and {second!r} have the same id {encoder[first]}")
+        raise TokenizerError(f"{source_names.vocabulary}: {first!r} and {second!r} have the same id {encoder[first]}")
     try:
         "".join(encoder).encode()  # all at once: there are 50 000 of them
     except UnicodeEncodeError as error:
         token = next(token for token in encoder if error.object[error.start] in token)
-        raise TokenizerError(f"{places.vocabulary}: {token!r} has a lone surrogate, so it is not text") from None
+        raise TokenizerError(f"{source_names.vocabulary}: {token!r} has a lone surrogate, so it is not text") from None
     if encoder.keys().isdisjoint(CHARACTER_OF_BYTE):  # some may be missing: small vocabularies lack rare bytes
-        raise TokenizerError(f"{places.vocabulary}: not byte-level BPE: it has no token for a byte")
-    # All at once, and one by one only to say which is wrong.
+        raise TokenizerError(f"{source_names.vocabulary}: not byte-level BPE: it has no token for a byte")
+    # All at once. They are checked one by one only to say which is wrong.
     known = encoder.__contains__
     fit = all(map(known, itertools.chain.from_iterable(merges))) and all(map(known, map("".join, merges)))
     for rank, (left, right) in enumerate(() if fit and EOS not in map("".join, merges) else merges):
         for token in (left, right, left + right):
             if token not in encoder:
-                raise TokenizerError(f"{places.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
+                raise TokenizerError(f"{source_names.merge(rank)}: {left!r} + {right!r}: {token!r} has no id")
         if left + right == EOS:
-            raise TokenizerError(f"{places.merge(rank)}: makes {EOS}, which text must not become by itself")
+            raise TokenizerError(f"{source_names.merge(rank)}: makes {EOS}, which text must not become by itself")
     for token in (*added, *(role for role in roles if role is not None)):
         if not token or token not in encoder:
-            raise TokenizerError(f"{places.vocabulary}: the added token {token!r} is empty or has no id")
+            raise TokenizerError(f"{source_names.vocabulary}: the added token {token!r} is empty or has no id")
 
 
 def _same_id(encoder: dict[str, int]) -> tuple[str, str]:
-    """The first two tokens with the same id."""
+    """Return the first two tokens with the same id."""
     first: dict[int, str] = {}
     return next((first[id], token) for token, id in encoder.items() if first.setdefault(id, token) != token)

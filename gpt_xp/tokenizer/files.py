@@ -1,27 +1,27 @@
 """The files of a tokenizer: `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe`, or `tokenizer.json`.
 
 Beside them stand `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`. They say which tokens were
-added, which roles those have, and what encoding adds to a text, and mean what they mean to transformers' GPT2Tokenizer.
+added, which roles those have, and what encoding adds to a text. transformers' GPT2Tokenizer reads them so.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_xp import json_text
-from gpt_xp.checkpoint.safetensors_file import lfs_problem
+from gpt_xp.checked_files import lfs_problem
 from gpt_xp.errors import JsonError, TokenizerError
 from gpt_xp.tokenizer.added_tokens import AddedToken
+from gpt_xp.tokenizer.words import EOS
 
 TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 PAIRS = ((VOCAB, MERGES), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's names
-STATEMENTS = (TOKENIZER_JSON, ADDED_TOKENS, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)  # all that is not the pair
+SIDE_FILES = (TOKENIZER_JSON, ADDED_TOKENS, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)  # all but the pair
 
-# What a tokenizer.json must say to be GPT-2's; None stands for null and for a field that is not there.
+# The values that the fields of a tokenizer.json have if it is GPT-2's; None stands for null and for an absent field.
 GPT2_FIELDS: dict[str, tuple[Any, ...]] = {
     "model.type": ("BPE", None),
     "model.dropout": (None, 0),
@@ -38,26 +38,24 @@ GPT2_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Places(NamedTuple):
-    """How error messages name the vocabulary, and merge number i."""
+class SourceNames(NamedTuple):
+    """The names that error messages give to the vocabulary, and to merge number i."""
 
     vocabulary: str
     merge: Callable[[int], str]
 
 
-IN_MEMORY = Places("encoder", "merges[{}]".format)
-
-
+IN_MEMORY = SourceNames("encoder", "merges[{}]".format)
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """All that the files of a tokenizer say; `files` holds those beside the pair as they are."""
+class TokenizerSpec:
+    """Everything that the files of a tokenizer say; `files` holds the side files as they are."""
 
     encoder: dict[str, int]
     merges: Iterable[tuple[str, str]]
-    places: Places
+    source_names: SourceNames
     added_tokens: tuple[AddedToken, ...] = ()
     bos_token: str | None = None
     eos_token: str | None = None
@@ -66,31 +64,31 @@ class Parts:
     files: tuple[tuple[str, bytes], ...] = ()
 
 
-def read_parts(folder: Path) -> Parts:
+def read_spec(folder: Path) -> TokenizerSpec:
     """Read the tokenizer in a folder. Raises `TokenizerError`, with file and line or field."""
     settings = _read_if_there(folder / TOKENIZER_CONFIG)
     if (folder / TOKENIZER_JSON).exists():
-        parts = _read_tokenizer_json(folder / TOKENIZER_JSON)
+        spec = _read_tokenizer_json(folder / TOKENIZER_JSON)
     else:
         pair = next((each for each in PAIRS if all((folder / name).exists() for name in each)), None)
         if pair is None:
             raise TokenizerError(_what_is_missing(folder))
-        parts = _read_pair(folder / pair[0], folder / pair[1], bool(settings.get("add_bos_token")))
+        spec = _read_pair(folder / pair[0], folder / pair[1], bool(settings.get("add_bos_token")))
     # A list of added tokens in tokenizer_config.json is complete: transformers then leaves the older file alone.
     roles = settings if "added_tokens_decoder" in settings else settings | _read_if_there(folder / SPECIAL_TOKENS_MAP)
     if settings.get("add_eos_token"):
         raise TokenizerError(
             f"{folder / TOKENIZER_CONFIG}: add_eos_token is true, and would end each prompt: remove it"
         )
-    encoder, added = _with_roles(parts, settings, roles, folder)
+    encoder, added = _with_roles(spec, settings, roles, folder)
     return replace(
-        parts,
+        spec,
         encoder=encoder,
         added_tokens=tuple(added.values()),
-        bos_token=parts.bos_token or _content(roles.get("bos_token")),
+        bos_token=spec.bos_token or _content(roles.get("bos_token")),
         eos_token=_content(roles.get("eos_token")),
-        add_prefix_space=bool(settings.get("add_prefix_space", parts.add_prefix_space)),
-        files=tuple((name, (folder / name).read_bytes()) for name in STATEMENTS if (folder / name).exists()),
+        add_prefix_space=bool(settings.get("add_prefix_space", spec.add_prefix_space)),
+        files=tuple((name, (folder / name).read_bytes()) for name in SIDE_FILES if (folder / name).exists()),
     )
 
 
@@ -106,7 +104,7 @@ def _what_is_missing(folder: Path) -> str:
     return f"{folder} has no tokenizer: looked for {TOKENIZER_JSON} or {pairs}"
 
 
-def _read_pair(vocab: Path, merges: Path, add_bos_token: bool) -> Parts:
+def _read_pair(vocab: Path, merges: Path, add_bos_token: bool) -> TokenizerSpec:
     """Read a vocabulary and its merges, with the `added_tokens.json` that may lie beside Hugging Face's pair."""
     encoder, added = _read_object(vocab), {}
     if vocab.name == VOCAB and (extra := vocab.with_name(ADDED_TOKENS)).exists():
@@ -116,13 +114,13 @@ def _read_pair(vocab: Path, merges: Path, add_bos_token: bool) -> Parts:
     # byte is written 'č'.
     lines = [line.removesuffix("\r") for line in _read_text(merges).rstrip("\r\n").split("\n")]
     first = int(lines[0].startswith("#version"))  # further down it is a merge
-    places = Places(str(vocab), lambda rank: f"{merges}, line {first + rank + 1}")
+    names = SourceNames(str(vocab), lambda rank: f"{merges}, line {first + rank + 1}")
     # The file says no more than the ids; those that have a role are made special by it.
     tokens = tuple(AddedToken(content, special=False, normalized=True) for content in added)
-    return Parts(encoder, _pairs(lines[first:], places), places, tokens, add_bos_token=add_bos_token)
+    return TokenizerSpec(encoder, _pairs(lines[first:], names), names, tokens, add_bos_token=add_bos_token)
 
 
-def _read_tokenizer_json(path: Path) -> Parts:
+def _read_tokenizer_json(path: Path) -> TokenizerSpec:
     """Read a `tokenizer.json`, refused unless all that it says is GPT-2's byte-level BPE."""
     document = _read_object(path)
     for field, expected in GPT2_FIELDS.items():
@@ -144,12 +142,12 @@ def _read_tokenizer_json(path: Path) -> Parts:
         tokens.append(token)
         added[token.content] = entry["id"]
     encoder = _with_added(document["model"]["vocab"], added, f"{path}: added_tokens")
-    places = Places(f"{path}: model.vocab", lambda rank: f"{path}: model.merges[{rank}]")
+    names = SourceNames(f"{path}: model.vocab", lambda rank: f"{path}: model.merges[{rank}]")
     bos_token = _template_begin(document, path)
-    return Parts(
+    return TokenizerSpec(
         encoder,
-        _pairs(document["model"]["merges"], places),
-        places,
+        _pairs(document["model"]["merges"], names),
+        names,
         tuple(tokens),
         bos_token=bos_token,
         add_bos_token=bos_token is not None,
@@ -174,10 +172,10 @@ def _template_begin(document: dict[str, Any], path: Path) -> str | None:
 
 
 def _with_roles(
-    parts: Parts, settings: dict[str, Any], roles: dict[str, Any], folder: Path
+    spec: TokenizerSpec, settings: dict[str, Any], roles: dict[str, Any], folder: Path
 ) -> tuple[dict[str, int], dict[str, AddedToken]]:
     """Return the vocabulary and the added tokens with what the files beside them say of both."""
-    encoder, added = parts.encoder, {token.content: token for token in parts.added_tokens}
+    encoder, added = spec.encoder, {token.content: token for token in spec.added_tokens}
     listed = settings.get("added_tokens_decoder", {})
     place = f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder"
     if not isinstance(listed, dict) or not all(id.isdecimal() and len(id) < 20 for id in listed):
@@ -234,15 +232,15 @@ def _with_added(encoder: dict[str, int], added: dict[str, int], place: str) -> d
     return encoder | added if added else encoder
 
 
-def _pairs(merges: Iterable[Any], places: Places) -> Iterator[tuple[str, str]]:
-    """The two parts of each merge, which is "left right" or ["left", "right"]."""
+def _pairs(merges: Iterable[Any], names: SourceNames) -> Iterator[tuple[str, str]]:
+    """Yield the two tokens of each merge, which is "left right" or ["left", "right"]."""
     for rank, merge in enumerate(merges):
         match merge.split(" ") if isinstance(merge, str) else merge:
             case [left, right] if left and right and isinstance(left, str) and isinstance(right, str):
                 yield left, right
             case _:
                 problem = f"{merge!r} is no merge: expected two tokens with one space between them"
-                raise TokenizerError(f"{places.merge(rank)}: {problem}")
+                raise TokenizerError(f"{names.merge(rank)}: {problem}")
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -272,15 +270,35 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes `files` under temporary names, then renames all: a failure leaves what was there before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for path, temporary in staged.items():
-            temporary.write_bytes(files[path.name])
-        for path, temporary in staged.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def pair_files(encoder: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> dict[str, bytes]:
+    """Return the content of `vocab.json`, in the order of the ids, and of `merges.txt`."""
+    vocabulary = dict(sorted(encoder.items(), key=lambda item: item[1]))
+    lines = ["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]
+    return {VOCAB: json.dumps(vocabulary, ensure_ascii=False).encode(), MERGES: "".join(lines).encode()}
+
+
+def side_files(
+    added_tokens: Mapping[AddedToken, int],
+    bos_token: str | None,
+    eos_token: str | None,
+    add_bos_token: bool,
+    add_prefix_space: bool,
+) -> dict[str, bytes]:
+    """Return the files that say what `vocab.json` and `merges.txt` cannot; none for GPT-2's tokenizer.
+
+    `added_tokens` are all of them, with their ids.
+    """
+    beside_eos = {token.content: id for token, id in added_tokens.items() if token != AddedToken(EOS)}
+    roles = {"bos_token": bos_token, "eos_token": eos_token}
+    flags = {"add_bos_token": add_bos_token, "add_prefix_space": add_prefix_space}
+    stated: dict[str, Any] = {name: token for name, token in roles.items() if token not in (None, EOS)}
+    stated |= {name: flag for name, flag in flags.items() if flag}
+    if beside_eos:
+        stated["added_tokens_decoder"] = {str(id): asdict(token) for token, id in added_tokens.items()}
+    files = {TOKENIZER_CONFIG: stated} if stated else {}
+    if beside_eos:  # for readers that do not open the other file
+        files[ADDED_TOKENS] = beside_eos
+    return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}

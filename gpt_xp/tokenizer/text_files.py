@@ -1,12 +1,11 @@
 """Files of text as a stream of pieces, so that a corpus larger than memory can be counted or tokenized.
 
-A source is a path or a stream of bytes. Its text is UTF-8; a byte order mark at its beginning, which editors on Windows
-write, is no part of the text. `stdin` is the one way to stdin.
+A source is a path or a stream of bytes. Its text is UTF-8. A byte order mark at its beginning, which editors on Windows
+write, is no part of the text. All parts of gpt-xp get stdin from `stdin`.
 
-A piece ends where whitespace follows something else. No word of `tokenizer.WORD` crosses such a place, because
-whitespace is only ever at a word's beginning; and whether a run of whitespace leaves its last character to the next
-word is decided by what follows the run, which is in the same piece. So the words of the pieces, one after another,
-are the words of the whole text.
+A piece ends where whitespace follows another character. No word of `words.WORD` crosses such a place, because
+whitespace is only at a word's beginning. A run of whitespace may leave its last character to the next word. The
+character after the run decides this, and it is in the same piece. So the words of all pieces are the words of the text.
 """
 
 import codecs
@@ -31,15 +30,15 @@ _LAST_CUT = regex.compile(r"(?r)\S(?=\s)")  # (?r) searches from the end; \s is 
 def text_pieces(
     sources: Iterable[Source], *, n_bytes: int = PIECE_BYTES, advance: Callable[[int], object] | None = None
 ) -> Iterator[str]:
-    """The texts of `sources` in pieces of about `n_bytes`: encoding piece by piece gives the ids of the whole text.
+    """Return the texts of `sources` in pieces of about `n_bytes`. Encoding each piece gives the ids of the whole text.
 
-    A stream is left open. Each source is a text of its own: no word reaches from one into the next; for what belongs
-    between texts, call this for each. Characters come as they are: line ends are not translated. A piece is longer
-    where nothing shorter can be cut off. Special tokens stay whole if they have no whitespace. `advance` is called
-    with a number of bytes when the pieces that they completed have been taken.
+    A stream is left open. Each source is a separate text: no word reaches from one into the next. To put something
+    between texts, call this for each of them. Line ends are not translated. A piece is longer where nothing shorter
+    can be cut off. Special tokens stay whole if they have no whitespace. `advance` is called with a number of bytes
+    when the pieces that they completed have been taken.
 
-    Raises `TextError`, at once and for all paths: a file that is missing, a directory, empty or unreadable; and on the
-    way for what is not UTF-8.
+    Raises `TextError`, at once and for all paths, where a file is missing, a directory, empty or unreadable; and later
+    for bytes that are not UTF-8.
     """
     each = _listed(sources)
     size_of(each)
@@ -64,7 +63,7 @@ def stdin() -> BinaryIO:
 
 
 def size_of(sources: Iterable[Source]) -> int | None:
-    """The number of bytes of all `sources`, or None if one is a stream. Raises `TextError` as `text_pieces` does."""
+    """Return the number of bytes of all `sources`, or None if one is a stream. Raises as `text_pieces` does."""
     sizes = [_size(source) for source in _listed(sources)]
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
@@ -82,7 +81,7 @@ def _size(source: Source) -> int | None:
     try:
         status = os.stat(source)
         if stat.S_ISREG(status.st_mode):
-            open(source, "rb").close()  # may it be read at all?
+            open(source, "rb").close()  # raises where it may not be read
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         raise TextError(f"{source} cannot be read: {_reason(error)}") from None
     if stat.S_ISDIR(status.st_mode):
@@ -104,7 +103,7 @@ def _pieces(source: Source, n_bytes: int, advance: Callable[[int], object]) -> I
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:
-    """The same characters, in pieces that end between two words."""
+    """Yield the same text in pieces that end between two words."""
     rest: list[str] = []
     for text in texts:
         end = cut.end() if (cut := _LAST_CUT.search(text)) else 0
@@ -117,7 +116,7 @@ def _cut(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _decoded(source: Source, n_bytes: int, advance: Callable[[int], object]) -> Iterator[str]:
-    """The text of a source in pieces that end anywhere between two characters."""
+    """Yield the text of a source in pieces that end anywhere between two characters."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     end = 0
     try:
@@ -134,7 +133,7 @@ def _decoded(source: Source, n_bytes: int, advance: Callable[[int], object]) -> 
 
 
 def _read(source: Source, n_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the bytes of a source, each time with their place in it: the first comes after a byte order mark."""
+    """Yield the bytes of a source, without a byte order mark, and each time their place in the source."""
     place = 0
     try:
         with _opened(source) as stream:

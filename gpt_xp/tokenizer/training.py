@@ -1,12 +1,12 @@
 """Byte-level BPE learned from text: the vocabulary and the merges of a `Tokenizer`.
 
-Text is cut into words by the pattern of `tokenizer.py`, and only how often each word comes is kept. A word begins as
+Text is cut into words by `words.WORD`, and only the number of times that each word comes is kept. A word begins as
 its bytes. Then, again and again, the most frequent pair of neighbours becomes a token, in every word. Pairs are counted
-once; after that, a merge changes the counts of the pairs beside it, in the words that have it.
+once. After that, a merge changes the counts of the pairs beside it, in the words that have it.
 
 Sources: Sennrich et al. 2016, algorithm 1. Where that leaves a choice, the rules are those of `BpeTrainer` in Hugging
-Face's `tokenizers`, so that both learn the same: of equally frequent pairs the one with the smaller ids is first; the
-pair of "aaa" counts twice; one occurrence is enough.
+Face's `tokenizers`, so both learn the same. Of equally frequent pairs, the one with the smaller ids is first. The pair
+of "aaa" counts twice. One occurrence is enough.
 """
 
 import heapq
@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import pairwise
 
 from gpt_xp.errors import SettingError, TokenizerError
-from gpt_xp.tokenizer.bpe import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, Tokenizer, check_text
+from gpt_xp.tokenizer.bpe import Tokenizer
+from gpt_xp.tokenizer.words import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, check_text
 
 Pair = tuple[int, int]
 
@@ -28,14 +29,14 @@ def train_tokenizer(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> Tokenizer:
-    """A tokenizer of `vocab_size` tokens: the special ones first, then the 256 bytes, then those that merges make.
+    """Return a tokenizer of `vocab_size` tokens: the special ones first, then the 256 bytes, then those of merges.
 
-    Memory holds the different words of `texts` alone. No word reaches from one of `texts` into the next: cut a long
-    one with `text_stream.text_pieces`. Special tokens are plain text in `texts`, and no merge makes one. `advance` is
-    called with 1 for each token that is learned.
+    Only the different words of `texts` are held in memory. No word reaches from one of `texts` into the next: cut a
+    long one with `text_files.text_pieces`. Special tokens are plain text in `texts`, and no merge makes one. `advance`
+    is called with 1 for each token that is learned.
 
-    Raises `SettingError` for a size or special tokens that cannot be, before a text is read; `TokenizerError` for
-    what is not text, and for texts that have too few pairs for so many tokens.
+    Raises `SettingError` for an impossible size or special token, before a text is read; `TokenizerError` for a value
+    that is no text, and for texts that have too few pairs for so many tokens.
     """
     special = check_special_tokens(special_tokens)
     check_vocab_size(vocab_size, special)
@@ -43,7 +44,7 @@ def train_tokenizer(
 
 
 def check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
-    """The special tokens, all different, none empty, none a byte's. Raises `SettingError`."""
+    """Return the special tokens as a list. Raises `SettingError` unless all differ, and none is empty or a byte's."""
     if isinstance(special_tokens, str):
         raise SettingError(f"special_tokens is one str, expected a list: [{special_tokens!r}]")
     special = list(special_tokens)
@@ -59,7 +60,7 @@ def check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Collection[str]) -> None:
-    """Raises `SettingError` unless `vocab_size` is an integer that has room for the bytes and the special tokens."""
+    """Raise `SettingError` unless `vocab_size` is an integer that has room for the bytes and the special tokens."""
     n_special = len(special_tokens)
     least = len(CHARACTER_OF_BYTE) + n_special
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral):
@@ -70,7 +71,7 @@ def check_vocab_size(vocab_size: int, special_tokens: Collection[str]) -> None:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word of `texts` comes. Raises `TokenizerError` for what is not text."""
+    """Count how often each word of `texts` comes. Raises `TokenizerError` for a value that is no text."""
     if isinstance(texts, str):
         raise TokenizerError("texts is one str, expected an iterable of them: put it in a list")
     words: Counter[str] = Counter()
@@ -87,7 +88,7 @@ def learn(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> Tokenizer:
-    """What `train_tokenizer` returns, from words that are counted and settings that are checked."""
+    """Return the tokenizer of `train_tokenizer`, from counted words and checked settings."""
     tokens = [*special_tokens, *sorted(CHARACTER_OF_BYTE)]
     id_of_byte = [tokens.index(character) for character in CHARACTER_OF_BYTE]
     words = [[id_of_byte[byte] for byte in word.encode()] for word in word_counts]
@@ -114,20 +115,20 @@ def learn(
 class _Pairs:
     """The pairs of neighbours in all words: how often each comes, and in which words.
 
-    What becomes of the bytes of a token does not depend on what is around them. So no token is made in two ways, and a
-    merge brings only pairs that have the new token: each pair comes once, in all its words, and then its count falls.
+    The bytes of a token are merged in the same way wherever they are. So no token is made in two ways, and a merge
+    brings only pairs that have the new token. Each pair appears once, in all its words, and then its count only falls.
     """
 
     def __init__(self, words: list[list[int]], word_counts: Sequence[int]) -> None:
         """`words` are token ids, which merges change in place; `word_counts` says how often each word comes."""
         self.words, self.word_counts = words, word_counts
         self.counts: defaultdict[Pair, int] = defaultdict(int)
-        # (-count, pair, places of its words): a heap, whose least is next. A count is put right when it comes up.
+        # (-count, pair, places of its words): a heap, whose least is next. A count is corrected when it comes up.
         self.heap: list[tuple[int, Pair, list[int]]] = []
         self._change((place, pair, 1) for place, word in enumerate(words) for pair in pairwise(word))
 
     def pop_most_frequent(self) -> tuple[Pair, list[int]] | None:
-        """The next pair to merge, and the places in `words` that may have it; None if there is no pair."""
+        """Return the next pair to merge, and the places in `words` that may have it; None if there is no pair."""
         while self.heap:
             old_count, pair, places = self.heap[0]
             count = -self.counts[pair]
@@ -141,11 +142,11 @@ class _Pairs:
         return None
 
     def merge(self, pair: Pair, places: list[int], new: int) -> None:
-        """Put the token `new` for `pair` in the words at `places`."""
+        """Replace `pair` by the token `new` in the words at `places`."""
         self._change((place, *change) for place in places for change in self._merge_word(place, pair, new))
 
     def _merge_word(self, place: int, pair: Pair, new: int) -> Iterator[tuple[Pair, int]]:
-        """Merges in one word, from the left, and tells which pairs go (-1) and come (1)."""
+        """Merge in one word, from the left, and yield the pairs that go (-1) and come (1)."""
         left, right = pair
         word, merged, i = self.words[place], [], 0
         while i < len(word):
@@ -164,7 +165,7 @@ class _Pairs:
         self.words[place] = merged
 
     def _change(self, changes: Iterable[tuple[int, Pair, int]]) -> None:
-        """Count pairs that come and go, each with the place of its word, and put those that come in the heap."""
+        """Count pairs that come and go, each with the place of its word, and add those that come to the heap."""
         came: defaultdict[Pair, list[int]] = defaultdict(list)
         for place, pair, change in changes:
             self.counts[pair] += change * self.word_counts[place]

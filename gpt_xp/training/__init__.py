@@ -1,11 +1,7 @@
-"""Training and fine-tuning, on JAX: `gpt_xp.train`.
+"""`gpt_xp.train`: train and fine-tune a model, on JAX.
 
-`settings.py` says what is asked for, `corpus.py` makes token ids of text, `program.py` is one step, `start.py` makes
-what a run begins with, `state.py` keeps it on disk, `log.py` tells of it, and `loop.py` goes from one step to the next.
+- `settings.py` has the settings of a run, and `corpus.py` makes token ids of text.
+- `program.py` computes one step, and `start.py` makes what a run begins with.
+- `state.py` keeps a run on disk, and `log.py` records and reports its evaluations.
+- `loop.py` has `gpt_xp.train`, which takes one step after the other.
 """
-
-from gpt_xp.training.log import Evaluation, Training, Watcher
-from gpt_xp.training.loop import train
-from gpt_xp.training.settings import Settings
-
-__all__ = ["Evaluation", "Settings", "Training", "Watcher", "train"]

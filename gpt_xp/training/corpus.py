@@ -1,8 +1,8 @@
-"""Text -> token ids on disk, in a stream; and batches of them.
+"""Turn text into token ids on disk, in a stream, and make batches of them.
 
-The ids lie in two files of uint16 (uint32 for a vocabulary beyond 65,536), `train.bin` and `val.bin`, which are mapped,
-so that neither the text nor its ids need fit into memory. Of the characters of all files together, the last
-`val_fraction` validate.
+The ids are in two files, `train.bin` and `val.bin`, as uint16 (uint32 for a vocabulary above 65,536). The files are
+mapped, so neither the text nor its ids must fit into memory. The last `val_fraction` of the characters of all files
+together is the validation text.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_json, sync, write_json, written_aside
-from gpt_xp.checkpoint.safetensors_file import NumpyArray, mapping_errors
+from gpt_xp.atomic_files import sync, write_json, written_aside
+from gpt_xp.checked_files import mapping_errors, read_json
 from gpt_xp.errors import CheckpointError, TextError
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import size_of, text_pieces
-from gpt_xp.training.settings import Settings
+from gpt_xp.training.settings import TrainingSettings
+from gpt_xp.types import NumpyArray
 
 TRAIN, VAL, COUNTS = "train.bin", "val.bin", "corpus.json"
 Advance = Callable[[int], object]
@@ -26,7 +27,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Span:
-    """Characters `first` up to `last` (None: the end) of some files, one after the other."""
+    """The characters `first` up to `last` (None: the end) of several files, one after the other."""
 
     files: tuple[str, ...]
     first: int = 0
@@ -49,7 +50,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much text there is, in `corpus.json`."""
+    """The size of the training and the validation text, as `corpus.json` has it."""
 
     train_tokens: int
     train_characters: int
@@ -59,7 +60,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The token ids, mapped from their files, and how much text they are."""
+    """The token ids, mapped from their files, and the size of the text."""
 
     train: NumpyArray
     val: NumpyArray
@@ -67,27 +68,27 @@ class Corpus:
 
     @property
     def tokens_per_character(self) -> float:
-        """Turn nats per token of the validation text into nats per character."""
+        """Tokens per character of the validation text, which turn nats per token into nats per character."""
         return self.counts.val_tokens / self.counts.val_characters
 
 
-def split(settings: Settings, advance: Advance | None = None) -> tuple[Span, Span]:
+def split(settings: TrainingSettings, advance: Advance | None = None) -> tuple[Span, Span]:
     """Return the text to train on and the text to validate on. Raises `TextError` as `text_pieces` does."""
     if settings.val:
         return Span(settings.data), Span(settings.val)
     n_characters = sum(len(piece) for piece in Span(settings.data).pieces(advance) if piece is not None)
-    # In whole characters: 0.9 of them, rounded down, is where others who use this split cut too.
+    # Rounded down to whole characters, as other programs with this split do.
     first = int(n_characters * (1 - settings.val_fraction))
     return Span(settings.data, 0, first), Span(settings.data, first)
 
 
-def texts(span: Span, advance: Advance | None = None) -> Iterator[str]:
-    """Yield the text of a span alone, for the training of a tokenizer."""
+def text_of(span: Span, advance: Advance | None = None) -> Iterator[str]:
+    """Yield the text of a span without the marks between files, to train a tokenizer."""
     return (piece for piece in span.pieces(advance) if piece is not None)
 
 
-def n_bytes(settings: Settings) -> int:
-    """Return how much there is to read in one pass. Raises `TextError` for what cannot be read, or not twice."""
+def n_bytes(settings: TrainingSettings) -> int:
+    """Return the bytes of all files. Raises `TextError` for a file that cannot be read, or not more than once."""
     n = 0
     for file in (*settings.data, *settings.val):
         if (size := size_of([file])) is None:
@@ -105,14 +106,15 @@ def tokenize(
     special_tokens: bool = False,
     advance: Advance | None = None,
 ) -> str | None:
-    """Write the token ids of both spans, and last of all the counts: where those are, all is there.
+    """Write the token ids of both spans, and then the counts, which mark that everything is written.
 
-    The tokenizer's end token, where it has one, stands between two files. With `special_tokens`, text that spells one
-    is read as that token; without, the first that is spelled is returned. Raises `TextError` for what cannot be read,
-    and for an id beyond the model's table of `n_vocab` rows; `CheckpointError` where it cannot be written.
+    The tokenizer's end token, if it has one, is put between two files. With `special_tokens`, text that spells a
+    special token is read as that token. Without, the first special token that the text spells is returned. Raises
+    `TextError` for text that cannot be read, and for an id outside the model's table of `n_vocab` rows;
+    `CheckpointError` where a file cannot be written.
     """
     written = [
-        _Written(span, tokenizer, n_vocab, special_tokens, advance).write(folder / name)
+        _SpanWriter(span, tokenizer, n_vocab, special_tokens, advance).write(folder / name)
         for span, name in zip(spans, (TRAIN, VAL), strict=True)
     ]
     train, val = written
@@ -123,15 +125,15 @@ def tokenize(
 
 
 def is_tokenized(folder: Path) -> bool:
-    """Whether `tokenize` has run to its end here."""
+    """Return whether `tokenize` has written everything to `folder`."""
     return (folder / COUNTS).exists()
 
 
 def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
-    """Map what `tokenize` has written.
+    """Map the files that `tokenize` has written.
 
-    Raises `TextError` where it is too little for rows of `length` tokens, `CheckpointError` where it is damaged or
-    cannot be mapped.
+    Raises `TextError` where the text is too short for rows of `length` tokens; `CheckpointError` where a file is
+    damaged or cannot be mapped.
     """
     try:
         counts = Counts(**read_json(str(folder / COUNTS)))
@@ -153,21 +155,21 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
 
 
 def crops(tokens: NumpyArray, length: int, n: int, seed: int, step: int) -> NumpyArray:
-    """Return n random pieces of the text, int32 [n, length + 1]: each token but the first is to be predicted.
+    """Return `n` random crops of the text, int32 [n, length + 1]; each token except the first is predicted.
 
-    The same for the same seed and step, so that a run which goes on sees what it would have seen.
+    They depend on seed and step alone, so that a resumed run gets the same batches.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(tokens) - length, size=n)
     return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
 
 
-def windows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
-    """Return the text in pieces side by side, int32 [n, length + 1].
+def validation_rows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
+    """Return the text cut into rows, int32 [n, length + 1].
 
-    Each begins with the last token of the one before, so that every token is predicted once; what is left at the end,
-    shorter than a piece, is left out. Of more than `most` tokens, pieces at even distances are taken. A text shorter
-    than a piece is one shorter piece.
+    Each row begins with the last token of the row before, so that every token is predicted once. The rest at the end,
+    shorter than a row, is left out. Of a text with more than `most` tokens, rows at even distances are taken. A text
+    shorter than a row becomes one shorter row.
     """
     length = min(length, len(tokens) - 1)
     n = (len(tokens) - 1) // length
@@ -176,8 +178,8 @@ def windows(tokens: NumpyArray, length: int, most: int) -> NumpyArray:
 
 
 @dataclass
-class _Written:
-    """The token ids of one span, while they are written: how many there are, and of how many characters."""
+class _SpanWriter:
+    """Writes the token ids of one span, and counts tokens and characters."""
 
     span: Span
     tokenizer: Tokenizer
@@ -186,9 +188,9 @@ class _Written:
     advance: Advance | None
     n_tokens: int = 0
     n_characters: int = 0
-    spelled: str | None = None  # the first special token that the text spells, where they are plain text
+    spelled: str | None = None  # the first special token that the text spells and that is read as plain text
 
-    def write(self, path: Path) -> "_Written":
+    def write(self, path: Path) -> "_SpanWriter":
         with written_aside(path, 0) as aside:
             with open(aside, "wb") as file:
                 for ids in self._ids():
@@ -215,7 +217,7 @@ class _Written:
             yield piece
 
     def _check(self, ids: Sequence[int]) -> None:
-        if (largest := max(ids, default=0)) >= self.n_vocab:  # the embedding would clamp it without a word
+        if (largest := max(ids, default=0)) >= self.n_vocab:  # JAX would silently clamp the id.
             raise TextError(
                 f"the text has {self.tokenizer.decoder[largest]!r}, token {largest}, and the table of this model ends "
                 f"at {self.n_vocab - 1}: take it out, or start from a model with a larger table"

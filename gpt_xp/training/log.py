@@ -1,4 +1,4 @@
-"""What a run tells: evaluations, which are the lines of `train.jsonl`, and what a watcher hears on the way."""
+"""Record and report a run: evaluations, which are the lines of `train.jsonl`, and watchers."""
 
 import json
 from contextlib import AbstractContextManager, nullcontext
@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt_xp import json_text
+from gpt_xp.atomic_files import sync, written_aside
 from gpt_xp.backend import Backend
-from gpt_xp.checkpoint.checkpoint import sync, written_aside
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
 from gpt_xp.training.corpus import Advance
-from gpt_xp.training.settings import Settings
+from gpt_xp.training.settings import TrainingSettings
 from gpt_xp.tree import finite
 
 LOG = "train.jsonl"
@@ -34,7 +34,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Training:
-    """What became of a run: `steps` taken, the best evaluation (its checkpoint is in `directory`), and all of them."""
+    """The result of a run: steps taken, all evaluations, and the best of them, whose checkpoint is in `directory`."""
 
     directory: Path
     steps: int
@@ -44,40 +44,40 @@ class Training:
 
 
 class Watcher:
-    """Hears what a run tells while it goes. This one is silent: override what you want to hear."""
+    """Is called while a run goes on. Every method of this class does nothing: override those that you need."""
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context in which JAX is imported, which takes a second or two."""
         return nullcontext()
 
     def loaded(self, backend: Backend) -> None:
-        """Hear that JAX is imported, before it compiles anything."""
+        """Called when JAX is imported, before it compiles anything."""
 
     def reading(self, what: str, n_bytes: int | None) -> AbstractContextManager[Advance]:
-        """Return a context in which so many bytes of text are read; its value is called with numbers of bytes."""
+        """Return a context in which `n_bytes` of text are read; its value is called with each number of bytes read."""
         return nullcontext(lambda n: None)
 
     def spelled(self, token: str) -> None:
-        """Hear that the text spells a special token, which was read as plain text."""
+        """Called when the text spells a special token, which was read as plain text."""
 
-    def begins(self, step: int, settings: Settings, config: GPT2Config, tokens: int) -> None:
-        """Hear that steps begin, after `step` of them, for a model of `config` on so many tokens."""
+    def begins(self, step: int, settings: TrainingSettings, config: GPT2Config, tokens: int) -> None:
+        """Called before the first step, after `step` earlier ones; `tokens` is the size of the training text."""
 
     def stepped(self, step: int, loss: float, tokens: int) -> None:
-        """Hear of a step that is over: its number, loss, and the tokens in it."""
+        """Called after each step, with its number, loss and number of tokens."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Hear of an evaluation."""
+        """Called after each evaluation."""
 
     def interrupted(self) -> None:
-        """Hear, in a signal handler, of a Ctrl-C: the state is saved after this step."""
+        """Called in the signal handler of a Ctrl-C; the state is saved after this step."""
 
     def ends(self) -> None:
-        """Hear that no more steps come."""
+        """Called when there are no more steps."""
 
 
 def write_log(path: Path, evaluations: list[Evaluation]) -> None:
-    """Write all lines aside, then rename. Raises `CheckpointError` where they cannot be written."""
+    """Write all evaluations to `path`. Raises `CheckpointError` where the file cannot be written."""
     lines = [json.dumps(finite(asdict(each))) + "\n" for each in evaluations]
     with written_aside(path, sum(map(len, lines))) as aside:
         Path(aside).write_text("".join(lines), encoding="utf-8")
@@ -85,7 +85,7 @@ def write_log(path: Path, evaluations: list[Evaluation]) -> None:
 
 
 def read_log(path: Path, last: int) -> list[Evaluation]:
-    """Return the evaluations up to step `last`: a run that was killed may have written one more.
+    """Return the evaluations up to step `last`. A run that was killed may have written one more.
 
     Raises `CheckpointError` for a line that `write_log` did not write.
     """
@@ -93,7 +93,7 @@ def read_log(path: Path, last: int) -> list[Evaluation]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             evaluations.append(Evaluation(**json_text.parse(line)))
-        except (TypeError, ValueError) as error:  # other fields, or a `JsonError`
+        except (TypeError, ValueError) as error:  # Other fields, or a `JsonError`.
             raise CheckpointError(
                 f"{path}, line {number} is no evaluation ({error}): remove the line, then go on (--resume)"
             ) from None

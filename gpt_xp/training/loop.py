@@ -1,4 +1,4 @@
-"""From one step to the next: batches, evaluations, the best checkpoint, and nothing lost on the way."""
+"""`gpt_xp.train`: take steps, evaluate, keep the best checkpoint, and save the state so that nothing is lost."""
 
 import math
 import signal
@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.checkpoint.checkpoint import read_carried, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_carried
 from gpt_xp.errors import NumericalError, SettingError
 from gpt_xp.model import Model
 from gpt_xp.reporting.plots import check_plot
 from gpt_xp.reporting.text import listed
 from gpt_xp.tokenizer.bpe import Tokenizer
-from gpt_xp.training import corpus as texts
+from gpt_xp.training import corpus
 from gpt_xp.training.corpus import Corpus
 from gpt_xp.training.log import LOG, Evaluation, Training, Watcher, read_log, write_log
-from gpt_xp.training.program import Program, State, jax_backend
-from gpt_xp.training.settings import Settings
-from gpt_xp.training.start import check_start, find_config, find_tokenizer, first_params, kept_start
+from gpt_xp.training.program import Program, TrainState, jax_backend
+from gpt_xp.training.settings import CHANGEABLE, TrainingSettings
+from gpt_xp.training.start import begin_run, check_start, find_config, find_tokenizer, first_params, kept_start
 from gpt_xp.training.state import (
     FOLDER,
     START,
-    Place,
-    begin,
+    RunCounters,
     load_state,
     locked,
     remove_leftovers,
@@ -37,41 +37,43 @@ from gpt_xp.training.state import (
 )
 from gpt_xp.tree import tree_map
 
-DIVERGED = 3.0  # nats above the lowest training loss: worse than having forgotten everything but how often tokens occur
+# Nats above the lowest training loss. A model that knows only how often tokens occur is closer than that.
+DIVERGED = 3.0
 SAMPLE_TOKENS = 64
 
 
 def train(
     data: Any = (), out: str | Path = "", *, resume: bool = False, watcher: Watcher | None = None, **settings: Any
 ) -> Training:
-    """Train a GPT-2 on files of UTF-8 text, and keep the checkpoint that predicts the validation text best.
+    """Train a GPT-2 on files of UTF-8 text; keep the checkpoint that predicts the validation text best.
 
-    `data` is a list of files; `out` a directory, which then holds that checkpoint in the layout that `gpt_xp.load` and
-    transformers read, `train.jsonl` with a line for each evaluation, and the folder `training` with all that going on
-    needs, a copy of the model to start from included. With `resume`, a run that was stopped or killed goes on from its
-    last evaluation, with the settings that it was begun with, and ends with the very params that it would have had (on
-    the same machine, on a CPU).
+    Return a `Training` with all evaluations. `data` is a list of files. `out` is a directory, which then holds the
+    best checkpoint in the layout that `gpt_xp.load` and transformers read, `train.jsonl` with a line for each
+    evaluation, and the folder `training` with everything needed to resume, including a copy of the model to start from.
+    With `resume`, a run that was stopped or killed goes on from its last saved state, with its former settings. It ends
+    with exactly the params of an undisturbed run (on the same machine, on a CPU). `watcher` is called on the way.
 
-    What is trained: `start`, a model's name or directory, of which `freeze` blocks, the lower ones, and the embeddings
-    stay as they are; or a new model of `n_layer`, `n_head`, `n_embd` and `n_ctx`, with the tokenizer of `tokenizer`, a
-    model's name or directory, or a new one of `vocab_size` tokens. Rows have `seq_len` tokens (default: the context, at
-    most 256). `special_tokens` reads the spelling of a special token, such as `<|endoftext|>` between two texts, as
-    that token; without it, it is plain text.
+    The model: `start` is the name or directory of a trained model, whose embeddings and `freeze` lower blocks stay
+    unchanged. Without `start`, a new model has `n_layer`, `n_head`, `n_embd` and `n_ctx`. Its tokenizer is that of
+    `tokenizer`, the name or directory of a model, or a new one with `vocab_size` tokens. Rows have `seq_len` tokens
+    (default: the context, at most 256). `special_tokens` reads the spelling of a special token, such as
+    `<|endoftext|>` between two texts, as that token; without it, the spelling is plain text.
 
-    How: `steps` of `accumulate` times `batch_size` random pieces of the text; AdamW with `beta1`, `beta2` and, on
-    matrices only, `weight_decay`; `learning_rate` after `warmup` steps, falling as a cosine to `min_learning_rate`
-    times that; gradients clipped to a norm of `clip`. `weight_dropout` is the probability to zero a weight in a step,
-    `average` the decay of a running average of the params, which is then what is evaluated and kept. All random
-    numbers come from `seed`. `dtype` "bfloat16" multiplies in that where the `device` computes in it.
+    The steps: each of `steps` uses `accumulate` times `batch_size` random crops of the text. AdamW has `beta1`, `beta2`
+    and, for matrices only, `weight_decay`. `learning_rate` is reached after `warmup` steps, and falls as a cosine to
+    `min_learning_rate` times itself. Gradients are clipped to a norm of `clip`. `weight_dropout` is the probability of
+    zeroing a weight in a step. `average` is the decay of a running average of the params, which is then evaluated and
+    kept in their place. All random numbers come from `seed`. `dtype` "bfloat16" multiplies in bfloat16 where the
+    `device` computes in it. `threads` limits those of the CPU.
 
-    What is kept: every `eval_every` steps the loss of up to `eval_tokens` of the validation text is taken, which is
-    `val`, a list of files, or the last `val_fraction` of the characters. After `patience` evaluations without a better
-    one the run ends (None: never). `sample` is a prompt to continue at each, `plot` a file for a picture of the losses,
-    `save_dtype` "float16" halves the checkpoint.
+    The evaluations: every `eval_every` steps, the loss in nats per token is taken over at most `eval_tokens` of the
+    validation text. That text is `val`, a list of files, or the last `val_fraction` of the characters. After `patience`
+    evaluations without a better one the run ends (None: never). `sample` is a prompt to continue at each evaluation,
+    `plot` a file for a picture of the losses, and `save_dtype` "float16" halves the checkpoint.
 
     Raises `SettingError`, `TextError` and `BackendError` before anything is computed; `CheckpointError` where the disk
-    is full or a directory is in use, `NumericalError` where training diverges; a Ctrl-C waits for the end of the step,
-    saves the state, and is raised then.
+    is full or the directory is in use; `NumericalError` where training diverges. A Ctrl-C waits for the end of the
+    step, saves the state, and then raises `KeyboardInterrupt`.
     """
     if not str(out):
         raise SettingError("there is nowhere to write to: name a directory (out)")
@@ -81,7 +83,7 @@ def train(
     if resume:
         chosen = _resumed(settings_of(folder), ({"data": tuple(map(str, files))} if files else {}) | settings)
     else:
-        chosen = Settings(data=tuple(map(str, files)), **settings)
+        chosen = TrainingSettings(data=tuple(map(str, files)), **settings)
     if chosen.plot is not None:
         check_plot(Path(chosen.plot))
     with watcher.loading():
@@ -91,16 +93,13 @@ def train(
         check_start(chosen)
     with locked(folder):
         if not resume:
-            begin(folder, chosen)
+            begin_run(folder, chosen)
         remove_leftovers(folder)
-        return _Run(chosen, directory, watcher, backend).go()
+        return TrainingRun(chosen, directory, watcher, backend).go()
 
 
-CHANGEABLE = ("device", "threads", "plot", "sample")  # none of them is part of what is computed
-
-
-def _resumed(settings: Settings, given: dict[str, Any]) -> Settings:
-    """Return the settings that a run was begun with; raise `SettingError` where others are given."""
+def _resumed(settings: TrainingSettings, given: dict[str, Any]) -> TrainingSettings:
+    """Return the settings of a run to resume. Raises `SettingError` where `given` has other values for them."""
     asked = replace(settings, **given)
     for name, value in settings.as_dict().items():
         if name not in CHANGEABLE and getattr(asked, name) != value:
@@ -111,30 +110,30 @@ def _resumed(settings: Settings, given: dict[str, Any]) -> Settings:
     return asked
 
 
-class _Run:
-    """A run from its first preparation to its last step."""
+class TrainingRun:
+    """A run, from its preparation to its last step."""
 
-    def __init__(self, settings: Settings, directory: Path, watcher: Watcher, backend: Any) -> None:
+    def __init__(self, settings: TrainingSettings, directory: Path, watcher: Watcher, backend: Any) -> None:
         self.settings, self.directory, self.watcher, self.backend = settings, directory, watcher, backend
         self.folder = directory / FOLDER
-        self.place = Place()
+        self.counters = RunCounters()
         self.evaluations: list[Evaluation] = []
 
     def go(self) -> Training:
-        """Take all steps that are left."""
+        """Take all remaining steps."""
         self._prepare()
-        settings, place = self.settings, self.place
+        settings, counters = self.settings, self.counters
         per_step = settings.accumulate * settings.batch_size * self.length
-        self.watcher.begins(place.step, settings, self.config, self.corpus.counts.train_tokens)
-        self.begun = time.monotonic() - place.seconds
+        self.watcher.begins(counters.step, settings, self.config, self.corpus.counts.train_tokens)
+        self.begun = time.monotonic() - counters.seconds
         try:
             with _interrupts(self.watcher) as interrupted:
                 if not self.evaluations:
                     self._evaluate()
-                while place.step < settings.steps and not self._is_stale:
+                while counters.step < settings.steps and not self._is_stale:
                     loss = self._step()
-                    self.watcher.stepped(place.step, loss, per_step)
-                    if place.step % settings.eval_every == 0 or place.step == settings.steps:
+                    self.watcher.stepped(counters.step, loss, per_step)
+                    if counters.step % settings.eval_every == 0 or counters.step == settings.steps:
                         self._evaluate()
                     elif interrupted.is_set():
                         self._save_state()
@@ -142,39 +141,39 @@ class _Run:
                         raise KeyboardInterrupt
         finally:
             self.watcher.ends()
-        best = next(each for each in self.evaluations if each.step == place.best_step)
-        return Training(self.directory, place.step, best, tuple(self.evaluations), place.step < settings.steps)
+        best = next(each for each in self.evaluations if each.step == counters.best_step)
+        return Training(self.directory, counters.step, best, tuple(self.evaluations), counters.step < settings.steps)
 
     def _prepare(self) -> None:
-        """Make, or find again, the tokenizer, the token ids and the state."""
+        """Make the tokenizer, the token ids and the state, or load those that an interrupted run has made."""
         settings, folder = self.settings, self.folder
-        if not texts.is_tokenized(folder):
+        if not corpus.is_tokenized(folder):
             self._tokenize()
         self.tokenizer = Tokenizer.from_directory(folder)
         source = None if settings.start is None else kept_start(settings, folder / START)
         self.config = find_config(settings, self.tokenizer, source)
         self.carried = None if source is None else read_carried(source)
-        self.length = settings.length(self.config)
-        self.corpus: Corpus = texts.open_corpus(folder, self.tokenizer, self.length)
-        self.windows = texts.windows(self.corpus.val, self.length, settings.eval_tokens)
+        self.length = settings.row_length(self.config)
+        self.corpus: Corpus = corpus.open_corpus(folder, self.tokenizer, self.length)
+        self.validation_rows = corpus.validation_rows(self.corpus.val, self.length, settings.eval_tokens)
         self.program = Program(settings, self.config, first_params(settings, self.config, source), self.backend)
-        self.state: State = self.program.start()
+        self.state: TrainState = self.program.initial_state()
         if (found := load_state(folder, self.state)) is not None:
-            self.state, self.place = self.program.to_device(found[0]), found[1]
-            self.evaluations = read_log(self.directory / LOG, self.place.step)
+            self.state, self.counters = self.program.to_device(found[0]), found[1]
+            self.evaluations = read_log(self.directory / LOG, self.counters.step)
 
     def _tokenize(self) -> None:
         settings = self.settings
         source = kept_start(settings, self.folder / START)
-        size = texts.n_bytes(settings)
+        size = corpus.n_bytes(settings)
         with self.watcher.reading("counting characters", size) as advance:
-            spans = texts.split(settings, advance)
+            spans = corpus.split(settings, advance)
         with self.watcher.reading("training the tokenizer", size) as advance:
             tokenizer = find_tokenizer(settings, source, spans[0], advance)
         tokenizer.save(self.folder)
         n_vocab = find_config(settings, tokenizer, source).n_vocab
         with self.watcher.reading("tokenizing", size) as advance:
-            spelled = texts.tokenize(
+            spelled = corpus.tokenize(
                 spans, tokenizer, self.folder, n_vocab=n_vocab, special_tokens=settings.special_tokens, advance=advance
             )
         if spelled is not None:
@@ -182,49 +181,49 @@ class _Run:
 
     def _step(self) -> float:
         """Take one step and return its loss. Raises `NumericalError` where training diverges."""
-        settings, place = self.settings, self.place
+        settings, counters = self.settings, self.counters
         n = settings.accumulate * settings.batch_size
-        tokens = texts.crops(self.corpus.train, self.length, n, settings.seed, place.step)
+        tokens = corpus.crops(self.corpus.train, self.length, n, settings.seed, counters.step)
         tokens = tokens.reshape(settings.accumulate, settings.batch_size, -1)
-        self.state, array = self.program.train(self.state, tokens, place.step)
+        self.state, array = self.program.train(self.state, tokens, counters.step)
         loss = float(array)
-        place.step += 1
-        if not loss < place.lowest_train_loss + DIVERGED:  # NaN is less than nothing
+        counters.step += 1
+        if not loss < counters.lowest_train_loss + DIVERGED:  # This is true for NaN too.
             raise self._diverged(loss)
-        place.lowest_train_loss = min(place.lowest_train_loss, loss)
-        place.loss_sum += loss
-        place.loss_steps += 1
+        counters.lowest_train_loss = min(counters.lowest_train_loss, loss)
+        counters.loss_sum += loss
+        counters.loss_steps += 1
         return loss
 
     def _evaluate(self) -> None:
-        """Take the loss of the validation text, keep the checkpoint if it is the best, and save the state."""
-        place, settings = self.place, self.settings
+        """Compute the validation loss, keep the checkpoint if it is the best, and save the state."""
+        counters, settings = self.counters, self.settings
         val_loss = self._val_loss()
         if not math.isfinite(val_loss):
             raise self._diverged(val_loss)
-        is_best = val_loss < place.best_loss
+        is_best = val_loss < counters.best_loss
         if is_best:
-            place.best_loss, place.best_step = val_loss, place.step
-        place.worse = 0 if is_best else place.worse + 1
-        place.seconds = time.monotonic() - self.begun
+            counters.best_loss, counters.best_step = val_loss, counters.step
+        counters.worse = 0 if is_best else counters.worse + 1
+        counters.seconds = time.monotonic() - self.begun
         weights = self.program.weights(self.state) if is_best or settings.sample is not None else None
         evaluation = Evaluation(
-            step=place.step,
-            train_loss=place.loss_sum / place.loss_steps if place.loss_steps else None,
+            step=counters.step,
+            train_loss=counters.loss_sum / counters.loss_steps if counters.loss_steps else None,
             val_loss=val_loss,
             val_nats_per_character=val_loss * self.corpus.tokens_per_character,
-            learning_rate=self.program.learning_rate(max(place.step - 1, 0)),
-            tokens=place.step * settings.accumulate * settings.batch_size * self.length,
-            seconds=place.seconds,
+            learning_rate=self.program.learning_rate(max(counters.step - 1, 0)),
+            tokens=counters.step * settings.accumulate * settings.batch_size * self.length,
+            seconds=counters.seconds,
             is_best=is_best,
             sample=self._sample(weights),
         )
-        place.loss_sum, place.loss_steps = 0.0, 0
+        counters.loss_sum, counters.loss_steps = 0.0, 0
         self.evaluations.append(evaluation)
         if is_best:
             self._save_checkpoint(weights)
         write_log(self.directory / LOG, self.evaluations)
-        save_state(self.folder, self.state, place)
+        save_state(self.folder, self.state, counters)
         self.watcher.evaluated(evaluation)
         if settings.plot is not None:
             from gpt_xp.training.plot import save_plot
@@ -233,21 +232,21 @@ class _Run:
 
     @property
     def _is_stale(self) -> bool:
-        return self.settings.patience is not None and self.place.worse >= self.settings.patience
+        return self.settings.patience is not None and self.counters.worse >= self.settings.patience
 
     def _val_loss(self) -> float:
         rows = self.settings.batch_size
-        batches = [self.windows[first : first + rows] for first in range(0, len(self.windows), rows)]
+        batches = [self.validation_rows[first : first + rows] for first in range(0, len(self.validation_rows), rows)]
         losses = [self.program.evaluate(self.state, batch) for batch in batches]
         return float(np.average(losses, weights=[len(batch) for batch in batches]))
 
     def _save_checkpoint(self, weights: Any) -> None:
         weights = tree_map(lambda leaf: leaf.astype(self.settings.save_dtype), weights)
-        save_checkpoint(self.directory, weights, self.config, self.tokenizer, self.carried)
+        checkpoint.save(self.directory, weights, self.config, self.tokenizer, self.carried)
 
     def _save_state(self) -> None:
-        self.place.seconds = time.monotonic() - self.begun
-        save_state(self.folder, self.state, self.place)
+        self.counters.seconds = time.monotonic() - self.begun
+        save_state(self.folder, self.state, self.counters)
 
     def _sample(self, weights: Any) -> str | None:
         if self.settings.sample is None:
@@ -263,21 +262,21 @@ class _Run:
         return self.settings.sample + text
 
     def _diverged(self, loss: float) -> NumericalError:
-        kept = f"the best checkpoint, of step {self.place.best_step}, is in {self.directory}"
+        kept = f"the best checkpoint, of step {self.counters.best_step}, is in {self.directory}"
         return NumericalError(
-            f"training has diverged: the loss is {loss:.4g} at step {self.place.step}, and was "
-            f"{self.place.lowest_train_loss:.4g}; {kept if self.evaluations else 'nothing is kept'}. Begin anew in "
+            f"training has diverged: the loss is {loss:.4g} at step {self.counters.step}, and was "
+            f"{self.counters.lowest_train_loss:.4g}; {kept if self.evaluations else 'nothing is kept'}. Begin anew in "
             f"another directory with a learning rate below {self.settings.learning_rate:g}, or a longer warm-up"
         )
 
 
 @contextmanager
 def _interrupts(watcher: Watcher) -> Iterator[threading.Event]:
-    """Let Ctrl-C set the event, so that a step is finished first; a second one does what it did before."""
+    """Let a first Ctrl-C only set the event, so that a step is finished; a second one does what it did before."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before != signal.default_int_handler:
-        yield interrupted  # somebody else decides what Ctrl-C does
+        yield interrupted  # The user's own program decides what Ctrl-C does.
         return
 
     def remember(signum: int, frame: object) -> None:

@@ -1,9 +1,9 @@
 """One step of training and one of evaluation, which JAX compiles; the optimizer is optax's.
 
-The loss is `gpt_xp.lm_loss`, the very function in `model.py`. What regularises works on the params from outside: decay
-shrinks the matrices (Loshchilov & Hutter 2019), dropout zeroes random weights in each step (Wan et al. 2013,
-"Regularization of Neural Networks using DropConnect"), and an average of the params over the steps is evaluated
-(Polyak & Juditsky 1992).
+The loss is `gpt_xp.lm_loss` in `transformer.py`, unchanged. Regularization works on the params from outside. Weight
+decay shrinks the matrices (Loshchilov & Hutter 2019). Weight dropout zeroes random weights in each step (Wan et al.
+2013, "Regularization of Neural Networks using DropConnect"). An average of the params over the steps may be evaluated
+in place of the params (Polyak & Juditsky 1992).
 """
 
 import importlib.util
@@ -13,37 +13,37 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.backend import Backend, import_library
-from gpt_xp.checkpoint.safetensors_file import NumpyArray
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
 from gpt_xp.registry import get_backend
-from gpt_xp.training.settings import Settings
+from gpt_xp.training.settings import TrainingSettings
 from gpt_xp.transformer import lm_loss
 from gpt_xp.tree import tree_map
-from gpt_xp.types import Array, Namespace, Params
+from gpt_xp.types import Array, Namespace, NumpyArray, Params
 
 FIX = install_command("train")
-State = dict[str, Any]  # a JAX pytree: the "params" that are trained, their "average" or None, the "optimizer"'s own
+TrainState = dict[str, Any]  # a JAX pytree: the trained "params", their "average" or None, the "optimizer" state
 
 
-def jax_backend(settings: Settings) -> Backend:
-    """Return JAX as a backend. Raises `BackendError` where it, or optax, is not installed, or not in this dtype."""
+def jax_backend(settings: TrainingSettings) -> Backend:
+    """Return the JAX backend. Raises `BackendError` where JAX or optax is not installed, or lacks the dtype."""
     for library in ("jax", "optax"):
         if importlib.util.find_spec(library) is None:
             raise BackendError(f"{library} is not installed", FIX)
     backend = get_backend("jax", device=settings.device, dtype=settings.dtype, threads=settings.threads)
-    import_library("optax", FIX)  # only now: it imports JAX, which must be told of the threads before
+    import_library("optax", FIX)  # Imported last: it imports JAX, which reads the number of threads then.
     return backend
 
 
 class Program:
-    """What is computed in a run that begins with `params`, NumPy arrays; `settings.freeze` of its blocks never change.
+    """The compiled functions of a run.
 
-    A loss is in nats per token. The params that are trained are float32; in half precision, copies are multiplied.
+    It begins with `params`, a tree of NumPy arrays, of which the lower `settings.freeze` blocks never change. Losses
+    are in nats per token. Trained params are float32; half precision multiplies copies of them.
     """
 
-    def __init__(self, settings: Settings, config: GPT2Config, params: Params, backend: Backend) -> None:
+    def __init__(self, settings: TrainingSettings, config: GPT2Config, params: Params, backend: Backend) -> None:
         self._settings, self._config, self._backend = settings, config, backend
         self._xp = _training_namespace(backend.xp)
         self._schedule = make_schedule(settings)
@@ -55,19 +55,19 @@ class Program:
         self._train = backend.compile(self._train_step, donate=("state",))
         self._evaluate = backend.compile(self._loss)
 
-    def start(self) -> State:
+    def initial_state(self) -> TrainState:
         """Return the state before the first step, on the device."""
         trained, _ = split(self._params, self._settings.freeze)
         return self._start(tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained))  # type: ignore[no-any-return]
 
-    def train(self, state: State, tokens: NumpyArray, step: int) -> tuple[State, Array]:
-        """Take step number `step` on `tokens`, int32 [accumulate, batch_size, n + 1]; return the state and the loss.
+    def train(self, state: TrainState, tokens: NumpyArray, step: int) -> tuple[TrainState, Array]:
+        """Take step number `step`; return the new state and the loss.
 
-        The state that is passed in is consumed.
+        `tokens` are int32 [accumulate, batch_size, n + 1]. The state that is passed in is consumed.
         """
         return self._train(state, self._frozen, self._backend.asarray(tokens), np.int32(step))  # type: ignore[no-any-return]
 
-    def evaluate(self, state: State, tokens: NumpyArray) -> float:
+    def evaluate(self, state: TrainState, tokens: NumpyArray) -> float:
         """Return the loss of the params (their average, if there is one) on `tokens`, int32 [rows, n + 1]."""
         return float(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens)))
 
@@ -75,18 +75,19 @@ class Program:
         """Return the learning rate of step number `step`."""
         return float(self._learning_rate(np.int32(step)))
 
-    def to_device(self, state: Any) -> State:
+    def to_device(self, state: Any) -> TrainState:
         """Return a state of NumPy arrays on the device."""
         import jax
 
         return jax.tree.map(self._backend.asarray, state)  # type: ignore[no-any-return]
 
-    def weights(self, state: State) -> Params:
-        """Return the params that `evaluate` is about, as NumPy arrays, those that are frozen too."""
+    def weights(self, state: TrainState) -> Params:
+        """Return the params that `evaluate` uses as NumPy arrays, with the frozen ones."""
         return join(tree_map(self._backend.to_numpy, _best(state)), split(self._params, self._settings.freeze)[1])
 
-    def _first_state(self, trained: Params) -> State:
-        # Compiled, so that all of it is where a step's own result will be: else the second step is compiled anew.
+    def _first_state(self, trained: Params) -> TrainState:
+        # This is compiled, so that the arrays are placed like those of a step. Otherwise the second step would be
+        # compiled again.
         average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
         return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
 
@@ -94,7 +95,7 @@ class Program:
         params = join(tree_map(lambda leaf: leaf.astype(self._backend.dtype), trained), frozen)
         return lm_loss(params, tokens, self._config, xp=self._xp)
 
-    def _train_step(self, state: State, frozen: Params, tokens: Array, step: Array) -> tuple[State, Array]:
+    def _train_step(self, state: TrainState, frozen: Params, tokens: Array, step: Array) -> tuple[TrainState, Array]:
         import jax
         import jax.numpy as jnp
         import optax
@@ -119,8 +120,8 @@ class Program:
         return {"params": params, "average": average, "optimizer": inner}, loss
 
 
-def make_schedule(settings: Settings) -> Any:
-    """Return the learning rate as a function of the step: up in a line, then down as a cosine."""
+def make_schedule(settings: TrainingSettings) -> Any:
+    """Return the learning rate as a function of the step: a linear rise, then a cosine down."""
     import optax
 
     return optax.warmup_cosine_decay_schedule(
@@ -132,7 +133,7 @@ def make_schedule(settings: Settings) -> Any:
     )
 
 
-def make_optimizer(settings: Settings, schedule: Any) -> Any:
+def make_optimizer(settings: TrainingSettings, schedule: Any) -> Any:
     """Return AdamW on clipped gradients, as an `optax.GradientTransformation`.
 
     Gains and biases are not decayed; matrices are, the embeddings included, as in nanoGPT.
@@ -153,7 +154,7 @@ def make_optimizer(settings: Settings, schedule: Any) -> Any:
 
 
 def split(params: Params, n_frozen: int) -> tuple[Params, Params]:
-    """Return what is trained and what is not: with frozen blocks, the embeddings below them are frozen as well."""
+    """Return the trained and the frozen params. With frozen blocks, the embeddings are frozen too."""
     if not n_frozen:
         return params, {}
     return (
@@ -163,7 +164,7 @@ def split(params: Params, n_frozen: int) -> tuple[Params, Params]:
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """Undo `split`."""
+    """Return the params that `split` has split."""
     return frozen | trained | {"blocks": [*frozen.get("blocks", []), *trained["blocks"]]}
 
 
@@ -188,20 +189,20 @@ def _averaged(average: Params, params: Params, decay: float, step: Array) -> Par
     import jax
     import jax.numpy as jnp
 
-    # Over few steps at first: else the random numbers of the start would stay in the average for long.
+    # At first the average is over few steps. Otherwise the random initial params would stay in it for long.
     keep = jnp.minimum(decay, (step + 1) / (step + 10))
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)  # type: ignore[no-any-return]
 
 
-def _best(state: State) -> Params:
+def _best(state: TrainState) -> Params:
     return state["params"] if state["average"] is None else state["average"]  # type: ignore[no-any-return]
 
 
 def _training_namespace(xp: Namespace) -> Namespace:
     """Return `xp` with a `max` that has no gradient.
 
-    In `model.py` a maximum is only taken off before the exponential, so that nothing overflows: the result does not
-    depend on it. XLA does not know that, and its gradient takes longer than all else in a softmax.
+    `transformer.py` subtracts a maximum before the exponential, so that nothing overflows, and the result does not
+    depend on it. XLA does not know that, and the gradient of `max` would take longer than the rest of a softmax.
     """
     import jax
 

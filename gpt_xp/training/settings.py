@@ -1,4 +1,4 @@
-"""What a training run is asked to do: one frozen record, checked before any work, and kept in `run.json`."""
+"""The settings of a training run, which are checked before any work and kept in `run.json`."""
 
 import dataclasses
 import math
@@ -10,14 +10,20 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.reporting.text import listed
 
-# A model from scratch, where nothing else is asked for: the shape of the bundled one.
+# The default shape of a model from scratch, which is that of the bundled model.
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 VOCAB_SIZE = 1024
-SEQ_LEN = 256  # at most, where it is not given: the memory of attention grows with its square
+SEQ_LEN = 256  # the largest default, because the memory of attention grows with its square
+CHANGEABLE = (
+    "device",
+    "threads",
+    "plot",
+    "sample",
+)  # settings that a resumed run may change: no result depends on them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """The settings of a run; see `gpt_xp.train`. Raises `SettingError` for values that make no sense."""
 
     data: tuple[str, ...]
@@ -35,7 +41,7 @@ class Settings:
     special_tokens: bool = False
 
     steps: int = 2000
-    batch_size: int = 4  # times 4: XLA asks the system for the memory of a batch anew in each step, which takes long
+    batch_size: int = 4  # Times 4 below: XLA allocates the memory of a batch anew in each step, which takes long.
     accumulate: int = 4
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.1  # of learning_rate, at the end
@@ -59,7 +65,7 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        # Absolute paths: a run may go on in another directory. Tuples: JSON has lists.
+        # Paths are absolute, because a run may be resumed in another directory. JSON gives lists where tuples are due.
         for name in ("data", "val"):
             object.__setattr__(self, name, tuple(os.path.abspath(str(file)) for file in listed(getattr(self, name))))
         if self.plot is not None:
@@ -68,7 +74,7 @@ class Settings:
             raise SettingError("there is nothing to train on: name the files of text (data)")
         _check_counts(self)
         _check_ranges(self)
-        if self.dtype not in ("float32", "bfloat16"):  # in float16 gradients vanish or overflow
+        if self.dtype not in ("float32", "bfloat16"):  # In float16 gradients vanish or overflow.
             raise SettingError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         if self.save_dtype not in ("float32", "float16"):
             raise SettingError(f"save_dtype must be float32 or float16, not {self.save_dtype!r}")
@@ -82,15 +88,15 @@ class Settings:
 
     @property
     def source(self) -> str | None:
-        """The name or directory of the model, or else of the tokenizer, to start from."""
+        """The name or directory of the model to start from, or else of the tokenizer; None without either."""
         return self.tokenizer if self.start is None else self.start
 
-    def shape(self, n_vocab: int, eos_token_id: int | None = None, bos_token_id: int | None = None) -> GPT2Config:
-        """Return the config of a model from scratch. Raises `ConfigError` for sizes that cannot be."""
+    def new_config(self, n_vocab: int, eos_token_id: int | None = None, bos_token_id: int | None = None) -> GPT2Config:
+        """Return the config of a model from scratch. Raises `ConfigError` for impossible sizes."""
         sizes = {name: default if (value := getattr(self, name)) is None else value for name, default in SHAPE.items()}
         return GPT2Config(n_vocab=n_vocab, eos_token_id=eos_token_id, bos_token_id=bos_token_id, **sizes)
 
-    def length(self, config: GPT2Config) -> int:
+    def row_length(self, config: GPT2Config) -> int:
         """Return how many tokens each row of a batch predicts. Raises `SettingError` where they exceed the context."""
         length = min(config.n_ctx, SEQ_LEN) if self.seq_len is None else self.seq_len
         if length > config.n_ctx:
@@ -100,11 +106,11 @@ class Settings:
         return length
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON can hold them."""
+        """Return the settings as a dict of values that JSON can hold."""
         return dataclasses.asdict(self)
 
 
-def _check_counts(settings: Settings) -> None:
+def _check_counts(settings: TrainingSettings) -> None:
     least = {"warmup": 0, "freeze": 0, "seed": 0}
     optional = ("vocab_size", *SHAPE, "seq_len", "patience", "threads")
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", *least, *optional):
@@ -117,9 +123,9 @@ def _check_counts(settings: Settings) -> None:
         raise SettingError(f"seed must be below 2**63, not {settings.seed}")
 
 
-def _check_ranges(settings: Settings) -> None:
+def _check_ranges(settings: TrainingSettings) -> None:
     below = math.inf
-    ranges = {  # least, and what it must stay below
+    ranges = {  # the least value, and the bound that it must stay below
         "learning_rate": (0, below), "min_learning_rate": (0, 1 + 1e-9), "weight_decay": (0, below), "clip": (0, below),
         "beta1": (0, 1), "beta2": (0, 1), "weight_dropout": (0, 1), "average": (0, 1), "val_fraction": (0, 1),
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """The NumPy backend: the logits of the naive model for any number of rows, and a process that stays the user's."""
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +19,8 @@ from small_quantized import KINDS, float64_of, small
 
 import gpt_xp
 from gpt_xp import Model, transformer
-from gpt_xp.backend import get_backend
 from gpt_xp.errors import PromptError
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 PLAIN = numpy_backend.namespace()
@@ -36,6 +36,11 @@ def make(kind: str | None = None, **settings: Any) -> Model:
         return Model(params, config, backend=quantized(backend))
     params = tree_map(lambda leaf: leaf.astype(backend.dtype), small_params("prime"))
     return Model(params, CONFIGS["prime"], backend=backend)
+
+
+def naive(model: Model) -> Callable[[Any], "np.ndarray[Any, Any]"]:
+    """The naive model in float64: from tokens [n_seq] to logits [n_seq, n_vocab]."""
+    return functools.partial(naive_gpt2, **float64_of(model.params), n_head=model.config.n_head)
 
 
 def blas_threads() -> int:
@@ -56,36 +61,32 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, 13])  # 13 x 11 rows of a quantized product are multiplied by BLAS
 def test_logits_of_a_batch_are_those_of_the_naive_model(small_limits: None, kind: str | None, rows: int) -> None:
     model = make(kind)
-    tokens = np.concatenate([small_tokens("prime", rows)[:, 3:7], small_tokens("prime", rows)[:, :7]], axis=1)
-    many = [12 * [token] for token in range(12)]  # 144 rows: those of a quantized product are multiplied by BLAS
-    for batch in (tokens, [*tokens.tolist(), *many]):
-        logits = model.logits(batch[0] if len(batch) == 1 else [row[:11] for row in batch])
-        for found, row in zip(logits[None] if len(batch) == 1 else logits, batch, strict=True):
-            expected = naive_gpt2(row[:11], **float64_of(model.params), n_head=model.config.n_head)
-            assert_values(found, expected, TOLERANCE["logits", "float32"])
+    tokens, expected_of = small_tokens("prime", 13)[13 - rows :, :11], naive(model)
+    for found, row in zip(model.logits(tokens), tokens, strict=True):
+        assert_values(found, expected_of(row), TOLERANCE["logits", "float32"])
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("rows", ROWS)
 def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: None, kind: str | None, rows: int) -> None:
     model = make(kind)
-    prompts = [small_tokens("prime", 12)[row, : 1 + row % 4].tolist() for row in range(rows)]
+    prompts = [small_tokens("prime", 12)[row][: 1 + row % 4].tolist() for row in range(rows)]
 
     def steps(prompts: list[list[int]]) -> "np.ndarray[Any, Any]":
-        logits, cache, used = model._engine.prefill(prompts, 6)
+        logits, cache = model._decoder.prefill(prompts)
         found = [logits]
         for token in range(6):
-            logits, cache, used = model._engine.decode([token] * len(prompts), cache, used)
+            logits, cache = model._decoder.decode([token] * len(prompts), cache)
             found.append(logits)
         return np.stack(found)  # [steps, rows, n_vocab]
 
-    together = steps(prompts)
+    together, expected_of = steps(prompts), naive(model)
     for row, prompt in enumerate(prompts):
         alone = np.concatenate([prompt, range(6)])
-        expected = naive_gpt2(alone, **float64_of(model.params), n_head=model.config.n_head)[len(prompt) - 1 :]
+        expected = expected_of(alone)[len(prompt) - 1 :]
         assert_values(together[:, row], expected, TOLERANCE["logits", "float32"])
 
 
@@ -123,7 +124,7 @@ def test_attention_by_heads_is_attention(
     monkeypatch.setattr(numpy_backend, "SCORES", scores)
     random = np.random.RandomState(scores % 97)
     q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
-    mask = transformer.mask_of(random.standard_normal(mask_shape) > 0, PLAIN)
+    mask = np.where(random.standard_normal(mask_shape) > 0, 0, np.finfo(np.float32).min).astype(np.float32)
     wide = [array.astype(np.float64) for array in (q, k, v, mask)]
     found = transformer.attention(q, k, v, mask, BY_HEADS)
     assert (found.shape, found.dtype) == ((2, 7, 11, 3), np.float32)
@@ -148,7 +149,7 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
-    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 3, 1, 6)] * layers
+    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 1, 1, 37)] * 3 * layers
 
 
 def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> None:
@@ -168,7 +169,7 @@ def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> Non
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_another_namespace_is_used_as_it_is(dtype: str) -> None:
     plain = make(dtype=dtype)
-    other = replace(plain.backend, xp=SimpleNamespace(**vars(PLAIN) | {"tanh": lambda x: x * 0}))
+    other = plain.backend.replace(xp=SimpleNamespace(**vars(PLAIN) | {"tanh": lambda x: x * 0}))
     wrong = Model(plain.params, plain.config, backend=other)
     tokens = small_tokens("prime", 1)[0]
     assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1

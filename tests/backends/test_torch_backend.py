@@ -16,6 +16,7 @@ from small_models import CONFIGS, GOLDENS, small_params, small_tokens
 import gpt_xp
 from gpt_xp import Model
 from gpt_xp.backend import DeviceInfo
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import BackendError
 from gpt_xp.registry import get_backend
 
@@ -44,11 +45,12 @@ def test_mapped_params_are_neither_copied_nor_warned_of() -> None:
     make_backend("torch")
     code = """
 import json, gpt_xp
-from gpt_xp.checkpoint import checkpoint
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.hub.find import find_model
 folder = find_model("shakespeare")
-config = checkpoint.read_config(folder)
-mapped = checkpoint.read_params(folder, config, dtype=None)
+config = read_config(folder)
+mapped = read_params(folder, config, dtype=None)
 model = gpt_xp.Model(mapped, config, backend="torch")
 same = model.params["wte"].data_ptr() == mapped["wte"].ctypes.data
 print(json.dumps([mapped["wte"].flags.writeable, str(mapped["wte"].dtype), same]))
@@ -135,7 +137,7 @@ def test_half_precision_generates_and_is_saved(torch: Any, dtype: str, tmp_path:
     assert out.token_ids[0] == model.logits(ids)[-1].argmax()
     assert out.stats.dtype == dtype
     model.save(tmp_path)
-    params = gpt_xp.checkpoint.checkpoint.read_params(tmp_path, model.config, dtype=None)
+    params = read_params(tmp_path, model.config, dtype=None)
     assert params["wte"].dtype == ("float32" if dtype == "bfloat16" else "float16")
     np.testing.assert_array_equal(params["wte"], model.params["wte"].to(torch.float32).numpy())
 

@@ -540,6 +540,7 @@ def test_an_end_leaves_no_process_behind(tmp_path, monkeypatch, how):
     running = start("bench", "-m", "shakespeare", "--backends", "numpy", "--rounds", "1000")
     end = time.monotonic() + PATIENCE
     while len(workers := children(running.pid)) < 2 and time.monotonic() < end:
+        assert running.poll() is None, "it has ended before its time"
         time.sleep(0.01)
     assert len(workers) == 2
     time.sleep(0.4)

@@ -21,7 +21,7 @@ from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
 
 from gpt_xp.benchmark.figures import Spread, Turn, Workload, workload_figures
-from gpt_xp.benchmark.results import Benchmark, ContenderResult
+from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import GptXpError
 from gpt_xp.tolerances import TOLERANCE
 
@@ -153,6 +153,16 @@ def test_training_floor_is_all_products_of_a_step(script):
     n_weights = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
     per_token = 6 * n_weights + 12 * config.n_layer * config.n_embd * config.n_ctx
     assert n_flops == per_token * batch * config.n_ctx
+
+
+def test_a_checkout_is_measured_with_its_own_code(script, tmp_path):
+    before_after, entry = script("before_after"), ContenderSpec("before", ["python", "-m", "gpt_xp"])
+    root = SCRIPTS.parent
+    command = before_after.in_checkout(root, entry).command
+    assert command[:2] == ("env", f"PYTHONPATH={root}:{root / 'backends'}")
+    assert command[-3:] == ("python", "-m", "gpt_xp")
+    with pytest.raises(GptXpError, match=f"{tmp_path} is no checkout of gpt-xp"):
+        before_after.in_checkout(tmp_path, entry)
 
 
 def test_an_unknown_peer_is_refused_by_name(script, tmp_path):

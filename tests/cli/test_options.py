@@ -18,7 +18,7 @@ from gpt_xp.cli.wording import Option, reworded
 from gpt_xp.errors import SettingError
 from gpt_xp.scoring.windows import Windows
 from gpt_xp.settings import GenerationSettings
-from gpt_xp.training import Settings
+from gpt_xp.training.settings import TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 Call = Callable[..., Result]
@@ -202,7 +202,7 @@ def library_errors() -> Iterator[tuple[str, str, str]]:
     for command, kind, given in (
         ("generate", GenerationSettings, {}),
         ("score", Windows, {"convention": "huggingface"}),
-        ("train", Settings, {"data": ("x",)}),
+        ("train", TrainingSettings, {"data": ("x",)}),
     ):
         for field in (
             each for each in dataclasses.fields(kind) if each.name not in ("data", "val")

@@ -156,7 +156,7 @@ def test_the_prompt_of_choices_may_come_from_stdin(call: Call) -> None:
         (["--crops", "4", "-"], "crops belongs to the convention nanogpt"),
         (["--by", "token", "-"], "--by goes with --choices"),
         (["--choices", "a"], "needs a PROMPT and at least one CHOICE"),
-        (["--choices", "--last", "0.5", "a", "b"], "--last says nothing to --choices"),
+        (["--choices", "--last", "0.5", "a", "b"], "--last has no meaning with --choices"),
     ],
 )
 def test_wrong_usage_is_code_2_before_a_model_is_loaded(call: Call, arguments: list[str], message: str) -> None:

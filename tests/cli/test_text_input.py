@@ -68,7 +68,7 @@ def test_a_byte_order_mark_is_not_trained_on(tmp_path: Path, shakespeare) -> Non
         files = [tmp_path / f"{name}-{number}.txt" for number in range(2)]
         for file in files:
             file.write_bytes(mark + TEXT.encode())
-        settings = corpus.Settings(data=tuple(map(str, files)), val_fraction=0.3)
+        settings = corpus.TrainingSettings(data=tuple(map(str, files)), val_fraction=0.3)
         folder = tmp_path / name
         folder.mkdir()
         corpus.tokenize(corpus.split(settings), shakespeare.tokenizer, folder, n_vocab=shakespeare.config.n_vocab)

@@ -12,7 +12,7 @@ from commands import COMMAND, PATIENCE, posix, start
 from folders import SHAKESPEARE
 
 from gpt_xp import Tokenizer, train_tokenizer
-from gpt_xp.tokenizer.bpe import EOS
+from gpt_xp.tokenizer.words import EOS
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 TEXT = "Six ships sail; sixty ships sink. The six ships' bells ring, and don't sink.\r\n" * 3

@@ -17,11 +17,11 @@ from libraries import skipping_what_is_missing
 from small_trainings import EVERYTHING, bits, log, story
 
 import gpt_xp
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
 from gpt_xp.installation import install_command
-from gpt_xp.training import Settings
 from gpt_xp.training.program import jax_backend
+from gpt_xp.training.settings import TrainingSettings
 
 # The programs of test_training, which need not be compiled again.
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in EVERYTHING.items()]
@@ -36,7 +36,7 @@ pytestmark = [
 @pytest.fixture(autouse=True, scope="module")
 def _needs_jax_and_optax() -> None:
     with skipping_what_is_missing("jax"):
-        jax_backend(Settings(data=("x",)))
+        jax_backend(TrainingSettings(data=("x",)))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ assert not {"jax", "optax", "matplotlib", "torch"} & sys.modules.keys()
 """
     done = process(command=[sys.executable, "-c", code])
     assert done.code == 0, done.err
-    expected = {*Settings.__dataclass_fields__, "from", "out", "resume", "json"} - {"start"}
+    expected = {*TrainingSettings.__dataclass_fields__, "from", "out", "resume", "json"} - {"start"}
     assert [name for name in sorted(expected) if f"--{name.replace('_', '-')} " not in done.out] == []
 
 
@@ -142,7 +142,7 @@ def test_special_tokens_in_the_text(option: tuple[str, ...], text: str, out: Pat
 
 def test_a_run_that_ends_early_says_so(text: str, out: Path, call: Call, monkeypatch: Any) -> None:
     losses = iter([5.0, 4.0, 4.5])
-    monkeypatch.setattr("gpt_xp.training.loop._Run._val_loss", lambda run: next(losses))
+    monkeypatch.setattr("gpt_xp.training.loop.TrainingRun._val_loss", lambda run: next(losses))
     done = call(*begin(text, out), "--patience", "1")
     assert f"{out} has the model of step 3 of 6 (ended early: 1 evaluation without a better one): " in done.out
 
@@ -183,10 +183,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 SLOW = """
 import sys, time
 from gpt_xp.cli import main
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
 
-show, waits = Bar.stepped, eval(sys.argv.pop(1))
+show, waits = TrainingBar.stepped, eval(sys.argv.pop(1))
 
 def stepped(self, step, loss, tokens):
     show(self, step, loss, tokens)
@@ -194,7 +194,7 @@ def stepped(self, step, loss, tokens):
         print(f"after step {step}", file=sys.stderr, flush=True)
         time.sleep(waits[step])
 
-Bar.stepped = stepped
+TrainingBar.stepped = stepped
 main()
 """
 
@@ -237,7 +237,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_state(
     assert bits(out) == bits(undisturbed[0])
 
 
-@pytest.mark.parametrize(("moment", "goes_on"), [("check_start", False), ("texts.tokenize", True)])
+@pytest.mark.parametrize(("moment", "goes_on"), [("check_start", False), ("corpus.tokenize", True)])
 def test_ctrl_c_before_the_first_step(
     moment: str, goes_on: bool, text: str, out: Path, call: Call, monkeypatch: Any
 ) -> None:
@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_what_was_there(
     """The room is too little for the second checkpoint; or only for the state, which is four times as large."""
     with monkeypatch.context() as patch, files_of_at_most(10_000_000):
 
-        def full(bar: Bar, step: int, loss: float, tokens: int) -> None:
+        def full(bar: TrainingBar, step: int, loss: float, tokens: int) -> None:
             if step == 4:
                 import resource
 
@@ -278,7 +278,7 @@ def test_a_full_disk_keeps_what_was_there(
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
         before: dict[str, Any] = {}
-        patch.setattr(Bar, "stepped", full)
+        patch.setattr(TrainingBar, "stepped", full)
         failed = call(*begin(text, out))
     assert failed.code == 1
     error = failed.err.splitlines()[-1]

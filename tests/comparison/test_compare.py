@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import naive_gpt2
 import numpy as np
 import pytest
-from commands import PATIENCE, posix, process, start
+from commands import PATIENCE, Result, posix, process, start
 from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 from third_party import WRONG_BACKENDS, installed, with_large_scores
@@ -23,6 +25,7 @@ from gpt_xp import Model
 from gpt_xp.comparison import figures, plot, report, worker
 from gpt_xp.comparison.figures import ComparisonFigures, Difference, Flip, LayerFigures, LogitFigures
 from gpt_xp.comparison.job import PROMPTS
+from gpt_xp.comparison.results import BackendResult, Comparison
 from gpt_xp.comparison.worker import CHUNK_TOKENS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.installation import install_command
@@ -222,12 +225,28 @@ def test_a_backend_that_fails_is_a_problem_and_not_the_end():
 # --- wrong backends, from a package of somebody else's ----------------------------------------------------------------
 
 
-@pytest.fixture
-def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def third_party_installed() -> Iterator[None]:
     """The package with wrong backends is installed, for this process and for those that it starts."""
-    monkeypatch.syspath_prepend(WRONG_BACKENDS)
-    for name, value in installed(WRONG_BACKENDS).items():
-        monkeypatch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(WRONG_BACKENDS)
+        for name, value in installed(WRONG_BACKENDS).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def third_party() -> Iterator[None]:
+    with third_party_installed():
+        yield
+
+
+@pytest.fixture(scope="module")
+def others() -> dict[str, BackendResult]:
+    """The result of each backend of the package that needs no special checkpoint."""
+    names = ["right-numpy", "wrong-float16", "wrong-gelu", "wrong-cache", "wrong-softmax"]
+    with third_party_installed():
+        return dict(zip(names, gpt_xp.compare(names, "shakespeare", SHORT, max_tokens=5).runs, strict=True))
 
 
 @pytest.fixture
@@ -238,15 +257,14 @@ def large_scores(tmp_path: Path, shakespeare: Model) -> str:
     return str(tmp_path / "large")
 
 
-def test_a_right_backend_of_a_third_party_passes(third_party):
-    found = gpt_xp.compare(["right-numpy"], "shakespeare", SHORT, max_tokens=5)
-    assert found.is_ok
-    assert found.runs[0].backend == "right-numpy"
+def test_a_right_backend_of_a_third_party_passes(others):
+    assert others["right-numpy"].is_ok
+    assert others["right-numpy"].backend == "right-numpy"
 
 
 @pytest.mark.parametrize("name", ["wrong-float16", "wrong-gelu", "wrong-cache"])
-def test_a_wrong_backend_is_caught_and_the_layer_named_where_it_begins(third_party, name):
-    [run] = gpt_xp.compare([name], "shakespeare", SHORT, max_tokens=5).runs
+def test_a_wrong_backend_is_caught_and_the_layer_named_where_it_begins(others, name):
+    run = others[name]
     assert run.figures is not None
     layer = run.figures.first_out_of_line
     assert layer is not None
@@ -254,8 +272,11 @@ def test_a_wrong_backend_is_caught_and_the_layer_named_where_it_begins(third_par
     assert run.problems[0].startswith("block 0 differs by ")
 
 
-def test_a_softmax_that_overflows_is_caught_on_a_checkpoint_made_for_it(third_party, large_scores):
-    right, wrong = gpt_xp.compare(["right-numpy", "wrong-softmax"], large_scores, SHORT, max_tokens=5).runs
+def test_a_softmax_that_overflows_is_caught_on_a_checkpoint_made_for_it(
+    others, third_party, large_scores, call, monkeypatch
+):
+    found = gpt_xp.compare(["right-numpy", "wrong-softmax"], large_scores, SHORT, max_tokens=5)
+    right, wrong = found.runs
     assert right.is_ok, right.problems
     assert wrong.figures is not None
     assert wrong.figures.first_out_of_line is not None
@@ -263,20 +284,16 @@ def test_a_softmax_that_overflows_is_caught_on_a_checkpoint_made_for_it(third_pa
     assert wrong.figures.layers[3].difference.relative < 1e-5  # block 2
     assert not math.isfinite(wrong.figures.logits.difference.max)
     assert any("not finite" in problem for problem in wrong.problems)  # nothing could be generated
-    assert gpt_xp.compare(["wrong-softmax"], "shakespeare", SHORT, max_tokens=5).is_ok  # nothing to see there
-
-
-def test_what_is_not_finite_is_null_in_json(third_party, large_scores):
-    result = process("compare", "-m", large_scores, "--backends", "wrong-softmax", "-n", "3", "--json", "ROMEO:")
+    assert others["wrong-softmax"].is_ok, "the ordinary checkpoint does not show it"
+    result = shown(call, monkeypatch, found, "--json")
     assert result.code == 1
-    [run] = json.loads(result.out)["runs"]
+    _, run = json.loads(result.out)["runs"]
     assert run["figures"]["logits"]["difference"]["max"] is None
     assert run["first_layer_out_of_line"] == "block 3"
     json.loads(result.out, parse_constant=pytest.fail)  # no NaN, no Infinity: they are not JSON
 
 
-def test_a_third_party_backend_goes_with_its_package(third_party, monkeypatch):
-    monkeypatch.undo()
+def test_a_third_party_backend_goes_with_its_package():
     with pytest.raises(BackendError, match="there is no backend 'right-numpy'"):
         gpt_xp.compare(["right-numpy"], "shakespeare", SHORT)
 
@@ -286,8 +303,21 @@ def test_a_third_party_backend_goes_with_its_package(third_party, monkeypatch):
 COMPARE = ("compare", "-m", "shakespeare", "-n", "3", "ROMEO:")
 
 
-def test_the_report_fits_a_terminal_of_80_columns():
-    result = process(*COMPARE, "--backends", "numpy,numpy@cuda:0", "--dtypes", "float32,float16")
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    """A comparison of which the command shows the result in each of its ways."""
+    names, dtypes = ["numpy", "numpy@cuda:0"], ["float32", "float16"]
+    return gpt_xp.compare(names, "shakespeare", ["ROMEO:"], dtypes=dtypes, max_tokens=3)
+
+
+def shown(call: Callable[..., Result], patch: pytest.MonkeyPatch, found: Comparison, *options: str) -> Result:
+    """Return what the command shows of a comparison that has been computed already."""
+    patch.setattr("gpt_xp.compare", lambda *arguments, **settings: found)
+    return call(*COMPARE, *options)
+
+
+def test_the_report_fits_a_terminal_of_80_columns(call, monkeypatch, found):
+    result = shown(call, monkeypatch, found)
     assert result.code == 1
     assert result.err == ""
     assert max(map(len, result.out.splitlines())) <= 80
@@ -296,23 +326,20 @@ def test_the_report_fits_a_terminal_of_80_columns():
     assert "numpy float16: skipped, numpy does not compute in float16" in result.out
     assert "numpy@cuda:0 float32: FAILED: numpy has no device" in result.out
     assert "numpy float32 on cpu: version " in result.out
-    found = gpt_xp.compare(["numpy"], "shakespeare", ["A"], max_tokens=2)
-    [run] = found.runs
-    assert run.figures is not None
-    wide = dataclasses.replace(run, backend="array-api-strict", dtype="bfloat16")
+    wide = dataclasses.replace(found.runs[0], backend="array-api-strict", dtype="bfloat16")
     text = report.as_text(dataclasses.replace(found, runs=(wide,)), layers=True)
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_exit_codes(third_party):
+def test_exit_codes(call, third_party):
     assert process(*COMPARE, "--backends", "numpy").code == 0
     wrong = process(*COMPARE, "--backends", "wrong-gelu")
     assert wrong.code == 1
     assert "wrong-gelu float32: OUTSIDE: block 0 differs by " in wrong.out
-    unknown = process(*COMPARE, "--backends", "nump")
+    unknown = call(*COMPARE, "--backends", "nump")
     assert (unknown.code, unknown.out) == (1, "")
     assert "there is no backend 'nump'" in unknown.err
-    assert process(*COMPARE, "--max-tokens", "0").code == 2
+    assert call(*COMPARE, "--max-tokens", "0").code == 2
 
 
 @posix
@@ -321,6 +348,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     running = start("compare", "-m", "shakespeare", "--backends", "numpy", "-n", "60")
     end = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("*/reference/job.json")) and time.monotonic() < end:
+        assert running.poll() is None, "it has ended before its time"
         time.sleep(0.01)
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
@@ -331,27 +359,28 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_and_markdown():
-    content = json.loads(process(*COMPARE, "--backends", "numpy", "--json").out)
+def test_json_and_markdown(call, monkeypatch, found):
+    content = json.loads(shown(call, monkeypatch, found, "--json").out)
     assert content["schema"] == 2
     assert content["runs"][0]["figures"]["logits"]["difference"]["max"] > 0
     assert content["config"]["n_layer"] == 6
-    text = process(*COMPARE, "--backends", "numpy", "--markdown", "--layers").out
+    text = shown(call, monkeypatch, found, "--markdown", "--layers").out
     names = ["embedding", *(f"block {layer}" for layer in range(6)), "ln_f"]
     assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.endswith("e-05 |")] == names[1:]
     assert "| logits | max diff | mean diff | KL mean | KL max | top-1 | begins at |\n| --- |" in text
     assert "| numpy f32 | " in text
 
 
-def test_a_plot(tmp_path):
+def test_a_plot(call, monkeypatch, found, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for name, magic in (("out.png", b"\x89PNG"), ("out.svg", b"<?xml")):
-        result = process(*COMPARE, "--backends", "numpy", "--plot", str(tmp_path / name))
-        assert (result.code, result.err) == (0, "")
+        result = shown(call, monkeypatch, found, "--plot", str(tmp_path / name))
+        assert (result.code, result.err) == (1, "")
         assert (tmp_path / name).read_bytes().startswith(magic)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "out.svg"]
+    monkeypatch.setattr("gpt_xp.compare", lambda *arguments, **settings: pytest.fail("it has begun"))
     for name in ("out.xyz", "out", "no-such-directory/out.png"):
-        wrong = process(*COMPARE, "--backends", "numpy", "--plot", str(tmp_path / name))
+        wrong = call(*COMPARE, "--backends", "numpy", "--plot", str(tmp_path / name))
         assert (wrong.code, wrong.out) == (1, "")
         assert f"a plot cannot be written to {tmp_path / name}" in wrong.err
 
@@ -380,13 +409,13 @@ def test_a_plot_on_a_full_disk_names_its_file(tmp_path, monkeypatch, suffix):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plot_that_fails_comes_after_the_figures(call, monkeypatch, tmp_path):
+def test_a_plot_that_fails_comes_after_the_figures(call, monkeypatch, found):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
     def full(*args: object) -> None:
         raise CheckpointError("cannot write out.png")
 
     monkeypatch.setattr("gpt_xp.comparison.plot.save_figure", full)
-    result = call("compare", "-m", "shakespeare", "--backends", "numpy", "-n", "2", "My lord", "--plot", "out.png")
+    result = shown(call, monkeypatch, found, "--plot", "out.png")
     assert (result.code, result.err) == (1, "gpt-xp: error: cannot write out.png\n")
     assert "numpy f32" in result.out

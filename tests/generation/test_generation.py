@@ -19,7 +19,7 @@ import gpt_xp
 from gpt_xp import Backend, Generation, GPT2Config, Model, Tokenizer
 from gpt_xp.errors import DeviceMemoryError, NumericalError, PromptError, SettingError
 from gpt_xp.generation import decoder
-from gpt_xp.tokenizer.bpe import EOS
+from gpt_xp.tokenizer.words import EOS
 
 GOLDEN = json.loads((GOLDEN_FILES / "shakespeare.json").read_text())
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
@@ -197,10 +197,10 @@ class Parrot(Model):
         self._first = max(len(ids), 1) - 1
         return super().generate(prompt, *settings, **options)
 
-    def stream(self, prompt: Any, **options: Any) -> Any:
+    def stream(self, prompt: Any, *settings: Any, **options: Any) -> Any:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self._first = max(len(ids), 1) - 1
-        return super().stream(prompt, **options)
+        return super().stream(prompt, *settings, **options)
 
 
 def small_params_of(config: GPT2Config) -> Any:

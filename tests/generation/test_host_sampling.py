@@ -11,8 +11,7 @@ from small_models import CONFIGS, small_params
 
 from gpt_xp import Model
 from gpt_xp.errors import NumericalError
-from gpt_xp.generation import decoder as generation
-from gpt_xp.generation import host_sampling
+from gpt_xp.generation import choosing, host_sampling
 from gpt_xp.generation.host_sampling import choose_among_few
 from gpt_xp.generation.noise import gumbel_noise
 from gpt_xp.generation.sampling import Choice, choose
@@ -73,7 +72,7 @@ def test_the_same_for_a_whole_vocabulary() -> None:
 def test_top_k_takes_this_way_where_the_host_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, calls = make_backend(name), []
     monkeypatch.setattr(
-        generation, "choose_among_few", lambda *args, **kwargs: calls.append(1) or choose_among_few(*args, **kwargs)
+        choosing, "choose_among_few", lambda *args, **kwargs: calls.append(1) or choose_among_few(*args, **kwargs)
     )
     params = {"params": small_params("prime"), "config": CONFIGS["prime"]}
     model = Model(**params, backend=backend)

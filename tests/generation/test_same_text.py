@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import threadpoolctl
+from gpt_xp_backends.numpy_backend import namespace
 from libraries import make_backend
 
 from gpt_xp import Generation, GPT2Config, Model, Stats
-from gpt_xp.generation import decoder as generation
+from gpt_xp.generation import choosing
 from gpt_xp.generation.noise import gumbel_noise
 
 CONFIG = GPT2Config(n_vocab=50257, n_ctx=199, n_embd=28, n_head=4, n_layer=2)
@@ -220,7 +221,7 @@ NOISE: dict[str, Callable[..., Any]] = {
 def test_noise_that_is_off_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on("numpy:float32")
     right = continuations(model, UNFILTERED, max_tokens=17)
-    monkeypatch.setattr(generation, "gumbel_noise", NOISE[bug])
+    monkeypatch.setattr(choosing, "gumbel_noise", NOISE[bug])
     assert_caught(continuations(model, UNFILTERED, max_tokens=17), right)
 
 
@@ -247,4 +248,4 @@ def test_the_same_namespace_without_a_bug_is_right() -> None:
 
 def with_product(matmul: Callable[..., Any]) -> Model:
     numpy = make_backend("numpy")
-    return Model(params(), CONFIG, backend=numpy.replace(xp=SimpleNamespace(**vars(numpy.xp) | {"matmul": matmul})))
+    return Model(params(), CONFIG, backend=numpy.replace(xp=SimpleNamespace(**vars(namespace()) | {"matmul": matmul})))

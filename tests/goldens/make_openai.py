@@ -3,7 +3,7 @@
     pip install -e '.[dev,oracle]'
     python tests/goldens/make_openai.py
 
-`tests/test_openai_checkpoint.py` converts them, and writes others with `save_tensorflow`.
+`tests/checkpoint/test_openai.py` converts them, and writes others with `save_tensorflow`.
 """
 
 import sys

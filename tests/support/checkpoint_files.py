@@ -4,10 +4,14 @@ The tables of names are written out here on purpose, apart from those of `gpt_xp
 """
 
 import json
+import os
 
 import numpy as np
+from hypothesis import HealthCheck
 
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import CheckpointError
 
 # Odd and distinct sizes, so that swapped axes show.
 CONFIG = GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=5, bos_token_id=3)
@@ -136,3 +140,55 @@ def write_checkpoint(directory, tensors, config=CONFIG, **options):
     (directory / "config.json").write_text(json.dumps(config_entries(config)))
     (directory / "model.safetensors").write_bytes(file_bytes(tensors, **options))
     return directory
+
+
+WEIGHTS = "model.safetensors"
+UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+def prefixed(tensors):
+    return {f"transformer.{name}": array for name, array in tensors.items()}
+
+
+def only_the_head(tensors):
+    """What safetensors.torch.save_model leaves: of two names of one matrix the first."""
+    return {{"wte.weight": "lm_head.weight"}.get(name, f"transformer.{name}"): tensors[name] for name in tensors}
+
+
+def write_shards(directory, parts, weight_map=None):
+    names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    for shard, tensors in zip(names, parts, strict=True):
+        (directory / shard).write_bytes(file_bytes(tensors))
+    found = {name: shard for shard, tensors in zip(names, parts, strict=True) for name in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": found if weight_map is None else weight_map}
+    (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return names, found
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"5" * 64 + b"\nsize 548105171\n"
+
+
+def config_of(directory, **changes):
+    (directory / "config.json").write_text(json.dumps(config_entries(CONFIG, **changes)))
+    return read_config(directory)
+
+
+class TwoFiles:
+    """A tokenizer, as far as saving goes."""
+
+    def check_place(self, directory):
+        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+            raise CheckpointError("another tokenizer")
+
+    def save(self, directory):
+        for name in ("vocab.json", "merges.txt"):
+            with open(os.path.join(directory, name), "w") as file:
+                file.write(name)
+
+
+def listing(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

@@ -71,7 +71,7 @@ class Terminal:
 KILLED = """
 import os, signal, sys
 from gpt_xp.cli import main
-from gpt_xp.cli.train import Bar
+from gpt_xp.cli.train import TrainingBar
 from gpt_xp.hub.find import find_model
 
 kind, name, count = sys.argv.pop(1).split(":")
@@ -87,7 +87,7 @@ def stepped(self, step, loss, tokens):
     happens("step", step)
 
 sys.addaudithook(lambda event, args: event in ("open", "os.rename") and happens(event, args[event == "os.rename"]))
-Bar.stepped = stepped
+TrainingBar.stepped = stepped
 main()
 """
 

@@ -3,9 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 from checkpoint_files import shapes
+from folders import GOLDEN_FILES
 
+from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.checkpoint.openai import convert
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import CheckpointError
 
 # n_vocab: 256 bytes, 6 merges and <|endoftext|>. Odd and distinct sizes, so that swapped axes show.
 CONFIG = GPT2Config(n_vocab=263, n_ctx=11, n_embd=15, n_head=3, n_layer=2, eos_token_id=262, bos_token_id=262)
@@ -62,3 +68,24 @@ class FakeReader:
 
     def get_tensor(self, name):
         return self.found[name].copy()
+
+
+GOLDEN = GOLDEN_FILES / "openai"
+OPENAI_FILES = ["checkpoint", "encoder.json", "hparams.json", "model.ckpt.index", "vocab.bpe"]
+
+
+def converted(directory, dtype=None):
+    convert(directory)
+    return read_params(directory, read_config(directory), dtype)
+
+
+def as_bfloat16(tensors):
+    """The same tensors in bfloat16, and what those are in float32."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed; it comes with JAX")
+
+    rounded = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    return rounded, {name: array.astype(np.float32) for name, array in rounded.items()}
+
+
+def no_tensorflow():
+    raise CheckpointError("TensorFlow was wanted")

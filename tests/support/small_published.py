@@ -6,6 +6,7 @@ A process of its own takes them by `command(server)`, which gives what to run in
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,25 @@ from gpt_xp.cli import main
 main()
 """
     return [sys.executable, "-c", code]
+
+
+TENSORS = openai_files.make_tensors()
+WEIGHTS = "model.safetensors"
+
+
+def snapshot(model: Published, repo: str | None = None) -> Path:
+    """The folder in which huggingface_hub keeps a model."""
+    name = (repo or model.repo).replace("/", "--")
+    folder = Path(os.environ["HF_HOME"], "hub", f"models--{name}", "snapshots", model.revision)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def fill(folder: Path, *names: str) -> None:
+    """Write files as huggingface_hub does: a blob, and a link to it."""
+    blobs = folder.parent.parent / "blobs"
+    blobs.mkdir()
+    for name, content in hub_files().items():
+        if not names or name in names:
+            (blobs / name).write_bytes(content)
+            (folder / name).symlink_to(Path("..", "..", "blobs", name))

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from commands import posix
-from folders import SHAKESPEARE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt_xp.errors import TextError
-from gpt_xp.tokenizer.bpe import WORD, Tokenizer
 from gpt_xp.tokenizer.text_files import PIECE_BYTES, read_bytes, read_text, size_of, text_pieces
+from gpt_xp.tokenizer.words import WORD
 
 # What the pattern of words tells apart: letters, digits, marks, contractions, and whitespace of one to three bytes.
 PARTS = [
@@ -30,11 +29,6 @@ PARTS = [
 TEXTS = st.lists(st.sampled_from(PARTS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).map(
     "".join
 )
-
-
-@pytest.fixture(scope="module")
-def shakespeare() -> Tokenizer:
-    return Tokenizer.from_directory(SHAKESPEARE)
 
 
 def pieces(text: str, n_bytes: int) -> list[str]:

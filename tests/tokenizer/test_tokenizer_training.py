@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import gpt_xp
 from gpt_xp import Tokenizer, train_tokenizer
 from gpt_xp.errors import SettingError, TokenizerError
-from gpt_xp.tokenizer.bpe import CHARACTER_OF_BYTE, EOS, WORD
 from gpt_xp.tokenizer.text_files import text_pieces
+from gpt_xp.tokenizer.words import CHARACTER_OF_BYTE, EOS, WORD
 
 GOLDENS = json.loads((GOLDEN_FILES / "tokenizers.json").read_text(encoding="utf-8"))
 PROSE = GOLDENS["prose"]["texts"][0]

@@ -15,11 +15,12 @@ from libraries import skipping_what_is_missing
 from small_trainings import SMALL, story
 
 import gpt_xp
-from gpt_xp.checkpoint.checkpoint import WEIGHTS, save_checkpoint
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.safetensors_file import open_safetensors
-from gpt_xp.training import Settings
+from gpt_xp.checkpoint.weights import WEIGHTS
 from gpt_xp.training.corpus import crops
 from gpt_xp.training.program import Program, jax_backend
+from gpt_xp.training.settings import TrainingSettings
 from gpt_xp.training.start import random_params
 
 pytestmark = [
@@ -35,7 +36,7 @@ def _oracles() -> Iterator[None]:
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev,oracle]'")
     pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[dev,oracle]'")
     with skipping_what_is_missing("jax"):
-        jax_backend(Settings(data=("x",)))
+        jax_backend(TrainingSettings(data=("x",)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +46,7 @@ def _oracles() -> Iterator[None]:
 class Torch:
     """The same training in torch: transformers' model, AdamW with two groups, clip_grad_norm_, LambdaLR."""
 
-    def __init__(self, directory: Path, settings: Settings, n_frozen: int = 0) -> None:
+    def __init__(self, directory: Path, settings: TrainingSettings, n_frozen: int = 0) -> None:
         import torch
         from transformers import GPT2LMHeadModel
 
@@ -121,12 +122,12 @@ def assert_moved_alike(
 
 
 def test_steps_are_those_of_torch(tmp_path: Path) -> None:
-    settings = Settings(data=("x",), steps=5, warmup=2, **HOW)
+    settings = TrainingSettings(data=("x",), steps=5, warmup=2, **HOW)
     params = random_params(CONFIG, seed=3)
-    save_checkpoint(tmp_path / "before", params, CONFIG)
+    checkpoint.save(tmp_path / "before", params, CONFIG)
     theirs = Torch(tmp_path / "before", settings)
     program = Program(settings, CONFIG, params, jax_backend(settings))
-    state, norms = program.start(), []
+    state, norms = program.initial_state(), []
     tokens = np.random.RandomState(0).randint(0, CONFIG.n_vocab, size=(5, 3, 5, 38)).astype(np.int32)
     for step, batches in enumerate(tokens):
         assert program.learning_rate(step) == pytest.approx(theirs.schedule.get_last_lr()[0], rel=1e-6)
@@ -135,7 +136,7 @@ def test_steps_are_those_of_torch(tmp_path: Path) -> None:
         assert float(loss) == pytest.approx(expected, rel=1e-6)
         norms.append(norm)
     assert min(norms) < settings.clip < max(norms)  # some are clipped and others not
-    save_checkpoint(tmp_path / "after", program.weights(state), CONFIG)
+    checkpoint.save(tmp_path / "after", program.weights(state), CONFIG)
     assert_moved_alike(read(tmp_path / "after"), theirs.tensors(), theirs.before)
 
 
@@ -145,7 +146,7 @@ def test_fine_tuning_with_frozen_blocks_is_that_of_torch(tmp_path: Path) -> None
 
     text = story(3000)
     (tmp_path / "text.txt").write_bytes(text.encode())
-    save_checkpoint(
+    checkpoint.save(
         tmp_path / "before", random_params(CONFIG, seed=3), CONFIG, gpt_xp.train_tokenizer([text], CONFIG.n_vocab)
     )
     how = {**HOW, "steps": 3, "warmup": 0, "eval_every": 3, "seq_len": 31, "seed": 7}
@@ -153,7 +154,7 @@ def test_fine_tuning_with_frozen_blocks_is_that_of_torch(tmp_path: Path) -> None
         [tmp_path / "text.txt"], tmp_path / "after", start=str(tmp_path / "before"), freeze=1, val_fraction=0.25, **how
     )
     assert found.best.step == 3
-    theirs = Torch(tmp_path / "before", Settings(data=("x",), **how), n_frozen=1)
+    theirs = Torch(tmp_path / "before", TrainingSettings(data=("x",), **how), n_frozen=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "before")
     tokens = np.array(tokenizer(text[: int(0.75 * len(text))])["input_ids"])
     losses = [theirs.step(crops(tokens, 31, 15, seed=7, step=step).reshape(3, 5, 32))[0] for step in range(3)]

@@ -35,7 +35,9 @@ odd = pytest.mark.parametrize(("value", "message"), ODD.values(), ids=ODD)
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=20,
     )
 )
 def test_what_is_json_is_read(value: Any) -> None:

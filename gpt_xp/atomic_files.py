@@ -1,0 +1,64 @@
+"""Files that are written aside and then renamed, so that a failure leaves the former file whole."""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gpt_xp.errors import CheckpointError
+from gpt_xp.reporting.text import size
+
+ASIDE_PREFIX = ".saving-"  # begins the name of the folder in which `written_together` writes
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "check the permissions") -> Iterator[str]:
+    """Yield a temporary name beside `target` to write about `n_bytes` to; at the end, rename that file to `target`.
+
+    Each call has another name, so two may write the same target at once. The temporary file is gone after a failure.
+    Raises `CheckpointError` where writing or renaming fails; `fix` says what to do where that is not allowed.
+    """
+    temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            fix = f"it needs {size(n_bytes)} there: make room and try again"
+        raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error
+    finally:
+        with suppress(OSError):  # it has been renamed, or was never made
+            os.remove(temporary)
+
+
+@contextmanager
+def written_together(directory: str | os.PathLike[str], first: str | None = None) -> Iterator[str]:
+    """Yield a folder to write files to; at the end, move them all to `directory`, which is made if need be.
+
+    The file `first` is moved first. Raises `OSError`; before the first move, all former files are still whole.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with TemporaryDirectory(prefix=ASIDE_PREFIX, dir=directory) as aside:
+        yield aside
+        for name in os.listdir(aside):
+            sync(os.path.join(aside, name))
+        for name in sorted(os.listdir(aside), key=lambda name: name != first):
+            os.replace(os.path.join(aside, name), os.path.join(directory, name))
+
+
+def sync(path: str) -> None:
+    """Wait until a file is on the disk: else a power cut after its renaming could leave a name without its bytes."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: str, entries: dict[str, Any]) -> None:
+    """Write a JSON object, one entry on each line. Raises `OSError`."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(entries, file, indent=2, sort_keys=True)
+        file.write("\n")
