@@ -418,7 +418,7 @@ def test_compiling_is_counted_apart() -> None:
         (
             {"prompt": [1], "stop": [""]},
             SettingError,
-            r"stop must be one or several strings of at least one character, not ''",
+            r"stop must be one or several strings of at least one char",
         ),
         ({"prompt": [1], "temperature": -1}, SettingError, r"temperature"),
     ],
