@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_xp_backends.jax_backend import CHUNK_TOKENS, few_sizes
+from gpt_xp_backends.jax_backend import CHUNK_TOKENS
 
+from gpt_xp.backend import few_sizes
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.weights import read_params
 
