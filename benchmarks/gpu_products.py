@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpt_xp_backends.cupy_kernels import split_matmul, thin_matmul
+from gpt_xp_backends.cupy_backend.kernels.products import split_matmul, thin_matmul
 
 import gpt_xp
 from gpt_xp.reporting.text import table

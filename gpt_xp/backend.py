@@ -184,6 +184,14 @@ def chunk_tokens_on_gpu(batch: int) -> int:
     return max(min(1024, 4096 // batch), 128)
 
 
+def few_sizes(n_slots: int) -> int:
+    """Round the slots of a cache up to 128, 256, 512, 768, 1024, ...: few sizes, and none is twice what it must be."""
+    size = 128
+    while size < n_slots:
+        size *= 2
+    return 768 if 512 < n_slots <= 768 else size
+
+
 def import_library(module: str, fix: str) -> ModuleType:
     """Import an array library; `BackendError` with `fix` where it is missing. Other errors are let through."""
     package = module.partition(".")[0]

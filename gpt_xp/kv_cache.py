@@ -122,7 +122,10 @@ def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
 
         return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
     n_seq = new.shape[2]
-    slots = slice(first, first + n_seq) if isinstance(first, int) else first + xp.arange(n_seq, dtype=xp.int32)
+    if isinstance(first, int):
+        slots = slice(first, first + n_seq)
+    else:  # It is an array: a step that is captured appends one token.
+        slots = first[None] if n_seq == 1 else first + xp.arange(n_seq, dtype=xp.int32)
     index = (slice(None), slice(None), slots, slice(None))
     if is_writeable_array(buffer):  # `at` would find this out too, but takes longer, twice in every layer.
         buffer[index] = new

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral, Number
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
@@ -23,21 +23,20 @@ from gpt_xp.generation.results import Generation, Piece
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.hub.find import find_model
 from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
+from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, is_one_prompt
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokensDone, score_tokens
 from gpt_xp.scoring.windows import Windows
-from gpt_xp.settings import GenerationOptions, GenerationSettings, StreamOptions
+from gpt_xp.settings import GenerationOptions as Options
+from gpt_xp.settings import GenerationSettings, StreamOptions
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Params
 
-Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
-OnePrompt: TypeAlias = str | list[int] | tuple[int, ...]
-Prompts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...] | list[str | list[int]]
-Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq]
+Settings: TypeAlias = GenerationSettings | None
 
 
 class Model:
@@ -76,7 +75,8 @@ class Model:
         check_params(params, self.config)
         if quantization_of(params):
             object.__setattr__(self, "backend", quantized_backend(self.backend))
-        self._bytes = sum(map(self._leaf_bytes, leaves(params)))
+        dtype = self.backend.dtype
+        self._bytes = sum(n_bytes(x) if isinstance(x, Quantized) else array_bytes(x, dtype) for x in leaves(params))
         with self._memory_errors(batch=0):
             moved: Params = tree_map(self._move, params)
         self._decoder = Decoder(moved, self.config, self.backend)
@@ -111,37 +111,25 @@ class Model:
 
     @overload
     def generate(
-        self,
-        prompt: OnePrompt,
-        settings: GenerationSettings | None = None,
-        *,
-        num_samples: Literal[1] = 1,
-        **options: Unpack[GenerationOptions],
+        self, prompt: OnePrompt, settings: Settings = None, *, num_samples: Literal[1] = 1, **options: Unpack[Options]
     ) -> Generation: ...
 
     @overload
     def generate(
-        self,
-        prompt: Prompts,
-        settings: GenerationSettings | None = None,
-        *,
-        num_samples: int = 1,
-        **options: Unpack[GenerationOptions],
+        self, prompt: Prompts, settings: Settings = None, *, num_samples: int = 1, **options: Unpack[Options]
     ) -> list[Generation]: ...
 
     @overload
     def generate(
         self,
         prompt: OnePrompt | Prompts | Numbers,
-        settings: GenerationSettings | None = None,
+        settings: Settings = None,
         *,
         num_samples: int = 1,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[Options],
     ) -> Generation | list[Generation]: ...
 
-    def generate(
-        self, prompt: Any, settings: GenerationSettings | None = None, **options: Any
-    ) -> Generation | list[Generation]:
+    def generate(self, prompt: Any, settings: Settings = None, **options: Any) -> Generation | list[Generation]:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
         A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). The options are
@@ -153,13 +141,10 @@ class Model:
         """
         chosen = _settings(settings, options)
         results = [piece.result for piece in self.stream(prompt, chosen) if piece.result is not None]
-        return results[0] if _is_one(prompt) and chosen.num_samples == 1 else results
+        return results[0] if is_one_prompt(prompt) and chosen.num_samples == 1 else results
 
     def stream(
-        self,
-        prompt: OnePrompt | Prompts | Numbers,
-        settings: GenerationSettings | None = None,
-        **options: Unpack[StreamOptions],
+        self, prompt: OnePrompt | Prompts | Numbers, settings: Settings = None, **options: Unpack[StreamOptions]
     ) -> Iterator[Piece]:
         """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
 
@@ -170,7 +155,7 @@ class Model:
         chosen = _settings(settings, options).with_seed()
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
-        texts: Any = [prompt] if _is_one(prompt) else prompt
+        texts: Any = [prompt] if is_one_prompt(prompt) else prompt
         encoded = [self._encode(text, chosen.special_tokens) for text in texts]
         self._check_memory(encoded, chosen)
         prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
@@ -203,9 +188,8 @@ class Model:
         windows = Windows(convention, window, stride, crops, seed)
         ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
-            return score_tokens(
-                self._generator, ids, windows, batch_size, progress, text if isinstance(text, str) else None
-            )
+            given = text if isinstance(text, str) else None
+            return score_tokens(self._generator, ids, windows, batch_size, progress, given)
 
     def rank(
         self,
@@ -235,9 +219,6 @@ class Model:
         if isinstance(leaf, Quantized):
             return type(leaf)(*map(self.backend.asarray, leaf))
         return self.backend.asarray(leaf, self.backend.dtype)
-
-    def _leaf_bytes(self, leaf: Any) -> int:
-        return n_bytes(leaf) if isinstance(leaf, Quantized) else array_bytes(leaf, self.backend.dtype)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
@@ -361,15 +342,6 @@ def save(model: Model, directory: str | Path) -> None:
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
     checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
-
-
-def _is_one(prompt: Any) -> bool:
-    """Whether this is one prompt (text, or token ids), not a list of prompts. Raises `PromptError` for neither."""
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
-        raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
-    return len(prompt) > 0 and isinstance(prompt[0], Number)
 
 
 def _settings(settings: GenerationSettings | None, options: Any) -> GenerationSettings:

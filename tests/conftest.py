@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small_published
 from commands import Result
-from gpt_xp_backends import cupy_kernels
+from gpt_xp_backends.cupy_backend import kernels as cupy_kernels
 from hypothesis import HealthCheck, settings
 from libraries import BACKENDS, ON_A_GPU, REQUIRED, make_backend
 from openai_files import FakeReader, make_tensors, variables

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_xp.backend import Backend, BackendInfo, DecodeStep, DeviceInfo, check_dtype, import_library
+from gpt_xp.backend import Backend, BackendInfo, DecodeStep, DeviceInfo, check_dtype, few_sizes, import_library
 from gpt_xp.config import GPT2Config
 from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import BackendError
@@ -140,14 +140,6 @@ def on_accelerators() -> dict[str, Any]:
     import jax.numpy
 
     return {"xp": jax.numpy, "decode_block": decode_block, "samples_on_host": False}
-
-
-def few_sizes(n: int) -> int:
-    """Round up to 128, 256, 512, 768, 1024, ...: few sizes, and none is twice what it must be."""
-    size = BLOCK
-    while size < n:
-        size *= 2
-    return size * 3 // 4 if size == 8 * BLOCK and n <= size * 3 // 4 else size
 
 
 def decode_block(step: DecodeStep, state: Any, k: int) -> tuple[Any, Any]:

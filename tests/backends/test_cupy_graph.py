@@ -187,7 +187,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
     fake = FakeCuPy(ByNumPy(monkeypatch))
     monkeypatch.setattr(cupy_backend, "import_library", lambda name, fix: fake)
     monkeypatch.setattr(cupy_backend, "_namespace", lambda cupy: namespace())
-    for name in ("last_logits", "each_logits"):
+    for name in ("next_token_logits", "each_logits"):
         monkeypatch.setattr(generation, name, fake.watched(getattr(generation, name)))
     monkeypatch.delenv("GPT_XP_CUPY_GRAPH", raising=False)
     return fake

@@ -11,7 +11,7 @@ import array_api_compat.numpy as PLAIN  # noqa: N812
 import numpy as np
 import pytest
 from cuda_on_cpu import Library, OnCPU, library_of
-from gpt_xp_backends.cupy_greedy import BLOCKS, SOURCE, THREADS, greedy, options
+from gpt_xp_backends.cupy_backend.kernels.greedy import BLOCKS, SOURCE, THREADS, greedy, options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from cuda_numbers import TOLERANCES, numbers
 from cuda_on_cpu import Library, OnCPU, library_of, to_gpu
-from gpt_xp_backends.cupy_kernels import ROWS, SPLIT_SOURCE, TABLE_SOURCE, TYPES, split_matmul, split_options
+from gpt_xp_backends.cupy_backend.kernels.products import (
+    ROWS,
+    SPLIT_SOURCE,
+    TABLE_SOURCE,
+    TYPES,
+    split_matmul,
+    split_options,
+)
 from libraries import make_backend
 from nvrtc import assembly, compile_for
 

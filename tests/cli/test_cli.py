@@ -283,7 +283,7 @@ def _write(path: Path, text: str) -> Path:
         (["--top-p", "0"], "Error: --top-p must be a number above 0"),
         (["--top-k", "-1"], "Error: --top-k must be a whole number"),
         (["--seed", "-1"], "Error: --seed must be a whole number"),
-        (["--stop", ""], "a stop must be a string of at least one character"),
+        (["--stop", ""], "--stop must be a string of at least one character"),
         (["-n", "0"], "0 is not in the range x>=1"),
         (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--threads", "0"], "0 is not in the range x>=1"),
@@ -410,10 +410,10 @@ def test_backends_lists_what_is_here_and_what_is_missing(call, monkeypatch):
 
 
 def test_backends_goes_on_where_a_library_cannot_start(call, monkeypatch):
-    def fail() -> None:
+    def fail(cls: type) -> None:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr("gpt_xp_backends.numpy_backend.info", fail)
+    monkeypatch.setattr("gpt_xp_backends.numpy_backend.NumPyBackend.info", classmethod(fail))
     result = call("backends")
     assert result.code == 0
     assert "it fails to start: RuntimeError: no driver" in result.out

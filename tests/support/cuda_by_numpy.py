@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpt_xp_backends import cupy_fusion
-from gpt_xp_backends.fusion import Program
+from gpt_xp_backends.cupy_backend.kernels import programs
+from gpt_xp_backends.programs import Program
 
 
 def evaluate(program: Program, arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -78,7 +78,7 @@ def run_likeliest(_: None, arrays: list[np.ndarray], arguments: tuple[Any, ...])
 
 # (the program of a fused kernel, the arrays among the arguments, all arguments)
 LAUNCHES: dict[str, Callable[..., None]] = {
-    cupy_fusion.NAME: run_fused,
+    programs.NAME: run_fused,
     "thin_product": run_thin_product,
     "table_product": run_table_product,
     "split_product": run_split_product,
@@ -95,8 +95,8 @@ class ByNumPy:
         self.made: list[tuple[str, str, tuple[str, ...]]] = []
         self.launched: list[str] = []
         self._programs: dict[str, Program] = {}
-        self._source = cupy_fusion.source
-        monkeypatch.setattr(cupy_fusion, "source", self._remembered)
+        self._source = programs.source
+        monkeypatch.setattr(programs, "source", self._remembered)
 
     def _remembered(self, program: Program, appends: bool = False) -> str:
         source = self._source(program, appends)

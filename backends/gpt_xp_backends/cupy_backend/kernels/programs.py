@@ -1,4 +1,4 @@
-"""Lazy expressions (see `fusion`) as CUDA kernels: all that stands between two products is one launch.
+"""Compute a program (see `gpt_xp_backends.programs`) in one launch: everything between two products of a step.
 
 A block of threads computes a row, of which each thread takes every `THREADS`th column. A reduction computes again what
 it needs of each column, from arrays that the GPU's caches still hold, so nothing is stored on the way and read back.
@@ -7,21 +7,19 @@ Half precision is computed in float, and rounded where it is stored.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_xp.types import Array
-from gpt_xp_backends.cupy_kernels import TYPES
-from gpt_xp_backends.fusion import Compute, Program, Step
-
-Append: TypeAlias = Callable[..., list[Array]]  # (k, v, position, and the arguments of `Compute`) -> outputs
+from gpt_xp_backends.cupy_backend.kernels import TYPES, strides
+from gpt_xp_backends.programs import Compute, Program, Step
 
 NAME = "fused"
 THREADS = 256  # a power of two
 AXES = ("outer", "middle", "inner", "in")  # the first three number the rows
 
-# {f} is what C appends to floats and to their functions: one number without it, and all that meets it is a double.
+# C appends {f} to floats and to their functions. One number without it makes a double of all that it is combined with.
 SUFFIX = {"float": "f", "double": ""}
 FUNCTIONS = {
     "add": "{} + {}",
@@ -35,7 +33,7 @@ FUNCTIONS = {
     "max": "{}",  # of one number; of a row, see below
     "sum": "{}",
 }
-# With what they begin, and how they make one number of two. A maximum with NaN is NaN, which `fmax` leaves out.
+# The start of each, and how it makes one number of two. A maximum with NaN is NaN, where `fmax` would leave it out.
 REDUCTIONS = {"max": ("-1.0{f} / 0.0{f}", "{0} > {1} || {0} != {0} ? {0} : {1}"), "sum": ("0.0{f}", "{0} + {1}")}
 
 
@@ -49,7 +47,7 @@ class _Value(NamedTuple):
     reduction: tuple[str, str] | None = None
 
 
-# Behind the outputs, what writes keys and values into the cache: the last two thirds of the columns, at the position.
+# The parameters and the store that write keys and values, the last two thirds of the columns, into the cache.
 APPEND = (
     "{0}* k, {0}* v, const int* position, int n_slots, int n_head, int d_head, long long of_batch, long long of_head",
     "if (i >= n / 3) (i < n / 3 * 2 ? k : v)[row * of_batch + i / d_head % n_head * of_head "
@@ -132,7 +130,7 @@ def _of_row(values: list[_Value], number: int) -> list[str]:
     return [
         f"{value.type} {name} = {start};",
         *_loop(values, value.inputs, [f"{name} = {combined.format(name, f'v{value.inputs[0]}')};"]),
-        f"__shared__ {value.type} {shared}[{THREADS}];",  # its own: the next one need not wait till all have read it
+        f"__shared__ {value.type} {shared}[{THREADS}];",  # Each has its own, so that the next one need not wait.
         f"{shared}[thread] = {name};",
         "__syncthreads();",
         f"for (int others = {THREADS} / 2; others > 0; others /= 2) {{",
@@ -145,7 +143,7 @@ def _of_row(values: list[_Value], number: int) -> list[str]:
 
 
 def _loop(values: list[_Value], wanted: Iterable[int], last: list[str]) -> list[str]:
-    """Compute the values `wanted` of each column, and do what is `last`. Several blocks may share the row."""
+    """Compute the values `wanted` of each column, and then the lines `last`. Several blocks may share the row."""
     needed, visit = set(), list(wanted)
     while visit:
         number = visit.pop()
@@ -165,15 +163,16 @@ def _definition(values: list[_Value], number: int) -> str:
 
 
 def fused(cupy: Any) -> Compute:
-    """Return what computes programs by one launch each, of arrays of up to four axes."""
+    """Return a function that computes programs by one launch each, of arrays of up to four axes."""
     return functools.partial(_compute, cupy, _kernels(cupy), ())
 
 
-def append(cupy: Any) -> Append:
-    """Return what does the same for the queries, keys and values of a token, and writes into the cache as well.
+def append(cupy: Any) -> Callable[..., list[Array]]:
+    """Return a function that also writes the keys and values of a token into the cache, by the same launch.
 
-    It has three arguments before: a layer of the cache's `k` and `v`, [batch, n_head, n_slots, d_head], and the
-    position [] int32.
+    It is prepared, and becomes the default when it is measured on a GPU. Its first three arguments are `k` and `v` of a
+    layer, [batch, n_head, n_slots, d_head], of equal strides and with adjacent tokens, and the position [] int32. The
+    others are those of `Compute`.
     """
     kernel = _kernels(cupy)
 
@@ -212,9 +211,3 @@ def _compute(
         arguments += [array, *map(np.int64, strides(array))]
     kernel(program, bool(cache))((outer * middle * inner, blocks), (THREADS, 1), (*arguments, *outputs, *cache))
     return outputs
-
-
-def strides(x: Array) -> list[int]:
-    """Return the strides of an array in numbers, along `AXES`: 0 where it has one number for all."""
-    found = [0 if size == 1 else stride // x.itemsize for size, stride in zip(x.shape, x.strides, strict=True)]
-    return [0] * (4 - x.ndim) + found

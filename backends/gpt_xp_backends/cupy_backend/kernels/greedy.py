@@ -1,6 +1,7 @@
-"""The likeliest token of each row in two CUDA kernels and one copy to the host: `sampling.choose` without sampling.
+"""Choose the likeliest token of each row in two CUDA kernels and one copy: `sampling.choose` without sampling.
 
-Prepared, and not the default before it was measured on a GPU. CuPy's own functions take 21 launches and three copies.
+It is prepared, and becomes the default when it is measured on a GPU. CuPy's own functions take 21 launches and three
+copies.
 """
 
 import functools
@@ -11,7 +12,7 @@ import numpy as np
 
 from gpt_xp.generation.sampling import Choice, clip_margin
 from gpt_xp.types import Array
-from gpt_xp_backends.cupy_kernels import TYPES
+from gpt_xp_backends.cupy_backend.kernels import TYPES
 
 THREADS = 256
 BLOCKS = 64  # So many at most share a row in the first kernel. Each finds the best of its part of the vocabulary.

@@ -1,7 +1,7 @@
-"""Products of few rows, as CUDA kernels: those of CuPy call cuBLAS, which CuPy lets no CUDA graph capture.
+"""Multiply few rows by a matrix. CuPy's own products call cuBLAS, and CuPy lets no CUDA graph capture that.
 
-`thin_matmul` takes arrays of any strides. `split_matmul` is prepared to take its place, and not the default before it
-was measured on a GPU: it reads 16 bytes at once, and splits the sum, so that enough blocks work on a small matrix.
+`thin_matmul` takes arrays of any strides. `split_matmul` is prepared to replace it, and becomes the default when it is
+measured on a GPU. It reads 16 bytes at once, and splits the sum, so that enough blocks work on a small matrix.
 """
 
 import functools
@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-ROWS = 16  # more are not a thin product: each weight is then worth keeping for several rows
+from gpt_xp_backends.cupy_backend.kernels import TYPES, WIDTH, is_aligned, strides
 
-# dtype -> the type of the numbers, and that of their sums
-TYPES = {"float16": ("__half", "float"), "float32": ("float", "float"), "float64": ("double", "double")}
+ROWS = 16  # With more rows, each weight is worth keeping for several of them.
 
 # A block of 32 x 32 threads computes 32 columns of `out`, and each column is summed in 32 parts. The lanes of a warp
 # run along the axis of `w` whose numbers lie closer together, so that they read adjacent ones: a plain weight or the
@@ -143,8 +142,7 @@ extern "C" __global__ void __launch_bounds__(256) table_product(
     }
 }
 """
-WIDTH = 16  # bytes that a thread reads at once
-BLOCKS = 264  # that shall work on a product: two for each of the 132 multiprocessors of an H100
+BLOCKS = 264  # of a product: two for each of the 132 multiprocessors of an H100
 
 
 def options(dtype: str, rows: int) -> tuple[str, ...]:
@@ -154,7 +152,7 @@ def options(dtype: str, rows: int) -> tuple[str, ...]:
 
 
 def split_options(dtype: str, rows: int) -> tuple[str, ...]:
-    """Return those of the kernels that read 16 bytes at once."""
+    """Return the compiler's options for the kernels that read 16 bytes at once."""
     return (*options(dtype, rows), f"-DVECTOR={WIDTH // np.dtype(dtype).itemsize}")
 
 
@@ -178,9 +176,9 @@ def thin_matmul(cupy: Any) -> Callable[..., Any]:
         outer, inner = x.shape[:-2] or (1, 1)
         out = cupy.empty((*x.shape[:-1], n_out), dtype=x.dtype)
         sizes = map(np.int32, (n_in, n_out, inner))
-        strides = map(np.int64, (*_strides(x), *_strides(w)))
+        steps = map(np.int64, (*strides(x), *strides(w)))
         last = np.dtype("float64" if dtype == "float64" else "float32").type(scale)
-        kernel(dtype, rows)((-(-n_out // 32), outer * inner), (32, 32), (x, w, out, *sizes, *strides, last))
+        kernel(dtype, rows)((-(-n_out // 32), outer * inner), (32, 32), (x, w, out, *sizes, *steps, last))
         return out
 
     return matmul
@@ -202,7 +200,7 @@ def split_matmul(cupy: Any) -> Callable[..., Any]:
         fits = x.ndim == w.ndim == 2 and x.dtype == w.dtype and x.shape[1] == w.shape[0] and dtype in TYPES
         if not fits or rows > ROWS or scale != 1:
             return thin(x, w, scale)
-        (n_in, n_out), (x_row, x_in), (w_in, w_out) = w.shape, _strides(x)[2:], _strides(w)[2:]
+        (n_in, n_out), (x_row, x_in), (w_in, w_out) = w.shape, strides(x)[2:], strides(w)[2:]
         if is_aligned(w):
             n_columns = -(-n_out // 32)
             length = -(-n_in // _n_parts(n_in, n_columns))
@@ -222,22 +220,5 @@ def split_matmul(cupy: Any) -> Callable[..., Any]:
 
 
 def _n_parts(n_in: int, n_columns: int) -> int:
-    """Return in how many parts to split a sum of `n_in` numbers, for `n_columns` blocks beside each other."""
+    """Return the number of parts of a sum of `n_in` numbers, for `n_columns` blocks beside each other."""
     return max(min(-(-BLOCKS // n_columns), n_in // 32), 1)
-
-
-def is_aligned(x: Any) -> bool:
-    """Whether all rows of an array, its last axis, can be read 16 bytes at once."""
-    *others, last = x.strides
-    is_whole = last == x.itemsize and x.shape[-1] * x.itemsize % WIDTH == 0
-    return is_whole and address(x) % WIDTH == 0 and all(stride % WIDTH == 0 for stride in others)
-
-
-def address(x: Any) -> int:
-    """Return where an array begins on the device."""
-    return int(x.data.ptr)
-
-
-def _strides(x: Any) -> list[int]:
-    """The strides of a matrix, or a batch of them, in numbers: [outer, inner, row, column]."""
-    return [0] * (4 - x.ndim) + [stride // x.itemsize for stride in x.strides]

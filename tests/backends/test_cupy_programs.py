@@ -1,4 +1,4 @@
-"""The CUDA kernels of lazy expressions: run on the CPU, fiber by fiber, compiled by CUDA's compiler where it is
+"""The CUDA kernels of traced expressions: run on the CPU, fiber by fiber, compiled by CUDA's compiler where it is
 installed, and run on a GPU by `pytest -m gpu`. Float64 NumPy knows what they should compute.
 """
 
@@ -14,15 +14,17 @@ import pytest
 from cuda_by_numpy import ByNumPy
 from cuda_numbers import Counted, in_sixteenths
 from cuda_on_cpu import Library, OnCPU, amid_nan, library_of, to_gpu
-from gpt_xp_backends.cupy_fusion import NAME, THREADS, fused
-from gpt_xp_backends.cupy_kernels import thin_matmul
-from gpt_xp_backends.fusion import Fusing, Lazy, Node
+from gpt_xp_backends.captured_step import TracedCache
+from gpt_xp_backends.cupy_backend.kernels.products import thin_matmul
+from gpt_xp_backends.cupy_backend.kernels.programs import NAME, THREADS, fused
+from gpt_xp_backends.programs import Node
+from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 from libraries import make_backend, skipping_what_is_missing
 from nvrtc import assembly, compile_for
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 
 from gpt_xp import transformer as model
-from gpt_xp.generation.step_functions import last_logits
+from gpt_xp.generation.step_functions import next_token_logits
 from gpt_xp.kv_cache import KVCache, new_cache
 from gpt_xp.tolerances import TOLERANCE
 
@@ -38,9 +40,12 @@ Arrays = dict[str, Any]
 Key = tuple[str, str, tuple[str, ...]]
 
 
-# What stands between two products, in terms of `model`: on `Fusing` by kernels, and on `ORACLE` by NumPy. The product
+# What stands between two products, in terms of `model`: on `Tracer` by kernels, and on `ORACLE` by NumPy. The product
 # before it is given.
-def given_product(x: Any, w: None) -> Any:
+PRODUCT = np.empty((0, 0))
+
+
+def given_product(x: Any, w: Any, scale: float = 1) -> Any:
     return x
 
 
@@ -48,20 +53,20 @@ ORACLE = SimpleNamespace(**vars(PLAIN) | {"matmul": given_product, "computed": l
 
 
 def bias(xp: Any, a: Arrays) -> list[Any]:
-    return [xp.computed(model.linear(a["x"], None, a["bias"], xp))]
+    return [xp.computed(model.linear(a["x"], PRODUCT, a["bias"], xp))]
 
 
 def bias_and_gelu(xp: Any, a: Arrays) -> list[Any]:
-    return [xp.computed(model.gelu(model.linear(a["x"], None, a["bias"], xp), xp))]
+    return [xp.computed(model.gelu(model.linear(a["x"], PRODUCT, a["bias"], xp), xp))]
 
 
 def mask_and_softmax(xp: Any, a: Arrays) -> list[Any]:
-    weights = model.softmax(xp.matmul(a["scores"], None) + a["mask"], xp)
+    weights = model.softmax(xp.matmul(a["scores"], PRODUCT) + a["mask"], xp)
     return [xp.computed(xp.astype(weights, a["x"].dtype, copy=False))]
 
 
 def bias_residual_and_layer_norm(xp: Any, a: Arrays) -> list[Any]:
-    x = a["residual"] + model.linear(a["x"], None, a["bias"], xp)
+    x = a["residual"] + model.linear(a["x"], PRODUCT, a["bias"], xp)
     normal = xp.computed(model.layer_norm(x, a["g"], a["b"], xp=xp))
     return [xp.computed(x), normal]
 
@@ -71,11 +76,11 @@ def layer_norm(xp: Any, a: Arrays) -> list[Any]:
 
 
 def one_axis(xp: Any, a: Arrays) -> list[Any]:
-    return [xp.computed(model.layer_norm(xp.matmul(a["bias"], None), a["g"], a["b"], xp=xp))]
+    return [xp.computed(model.layer_norm(xp.matmul(a["bias"], PRODUCT), a["g"], a["b"], xp=xp))]
 
 
 def largest_of_rows(xp: Any, a: Arrays) -> list[Any]:
-    return [xp.computed(xp.max(xp.matmul(a["scores"], None) - a["each"], axis=-1, keepdims=True))]
+    return [xp.computed(xp.max(xp.matmul(a["scores"], PRODUCT) - a["each"], axis=-1, keepdims=True))]
 
 
 CASES = (bias, bias_and_gelu, mask_and_softmax, bias_residual_and_layer_norm, layer_norm, one_axis, largest_of_rows)
@@ -105,12 +110,12 @@ def arrays(width: int, dtype: str) -> Arrays:
     }
 
 
-def fusing(cupy: Any) -> Fusing:
-    return Fusing(PLAIN, given_product, fused(cupy))
+def tracer(cupy: Any) -> Tracer:
+    return Tracer(PLAIN, Calls(given_product, fused(cupy)))
 
 
 def run(case: Callable[..., Any], cupy: Any, given: Arrays) -> list[np.ndarray]:
-    outputs = case(fusing(cupy), given)
+    outputs = case(tracer(cupy), given)
     for out in outputs:
         assert np.isnan(np.concatenate([out.base[:4096], out.base[-4096:]])).all(), "written beside the rows"
     return outputs
@@ -177,22 +182,23 @@ BUGS = {
 }  # fmt: skip
 
 
-def decode(dtype: str, namespace: Callable[[KVCache], Any], n_layer: int = 2, kind: type = np.ndarray) -> np.ndarray:
+def decode(dtype: str, namespace: Callable[[], Any], n_layer: int = 2, kind: type = np.ndarray) -> np.ndarray:
     """The logits of a step after seven tokens, of two rows that begin at different slots."""
     config, params = CONFIGS["prime"], small_params("prime")
     params = tree_map(lambda leaf: leaf.astype(dtype).view(kind), params)
     params["blocks"] = params["blocks"][:n_layer]
     tokens = small_tokens("prime", 2)
     cache = new_cache(config, params["wpe"], 23, np.asarray([0, 3], dtype=np.int32), PLAIN)
-    _, cache = last_logits(params, tokens[:, :7], cache, 7, config, 23, PLAIN)
+    _, cache = next_token_logits(params, tokens[:, :7], cache, 7, config, PLAIN)
     # The position of a graph is an array on the device.
     position = np.full((), 7, dtype=np.int32).view(kind)
-    own = cache._replace(position=position, k=cache.k.view(kind), v=cache.v.view(kind))
-    return last_logits(params, tokens[:, 7:8], own, 1, config, 23, namespace(own))[0]
+    layers, xp = [(k.view(kind), v.view(kind)) for k, v in cache.layers], namespace()
+    own = (TracedCache if isinstance(xp, Tracer) else KVCache)(layers, position, cache.start)
+    return next_token_logits(params, tokens[:, 7:8], own, 1, config, xp)[0]
 
 
-def by_kernels(cupy: Any) -> Fusing:
-    return Fusing(PLAIN, thin_matmul(cupy), fused(cupy))
+def by_kernels(cupy: Any) -> Tracer:
+    return Tracer(PLAIN, Calls(thin_matmul(cupy), fused(cupy)))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +217,7 @@ def keys() -> dict[Any, list[Key]]:
             (case, width, dtype): made(lambda: run(case, cupy, arrays(width, dtype)))  # noqa: B023, called at once
             for case in CASES for width in WIDTHS for dtype in DTYPES
         }  # fmt: skip
-        return found | {dtype: made(lambda: decode(dtype, lambda _: by_kernels(cupy))) for dtype in DTYPES}  # noqa: B023
+        return found | {dtype: made(lambda: decode(dtype, lambda: by_kernels(cupy))) for dtype in DTYPES}  # noqa: B023
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +262,8 @@ def test_each_case_is_one_kernel_for_all_widths_but_where_one_divides_by_it(keys
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_decode_step_by_kernels_alone(library: Library, dtype: str) -> None:
-    logits = decode(dtype, lambda _: by_kernels(OnCPU(library, backwards=False)))
-    expected = decode("float64", lambda _: PLAIN)
+    logits = decode(dtype, lambda: by_kernels(OnCPU(library, backwards=False)))
+    expected = decode("float64", lambda: PLAIN)
     assert logits.dtype == ("float64" if dtype == "float64" else "float32")
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE["logits", dtype] * np.abs(expected).max())
 
@@ -268,7 +274,7 @@ def launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str, make: Calla
     cupy = SimpleNamespace(RawKernel=by_numpy, empty=lambda *args, **kwargs: np.empty(*args, **kwargs).view(Counted))
     counts = []
 
-    def namespace(_: KVCache) -> Any:
+    def namespace() -> Any:
         Counted.n, by_numpy.launched = 0, []  # what was before is none of the step's
         return make(cupy)
 
@@ -281,14 +287,15 @@ def launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str, make: Calla
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_layer_is_few_launches(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """The real CuPy 14.2 launches as many, on a CUDA that computes nothing; and without a graph 54, in float16 63."""
-    assert launches_of_a_layer(monkeypatch, dtype, by_kernels) == 15
+    assert launches_of_a_layer(monkeypatch, dtype, by_kernels) == 14
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cudas_compiler_takes_all_of_a_decode_step(keys: dict[Any, list[Key]], dtype: str, architecture: str) -> None:
     kernels = [(source, options) for source, name, options in keys[dtype] if name == NAME]
-    assert len(kernels) == 6  # softmax, GELU, a shift, and layer norms: the first, the last, and all between
+    # Softmax, GELU, a shift, and layer norms: the first, the last, those in a layer and those between layers.
+    assert len(kernels) == 7
     for source, options in kernels:
         assert not compile_for(architecture, source, options)
 
@@ -311,21 +318,21 @@ def test_cudas_compiler_makes_no_doubles(keys: dict[Any, list[Key]], dtype: str)
     assert ".f64" in assembly(in_double(source), options)
 
 
-def test_cupys_arrays_leave_operators_to_lazy_ones() -> None:
+def test_cupys_arrays_leave_operators_to_traced_ones() -> None:
     with skipping_what_is_missing("cupy"):
         import cupy
     memory = cupy.cuda.MemoryPointer(
         cupy.cuda.UnownedMemory(4096, 4096, None, 0), 0
     )  # that nobody reads: no GPU needed
     array = cupy.ndarray((3, 5), np.float32, memory)
-    lazy = Lazy(Node((5,), array.dtype, array=array), Fusing(cupy, given_product, fused(cupy)))
+    traced = TracedArray(Node((5,), array.dtype, array=array), tracer(cupy))
     for function, result in {
-        "add": array + lazy,
-        "subtract": array - lazy,
-        "multiply": array * lazy,
-        "divide": array / lazy,
+        "add": array + traced,
+        "subtract": array - traced,
+        "multiply": array * traced,
+        "divide": array / traced,
     }.items():
-        assert type(result) is Lazy
+        assert type(result) is TracedArray
         assert (result._node.function, result.shape) == (function, (3, 5))
         assert result._node.inputs[0].array is array
 
@@ -339,5 +346,5 @@ def test_rows_on_a_gpu(case: Callable[..., Any], dtype: str) -> None:
     for width in WIDTHS:
         given = arrays(width, dtype)
         expected = case(ORACLE, {name: array.astype(np.float64) for name, array in given.items()})
-        outputs = case(fusing(cupy), {name: to_gpu(cupy, array) for name, array in given.items()})
+        outputs = case(tracer(cupy), {name: to_gpu(cupy, array) for name, array in given.items()})
         compare([out.get() for out in outputs], expected, dtype)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from cuda_numbers import TOLERANCES, numbers
 from cuda_on_cpu import Library, OnCPU, library_of, to_gpu
-from gpt_xp_backends.cupy_kernels import ROWS, SOURCE, TYPES, options, thin_matmul
+from gpt_xp_backends.cupy_backend.kernels.products import ROWS, SOURCE, TYPES, options, thin_matmul
 from gpt_xp_backends.numpy_backend import namespace
 from libraries import make_backend
 from nvrtc import compile_for
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 
-from gpt_xp.generation.step_functions import last_logits
+from gpt_xp.generation.step_functions import next_token_logits
 from gpt_xp.kv_cache import new_cache
 from gpt_xp.tolerances import TOLERANCE
 
@@ -100,11 +100,11 @@ def test_every_product_of_a_decode_step_is_a_thin_one(library: Library) -> None:
     by_kernel = SimpleNamespace(**vars(plain) | {"matmul": thin_matmul(OnCPU(library, backwards=False))})
     cache = new_cache(config, params["wpe"], 23, np.asarray([0, 3], dtype=np.int32), plain)
     prompt, tokens = small_tokens("prime", 2)[:, :7], small_tokens("prime", 2)[:, 7:8]
-    _, cache = last_logits(params, prompt, cache, 7, config, 23, plain)
-    expected, _ = last_logits(params, tokens, cache.copy(plain), 1, config, 23, plain)
+    _, cache = next_token_logits(params, prompt, cache, 7, config, plain)
+    expected, _ = next_token_logits(params, tokens, cache.copy(plain), 1, config, plain)
     # The position of a graph is an array on the device.
     own = cache._replace(position=np.full((), 7, dtype=np.int32))
-    logits, _ = last_logits(params, tokens, own, 1, config, 23, by_kernel)
+    logits, _ = next_token_logits(params, tokens, own, 1, config, by_kernel)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE["logits", "float32"] * np.abs(expected).max())
 
 

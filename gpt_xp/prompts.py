@@ -1,0 +1,23 @@
+"""The kinds of prompts that a model takes: text or token ids, one or several."""
+
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gpt_xp.errors import PromptError
+
+Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
+OnePrompt: TypeAlias = str | list[int] | tuple[int, ...]
+Prompts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...] | list[str | list[int]]
+Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq]
+
+
+def is_one_prompt(prompt: Any) -> bool:
+    """Return whether this is one prompt, text or token ids, and no list of them. Raises `PromptError` for neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
+        raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
+    return len(prompt) > 0 and isinstance(prompt[0], Number)
