@@ -24,7 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from gpt_xp_backends.cupy_backend import KERNELS
+from gpt_xp_backends.cupy_backend.adapter import KERNELS
 
 import gpt_xp
 from gpt_xp.errors import GptXpError

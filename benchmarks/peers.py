@@ -12,6 +12,7 @@ of CTranslate2 and llama.cpp are converted from it, in a temporary folder. Each 
 fixed number of threads. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B.
 Decode is one token, and prefill a whole prompt up to the choice of the first token. Both are greedy, from token ids to
 token ids.
+
 llama.cpp F32 takes part twice, with its flash attention and without: one is faster in prefill, the other in decode.
 
 The last tables are the targets: ratios within each round, with their quartiles.

@@ -86,7 +86,7 @@ def test_half_precision_where_torch_computes_in_it(quick: None) -> None:
 
 
 def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Backend, **options: object) -> None:
+    def refuse(backend: object, **options: object) -> None:
         raise gpt_xp.errors.BackendError("it cannot", "mend it")
 
     monkeypatch.setattr("gpt_xp_backends.numpy_backend.NumPyBackend.__init__", refuse)

@@ -21,17 +21,18 @@ import numpy as np
 import pytest
 from cuda_by_numpy import ByNumPy
 from folders import BENCHMARKS
-from gpt_xp_backends import cupy_backend, cupy_graph
-from gpt_xp_backends.fusion import Fusing
+from gpt_xp_backends.captured_step import BoundStep
+from gpt_xp_backends.cupy_backend import CuPyBackend, adapter
 from gpt_xp_backends.numpy_backend import namespace
+from gpt_xp_backends.tracing import Tracer
 from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 
-from gpt_xp import Backend, Generation, Model
+from gpt_xp import Backend, Generation, Model, kv_cache
 from gpt_xp.errors import BackendError
-from gpt_xp.generation import decoder as generation
-from gpt_xp.kv_cache import KVCache, new_cache
-from gpt_xp.quantization import quantize, quantized_backend
+from gpt_xp.generation import decoder
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.quantization import quantize
 from gpt_xp.tolerances import TOLERANCE
 
 TOKENS = small_tokens("prime")[0].tolist()
@@ -66,7 +67,7 @@ class FakeCuPy:
             MemoryPool=functools.partial(FakePool, self), using_allocator=self.using_allocator,
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: self.waited.append(self.device)),
         )  # fmt: skip
-        self.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 0)
+        self.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 7)
 
     def happens(self, what: str) -> None:
         self.log.append(what)
@@ -90,7 +91,7 @@ class FakeCuPy:
 
         @functools.wraps(function)
         def call(params: Any, tokens: Any, cache: Any, *rest: Any, xp: Any, **options: Any) -> Any:
-            by_kernel = isinstance(xp, Fusing)
+            by_kernel = isinstance(xp, Tracer)
             assert by_kernel == isinstance(cache.position, np.ndarray), "the plain step is as it always was"
             if tokens.shape[1] == 1 and not self.capturing:
                 self.happens("run" if by_kernel else "step")
@@ -101,14 +102,13 @@ class FakeCuPy:
                 return result
             if "capture" in self.break_at:
                 self.break_at["capture"]()
-            before = cache.k.copy(), cache.v.copy()
+            before = [x.copy() for x in arrays_of(cache)]
             logits, after = function(params, tokens, cache, *rest, xp=xp, **options)
-            cache.k[...], cache.v[...] = before
+            for x, old in zip(arrays_of(cache), before, strict=True):
+                x[...] = old
             logits[...] = np.nan
-            # A graph holds addresses, and keeps no array alive.
-            whole = (each if each.base is None else each.base for each in (cache.k, cache.v, logits))
-            arrays, state = tuple(map(weakref.ref, whole)), (*cache[2:], type(cache))
-            self.recorded = self.record(function, params, tokens, state, rest, xp, options), arrays
+            addresses, state = [Address(x) for x in (logits, *arrays_of(cache))], (*cache[1:], type(cache))
+            self.recorded = self.record(function, params, tokens, state, rest, xp, options), addresses
             return logits, after
 
         return call
@@ -116,7 +116,25 @@ class FakeCuPy:
 
 def replayed(function: Any, params: Any, tokens: Any, state: Any, rest: Any, xp: Any, options: Any, *kv: Any) -> Any:
     *position_and_start, cache_type = state
-    return function(params, tokens, cache_type(*kv, *position_and_start), *rest, xp=xp, **options)[0]
+    layers = list(zip(kv[::2], kv[1::2], strict=True))
+    return function(params, tokens, cache_type(layers, *position_and_start), *rest, xp=xp, **options)[0]
+
+
+def arrays_of(cache: KVCache) -> list[np.ndarray]:
+    return [x for layer in cache.layers for x in layer]
+
+
+class Address:
+    """Where an array lies: a graph holds addresses, and keeps no array alive."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        whole = x if x.base is None else x.base
+        self.whole, self.offset = weakref.ref(whole), x.ctypes.data - whole.ctypes.data
+        self.layout = x.shape, x.strides
+
+    def array(self) -> np.ndarray:
+        shape, strides = self.layout
+        return np.ndarray(shape, self.whole().dtype, self.whole(), self.offset, strides)
 
 
 class FakeDevice:
@@ -137,7 +155,7 @@ class FakePool:
     """A pool gives back the memory of the current device alone."""
 
     def __init__(self, cupy: FakeCuPy) -> None:
-        self.cupy, self.device, self.malloc = cupy, cupy.device, object()
+        self.cupy, self.device, self.malloc, self.total_bytes = cupy, cupy.device, object(), lambda: 1000
 
     def free_all_blocks(self) -> None:
         self.cupy.freed += self.cupy.device == self.device
@@ -177,18 +195,18 @@ class FakeGraph:
         self.step, self.arrays = cupy.recorded
 
     def launch(self) -> None:
-        k, v, logits = (array() for array in self.arrays)
-        logits[...] = self.step(k, v)
+        logits, *kv = (each.array() for each in self.arrays)
+        logits[...] = self.step(*kv)
         self.cupy.happens("launch")
 
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
     fake = FakeCuPy(ByNumPy(monkeypatch))
-    monkeypatch.setattr(cupy_backend, "import_library", lambda name, fix: fake)
-    monkeypatch.setattr(cupy_backend, "_namespace", lambda cupy: namespace())
-    for name in ("next_token_logits", "each_logits"):
-        monkeypatch.setattr(generation, name, fake.watched(getattr(generation, name)))
+    monkeypatch.setattr(adapter, "import_library", lambda name, fix: fake)
+    monkeypatch.setattr(adapter, "_namespace", lambda cupy: namespace())
+    for name in ("next_token_logits", "candidate_logits"):
+        monkeypatch.setattr(decoder, name, fake.watched(getattr(decoder, name)))
     monkeypatch.delenv("GPT_XP_CUPY_GRAPH", raising=False)
     return fake
 
@@ -210,7 +228,7 @@ def graph_setting(model: Model) -> str:
 
 
 def test_the_first_graph_is_compared_and_all_later_steps_are_replayed(cupy: FakeCuPy) -> None:
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     assert graph_setting(model) == "not yet"
     out = model.generate(TOKENS[:5], max_tokens=2)
     assert cupy.log == MISTRUSTED
@@ -236,7 +254,7 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_stands(
     cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch, gelu: Any
 ) -> None:
     monkeypatch.setattr("gpt_xp.transformer.gelu", gelu)
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     with pytest.warns(RuntimeWarning, match=r"goes on without a CUDA graph.*GPT_XP_CUPY_GRAPH=0") as warned:
         found = model.generate(TOKENS[:5], max_tokens=9)
     same(found, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
@@ -247,30 +265,37 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_stands(
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5, "top_k": 20}], ids=["greedy", "sampled"])
 def test_the_text_is_the_plain_one(cupy: FakeCuPy, options: dict[str, Any]) -> None:
-    actual = small(cupy_backend.create()).generate(UNEVEN, max_tokens=None, ignore_eos=True, **options)
+    actual = small(CuPyBackend()).generate(UNEVEN, max_tokens=None, ignore_eos=True, **options)
     # 17 + 37 > 37 slots: the ring begins again.
     same(actual, small(make_backend("numpy")).generate(UNEVEN, max_tokens=None, ignore_eos=True, **options))
     assert cupy.log.count("begin") == 1
 
 
-def test_each_window_has_a_graph_of_its_own_which_the_next_generation_finds(cupy: FakeCuPy) -> None:
+def test_each_size_of_the_cache_has_a_graph_of_its_own_which_the_next_generation_finds(cupy: FakeCuPy) -> None:
     prompt = small_tokens("long")[0, :17].tolist()
-    model, plain = small(cupy_backend.create(), "long"), small(make_backend("numpy"), "long")
+    model, plain = small(CuPyBackend(), "long"), small(make_backend("numpy"), "long")
     options: dict[str, Any] = {"max_tokens": None, "ignore_eos": True}
     actual = model.generate(prompt, **options)
     assert cupy.log.count("begin") == 3  # of 128, 256 and 307 slots
     assert cupy.log.count("step") == 6  # two for each
     same(actual, plain.generate(prompt, **options))
-    cupy.log.clear()
+    # The arrays have 307 slots from now on. Their first 128 and 256 are other arrays than those of that size were.
     options["max_tokens"] = 280
-    actual = model.generate(prompt[:11], **options)
-    assert cupy.log == 279 * REPLAY
-    same(actual, plain.generate(prompt[:11], **options))
+    expected = plain.generate(prompt[:11], **options)
+    for log in (CAPTURE + 116 * REPLAY + CAPTURE + 127 * REPLAY + 34 * REPLAY, 279 * REPLAY):
+        cupy.log.clear()
+        actual = model.generate(prompt[:11], **options)
+        assert cupy.log == log
+        same(actual, expected)
+    cupy.recorded = None
+    del model
+    gc.collect()
+    assert cupy.freed == 5
 
 
 @pytest.mark.parametrize("lengths", [(1, 17, 3), (11, 2, 29)])
 def test_the_next_batch_has_its_own_prompts_and_starts(cupy: FakeCuPy, lengths: tuple[int, ...]) -> None:
-    model, prompts = small(cupy_backend.create()), [TOKENS[3 : 3 + length] for length in lengths]
+    model, prompts = small(CuPyBackend()), [TOKENS[3 : 3 + length] for length in lengths]
     model.generate(UNEVEN, max_tokens=8, ignore_eos=True)
     cupy.log.clear()
     actual = model.generate(prompts, max_tokens=8, ignore_eos=True)
@@ -278,59 +303,111 @@ def test_the_next_batch_has_its_own_prompts_and_starts(cupy: FakeCuPy, lengths: 
     same(actual, small(make_backend("numpy")).generate(prompts, max_tokens=8, ignore_eos=True))
 
 
-def test_a_cache_of_another_size_takes_the_place_of_the_one_that_is_kept(cupy: FakeCuPy) -> None:
+def test_a_batch_of_another_size_takes_the_place_of_the_cache_that_is_kept(cupy: FakeCuPy) -> None:
     made: list[list[weakref.ref[Any]]] = []
-    backend = cupy_backend.create()
+    backend = CuPyBackend()
     original = backend.new_cache
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
         alive = {id(array) for cache in made for each in cache if (array := each()) is not None}
-        assert len(alive) <= 2, "there is never more than one, kept or used"
+        assert len(alive) <= 2 * CONFIGS["prime"].n_layer, "there is never more than one, kept or used"
         cache = original(*args, **kwargs)
-        made.append([weakref.ref(cache.k.base), weakref.ref(cache.v.base)])
+        made.append([weakref.ref(x.base) for x in arrays_of(cache)])
         return cache
 
-    model = small(backend.replace(new_cache=functools.wraps(original)(spy)))
+    model = small(backend.replace(new_cache=spy))
     for prompts in (TOKENS[:5], TOKENS[:7], UNEVEN, TOKENS[:5]):
         model.generate(prompts, max_tokens=9)
         cupy.recorded = None
-    arrays = [each() for cache in made for each in cache]
-    assert [each is None for each in arrays] == [True] * 6 + [False] * 2
+    assert [all(each() is None for each in cache) for cache in made] == [True, True, True, False]
     # The last is of the kind of the first, which has agreed: it is captured, and no step is taken without a graph.
     first = MISTRUSTED + COMPARE + 6 * REPLAY
     assert cupy.log == first + 8 * REPLAY + first + CAPTURE + 7 * REPLAY
 
 
+PRIME = CONFIGS["prime"], np.ones(1, dtype=np.float32)
+ONE_ROW = np.zeros(1, dtype=np.int32)
+
+
+def filled(cache: KVCache, value: float = np.nan) -> KVCache:
+    for x in arrays_of(cache):
+        x[...] = value
+    return cache
+
+
 def test_what_a_cache_held_before_changes_nothing(cupy: FakeCuPy) -> None:
-    backend = cupy_backend.create()
-    config, like, start = CONFIGS["prime"], np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.int32)
-    cache = backend.new_cache(config, like, 37, start, backend.xp)
-    address = cache.k.ctypes.data
-    cache.k[...], cache.v[...] = np.nan, np.nan
-    used = backend.new_cache(config, like, 37, start, backend.xp)
-    assert used.k.ctypes.data != address, "it is in use"
+    backend = CuPyBackend()
+    cache = filled(backend.new_cache(*PRIME, 37, ONE_ROW))
+    address = cache.layers[0][0].ctypes.data
+    used = backend.new_cache(*PRIME, 37, ONE_ROW)
+    assert used.layers[0][0].ctypes.data != address, "it is in use"
+    filled(used)
+    address = used.layers[0][0].ctypes.data
     del cache
     del used
-    again = backend.new_cache(config, like, 37, start, backend.xp)
-    assert (again.k == 0).all()
-    assert (again.v == 0).all()
+    again = backend.new_cache(*PRIME, 11, ONE_ROW)
+    assert again.layers[0][0].ctypes.data == address
+    filled(again, 3)
+    again = backend.grow_cache(again, 23)
+    for x in arrays_of(again):
+        assert x.shape[2] == 23
+        assert (x[:, :, :11] == 3).all()
+        assert (x[:, :, 11:] == 0).all()
+
+
+def test_a_cache_that_grows_is_never_there_twice(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    xp = namespace()
+    monkeypatch.setattr(adapter, "_namespace", lambda cupy: xp)
+    backend = CuPyBackend()
+    cache = filled(backend.new_cache(*PRIME, 11, ONE_ROW), 3)
+    old, alive, concat = [weakref.ref(x.base) for x in arrays_of(cache)], [], xp.concat
+
+    def watched(arrays: Any, axis: int) -> Any:
+        alive.append(sum(each() is not None for each in old))
+        return concat(arrays, axis=axis)
+
+    monkeypatch.setattr(xp, "concat", watched)
+    cache = backend.grow_cache(cache, 23)
+    assert alive == [4, 4, 2, 2], "each layer's arrays are freed when it has longer ones"
+    assert not any(each() is not None for each in old)
+    assert all((x[:, :, :11] == 3).all() and (x[:, :, 11:] == 0).all() for x in arrays_of(cache))
+    # The arrays are kept for the next, and grow in place as far as they go.
+    addresses = [x.ctypes.data for x in arrays_of(cache)]
+    del cache
+    cache = backend.grow_cache(backend.new_cache(*PRIME, 7, ONE_ROW), 23)
+    assert [x.ctypes.data for x in arrays_of(cache)] == addresses
+    assert len(alive) == 4
+
+
+def test_a_cache_whose_arrays_are_not_the_kept_ones_grows_by_itself(cupy: FakeCuPy) -> None:
+    backend = CuPyBackend()
+    first, second = (filled(backend.new_cache(*PRIME, 11, ONE_ROW), value) for value in (3, 5))
+    fork = second.copy(backend.xp)
+    for cache, value in ((first, 3), (fork, 5), (second, 5)):
+        grown = backend.grow_cache(cache, 23)
+        filled(backend.new_cache(*PRIME, 23, ONE_ROW))
+        for x in arrays_of(grown):
+            assert (x[:, :, :11] == value).all()
+            assert (x[:, :, 11:] == 0).all()
 
 
 def test_a_graph_gives_its_memory_back(cupy: FakeCuPy) -> None:
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     for prompts in (TOKENS[:5], TOKENS[:7], UNEVEN):
         model.generate(prompts, max_tokens=9)
         cupy.recorded = None
     gc.collect()
     assert cupy.freed == 1, "the graph of one row went with its cache"
+    backend = model.backend
+    assert backend.peak_memory() == 1007, "there was one graph at a time, beside the pool of all"
     del model
     gc.collect()
     assert cupy.freed == cupy.log.count("begin") == 2
 
 
 def test_another_device_is_waited_for_and_gets_its_memory_back(cupy: FakeCuPy) -> None:
-    model = small(cupy_backend.create(device="cuda:1"))
+    model = small(CuPyBackend(device="cuda:1"))
     model.generate(TOKENS[:5], max_tokens=9)
     model.backend.synchronize(np.zeros(1))
     cupy.recorded = None
@@ -346,15 +423,14 @@ class Full(np.ndarray):
         raise MemoryError("out of memory")
 
 
+def with_arrays(cache: KVCache, kind: type[np.ndarray]) -> KVCache:
+    return cache._replace(layers=[(k.view(kind), v.view(kind)) for k, v in cache.layers])
+
+
 def test_where_a_copy_of_the_cache_does_not_fit_the_text_is_the_plain_one(cupy: FakeCuPy) -> None:
-    backend = cupy_backend.create()
-    original = backend.new_cache
-
-    def new_cache(*args: Any, **kwargs: Any) -> Any:
-        cache = original(*args, **kwargs)
-        return cache._replace(k=cache.k.view(Full))
-
-    model = small(backend.replace(new_cache=functools.wraps(original)(new_cache)))
+    backend = CuPyBackend()
+    full = backend.replace(new_cache=lambda *args: with_arrays(CuPyBackend.new_cache(backend, *args), Full))
+    model = small(full)
     with pytest.warns(RuntimeWarning, match="without a CUDA graph, and slower: MemoryError: out of memory"):
         out = model.generate(TOKENS[:5], max_tokens=9)
     assert cupy.log == 8 * STEP
@@ -362,9 +438,7 @@ def test_where_a_copy_of_the_cache_does_not_fit_the_text_is_the_plain_one(cupy: 
 
 
 def test_generations_that_begin_at_once_have_a_cache_each(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = cupy_backend.create()
-    config, like, start = CONFIGS["prime"], np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.int32)
-    meeting = threading.Barrier(2)
+    backend, meeting = CuPyBackend(), threading.Barrier(2)
 
     class Slow(np.ndarray):
         def fill(self, value: Any) -> None:  # until the other thread has looked too
@@ -372,79 +446,60 @@ def test_generations_that_begin_at_once_have_a_cache_each(cupy: FakeCuPy, monkey
                 meeting.wait(0.2)
             super().fill(value)
 
-    def slow_cache(*args: Any) -> KVCache:
-        cache = new_cache(*args)
-        return cache._replace(k=cache.k.view(Slow), v=cache.v.view(Slow))
-
-    monkeypatch.setattr(cupy_graph, "new_cache", slow_cache)
-    backend.new_cache(config, like, 37, start, backend.xp)  # kept, and free
+    original = kv_cache.new_cache
+    monkeypatch.setattr(kv_cache, "new_cache", lambda *args: with_arrays(original(*args), Slow))
+    backend.new_cache(*PRIME, 37, ONE_ROW)  # kept, and free
     with ThreadPoolExecutor(2) as threads:
-        caches = list(threads.map(lambda _: backend.new_cache(config, like, 37, start, backend.xp), range(2)))
-    assert not np.may_share_memory(caches[0].k, caches[1].k)
+        one, other = threads.map(lambda _: backend.new_cache(*PRIME, 37, ONE_ROW), range(2))
+    pairs = zip(arrays_of(one), arrays_of(other), strict=True)
+    assert not any(np.may_share_memory(*pair) for pair in pairs)
 
 
 def test_speculation_goes_back_and_forth(cupy: FakeCuPy) -> None:
     options: dict[str, Any] = {"max_tokens": 25, "ignore_eos": True}
-    actual = small(cupy_backend.create()).generate([5, 6] * 4, speculate=True, **options)
+    actual = small(CuPyBackend()).generate([5, 6] * 4, speculate=True, **options)
     same(actual, small(make_backend("numpy")).generate([5, 6] * 4, **options))
 
 
 def test_two_generations_in_turns_have_a_cache_and_a_graph_each(cupy: FakeCuPy) -> None:
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     prompts = TOKENS[:5], TOKENS[9:12]
     streams = [model.stream(prompt, max_tokens=9) for prompt in prompts]
     pieces = [piece for pair in zip(*streams, strict=True) for piece in pair]
-    assert cupy.log == 2 * MISTRUSTED + 2 * COMPARE + 12 * REPLAY
+    assert cupy.log == 2 * MISTRUSTED + COMPARE + 13 * REPLAY, "one graph of the kind is compared"
     plain = small(make_backend("numpy"))
     same([each.result for each in pieces if each.result], [plain.generate(each, max_tokens=9) for each in prompts])
 
 
 def test_arrays_are_the_callers_own(cupy: FakeCuPy) -> None:
-    backend = cupy_backend.create()
-    engine, kept = small(backend)._engine, []
-    _, cache, _ = engine.prefill([TOKENS[:5]], n_new=9)
+    backend = CuPyBackend()
+    decoder, kept = small(backend)._decoder, []
+    _, cache = decoder.prefill([TOKENS[:5]])
     tokens = [np.asarray([[token]], dtype=np.int32) for token in TOKENS[5:11]]
     for token in tokens:
-        logits, cache = engine._step(token, cache, 1, window=37)
+        logits, cache = decoder._step(token, cache, 1)
         kept.append(logits)
     assert [token.item() for token in tokens] == TOKENS[5:11]
     assert cupy.log[-3:] == 3 * REPLAY
     # A fork of the cache has its own arrays, and no graph yet.
-    kept.append(engine.decode([TOKENS[11]], cache.copy(backend.xp), used=11)[0])
+    kept.append(decoder.decode([TOKENS[11]], cache.copy(backend.xp))[0])
     assert cupy.log[-5:] == CAPTURE
     expected = small(make_backend("numpy")).logits(TOKENS[:12])[5:]
     np.testing.assert_allclose(np.concatenate(kept), expected, atol=20 * TOLERANCE["same", "float32"])
     assert cache.position == 11
 
 
-def test_a_graph_is_for_its_own_arrays() -> None:
-    params, tokens, start = {"wte": np.ones(3)}, np.ones((2, 1)), np.zeros(2)
-    cache = KVCache(np.zeros(5), np.zeros(5), 7, start)
-    graph = cupy_graph.Graph(params, tokens, cache, (1, 128))
-    assert graph.is_for(params, tokens + 1, KVCache(cache.k[...], cache.v[...], 8, start + 1), (1, 128))
-    for other in ("k", "v"):
-        copied = cache._replace(**{other: getattr(cache, other).copy()})
-        assert not graph.is_for(params, tokens, copied, (1, 128)), other
-    assert not graph.is_for(dict(params), tokens, cache, (1, 128))
-    assert not graph.is_for(params, tokens[:1], cache, (1, 128))
-    assert not graph.is_for(params, tokens, cache._replace(k=cache.k[:3], v=cache.v[:3]), (1, 128))
-    assert not graph.is_for(params, tokens, cache, (1, 256))
-    assert graph.is_alive()
-    del cache
-    assert not graph.is_alive()
-
-
 def test_it_is_for_plain_weights_and_few_rows(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = cupy_backend.create()
+    backend = CuPyBackend()
     small(backend).generate([[1]] * 17, max_tokens=6)
-    Model(quantize(small_params("prime"), "int8"), CONFIGS["prime"], backend=quantized_backend(backend)).generate([1])
+    Model(quantize(small_params("prime"), "int8"), CONFIGS["prime"], backend=backend.quantized()).generate([1])
     assert set(cupy.log) == {"step"}
     monkeypatch.setenv("GPT_XP_CUPY_GRAPH", "0")
-    off = cupy_backend.create()
+    off = CuPyBackend()
     small(off).generate([1], max_tokens=6)
     assert set(cupy.log) == {"step"}
     assert off.settings()["cuda_graph"] == "no (GPT_XP_CUPY_GRAPH=0)"
-    assert (off.window(17), backend.window(17)) == (17, 128)
+    assert (off.cache_slots(17, 1024), backend.cache_slots(17, 1024)) == (64, 128)
 
 
 def fail() -> None:
@@ -454,7 +509,7 @@ def fail() -> None:
 @pytest.mark.parametrize("place", ["wait", "run", "begin", "capture", "end", "launch"])
 def test_where_it_fails_the_text_is_the_plain_one_and_one_warning_says_so(cupy: FakeCuPy, place: str) -> None:
     cupy.break_at[place] = fail
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     with pytest.warns(RuntimeWarning, match="slower: RuntimeError: no such thing .GPT_XP_CUPY_GRAPH=0") as warnings:
         out = [model.generate(prompt, max_tokens=9) for prompt in (TOKENS[:5], TOKENS[9:12])]
     assert len(warnings) == 1
@@ -469,17 +524,17 @@ def test_where_it_fails_the_text_is_the_plain_one_and_one_warning_says_so(cupy: 
 
 
 def spoil_logits(graph: FakeGraph) -> None:
-    graph.arrays[2]()[...] *= 1.001
+    graph.arrays[0].array()[...] *= 1.001
 
 
 def spoil_logits_by_nan(graph: FakeGraph) -> None:
-    graph.arrays[2]()[0, 3] = np.nan
+    graph.arrays[0].array()[0, 3] = np.nan
 
 
 def spoil_cache(graph: FakeGraph) -> None:
     spoil_logits(graph)
-    for array in graph.arrays[:2]:
-        array()[...] = np.nan
+    for each in graph.arrays[1:]:
+        each.array()[...] = np.nan
 
 
 @pytest.mark.parametrize("spoil", [spoil_logits, spoil_logits_by_nan, spoil_cache])
@@ -493,7 +548,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
         spoil(self)
 
     monkeypatch.setattr(FakeGraph, "launch", launch)
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     with pytest.warns(RuntimeWarning, match="its logits differ by"):
         out = model.generate(TOKENS[:5], max_tokens=9)
     same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
@@ -511,7 +566,7 @@ def test_a_graph_that_holds_on_to_what_it_was_captured_with_is_not_used(
         return functools.partial(replayed, function, params, tokens, state, *more)
 
     monkeypatch.setattr(FakeCuPy, "record", freeze)
-    model = small(cupy_backend.create())
+    model = small(CuPyBackend())
     with pytest.warns(RuntimeWarning, match="its logits differ by"):
         out = model.generate(TOKENS[:5], max_tokens=9)
     same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
@@ -570,13 +625,13 @@ def test_what_is_prepared_gives_the_same_text(cupy: FakeCuPy, monkeypatch: pytes
     expected = aligned(make_backend("numpy")).generate(UNEVEN, max_tokens=None, ignore_eos=True)
     monkeypatch.setenv("GPT_XP_CUPY_KERNELS", kernels)
     cupy.log.clear()
-    model = aligned(cupy_backend.create())
+    model = aligned(CuPyBackend())
     actual = model.generate(UNEVEN, max_tokens=None, ignore_eos=True)
     assert set(cupy.log[-30:]) == {"launch"}
     assert graph_setting(model) == "yes"
     same(actual, expected)
     assert set(cupy.RawKernel.launched) == PREPARED[kernels]
-    names = list(cupy_backend.KERNELS) if kernels == "all" else kernels.split(", ")
+    names = list(adapter.KERNELS) if kernels == "all" else kernels.split(", ")
     assert model.backend.settings()["kernels"] == ", ".join(names)
     # Sampled, and with a penalty: nothing of `greedy` takes part.
     for options in ({"temperature": 0.9, "seed": 3}, {"repetition_penalty": 1.3}):
@@ -589,10 +644,10 @@ def test_what_is_prepared_gives_the_same_text(cupy: FakeCuPy, monkeypatch: pytes
 def test_ids_without_a_token_are_not_chosen_by_the_kernel(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_XP_CUPY_KERNELS", "greedy")
     found = []
-    for backend in (cupy_backend.create(), make_backend("numpy")):
+    for backend in (CuPyBackend(), make_backend("numpy")):
         model = aligned(backend)
-        model._engine.tokenizer = SizedTokenizer(range(1, 200, 2))
-        model._engine._allowed = model._engine._allowed_ids()
+        chooser = model._generator.chooser
+        chooser.allowed = chooser._allowed_ids(SizedTokenizer(range(1, 200, 2)))
         found.append(model.generate(TOKENS[:5], max_tokens=20, ignore_eos=True))
     same(*found)
     assert all(token % 2 for token in found[0].token_ids)
@@ -616,26 +671,26 @@ class SizedTokenizer:
 def test_kernels_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_XP_CUPY_KERNELS", "split,atention")
     with pytest.raises(BackendError, match="no kernels called 'atention': take some of split, append, attention"):
-        cupy_backend.create()
+        CuPyBackend()
 
 
 def test_a_prompt_is_computed_in_pieces_of_1024_tokens(cupy: FakeCuPy) -> None:
-    piece = cupy_backend.create().piece
-    assert [piece(batch) for batch in (1, 4, 8, 16, 32, 100)] == [1024, 1024, 512, 256, 128, 128]
-    model, calls = small(cupy_backend.create(), "long"), []
-    step = model._engine._step
-    model._engine._step = lambda tokens, *rest: calls.append(tokens.shape[1]) or step(tokens, *rest)  # type: ignore[method-assign]
+    chunk = CuPyBackend().chunk_tokens
+    assert [chunk(batch) for batch in (1, 4, 8, 16, 32, 100)] == [1024, 1024, 512, 256, 128, 128]
+    model, calls = small(CuPyBackend(), "long"), []
+    step = model._decoder._step
+    model._decoder._step = lambda tokens, *rest: calls.append(tokens.shape[1]) or step(tokens, *rest)  # type: ignore[method-assign]
     tokens = small_tokens("long")[0, :300].tolist()
     model.generate(tokens, max_tokens=2)
     assert calls == [300, 1]
-    assert [piece.shape[1] for piece in model._engine.logits([tokens])] == [300]
+    assert [piece.shape[1] for piece in model._decoder.prompt_logits([tokens])] == [300]
 
 
 def check_texts_and_replays(monkeypatch: pytest.MonkeyPatch, create: Callable[[], Backend], dtype: str) -> None:
     """With a graph and without: one text. The graph was compared once for each kind of step, and then used."""
     replays: list[int] = []
-    original = cupy_graph.Graph.replay
-    monkeypatch.setattr(cupy_graph.Graph, "replay", lambda *args: replays.append(1) or original(*args))
+    original = BoundStep.replay
+    monkeypatch.setattr(BoundStep, "replay", lambda *args: replays.append(1) or original(*args))
     model = small(create(), "124M-ratios")
     monkeypatch.setenv("GPT_XP_CUPY_GRAPH", "0")
     plain = small(create(), "124M-ratios")
@@ -653,7 +708,7 @@ def check_texts_and_replays(monkeypatch: pytest.MonkeyPatch, create: Callable[[]
 
 
 def test_the_text_is_the_one_without_a_graph(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_texts_and_replays(monkeypatch, cupy_backend.create, "float32")
+    check_texts_and_replays(monkeypatch, CuPyBackend, "float32")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Traced arrays on plain NumPy have the numbers of eager ones, computed once, and spoil nothing that is still read."""
+"""Traced arrays on plain NumPy: the numbers of eager ones, each computed once, and none spoiled that is still read."""
 
 import functools
 import gc

@@ -10,7 +10,6 @@ import pytest
 from commands import Result
 
 import gpt_xp
-from gpt_xp import GenerationSettings
 from gpt_xp.errors import DeviceMemoryError, NumericalError
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -237,10 +236,10 @@ def test_a_prompt_at_which_the_model_fails_is_alone_to_fail(
 ) -> None:
     generate = gpt_xp.Model.generate
 
-    def fail(model: gpt_xp.Model, prompts: list[str], settings: GenerationSettings) -> Any:
+    def fail(model: gpt_xp.Model, prompts: list[str], *settings: Any) -> Any:
         if "bad" in prompts:
             raise error("no numbers")
-        return generate(model, prompts, settings)
+        return generate(model, prompts, *settings)
 
     monkeypatch.setattr(gpt_xp.Model, "generate", fail)
     file = write(tmp_path / "p", "a\nb\nbad\nd\ne")

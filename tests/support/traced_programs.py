@@ -1,4 +1,4 @@
-"""Random expressions of traced arrays, some held and some dropped, and the same computed eagerly; planted bugs."""
+"""Random expressions of traced arrays, some held and some dropped, beside the same computed at once; planted bugs."""
 
 import sys
 import types
