@@ -90,18 +90,37 @@ class TracedCache(KVCache):
 class BoundStep:
     """A recording of some kind, and the arrays that it is bound to."""
 
-    def __init__(self, kind: Any, params: Params, cache: KVCache) -> None:
-        self.kind = kind
-        self._params = params  # Another object could take the place of its id.
-        # Not kept alive: a cache is the largest array there is.
-        self._buffers = [weakref.ref(x if x.base is None else x.base) for layer in cache.layers for x in layer]
+    def __init__(self, runner: Runner, params: Params, tokens: Array, cache: KVCache, static: Any) -> None:
+        self._runner, self._params, self._static = runner, params, (tokens.shape, static)
+        arrays = _arrays(cache)
+        self._layout = [self._place(x) for x in arrays]
+        # No array is kept alive: a cache is the largest array there is.
+        self._views = [weakref.ref(x) for x in arrays]
+        self._buffers = [weakref.ref(x if x.base is None else x.base) for x in arrays]
+        self.kind = *self._static, cache.n_slots, str(arrays[0].dtype)
+
+    def _place(self, x: Array) -> tuple[Any, ...]:
+        return self._runner.address(x), x.shape, x.strides
 
     def is_alive(self) -> bool:
         """Return whether there can be another step with its cache."""
         return all(buffer() is not None for buffer in self._buffers)
 
-    def record(self, runner: Runner, step: Step, tokens: Array, cache: KVCache) -> Array:
+    def is_for(self, params: Params, tokens: Array, cache: KVCache, static: Any) -> bool:
+        """Return whether it reads and writes these arrays, and was recorded with these settings."""
+        if params is not self._params or (tokens.shape, static) != self._static:
+            return False
+        arrays = _arrays(cache)
+        if all(view() is x for view, x in zip(self._views, arrays, strict=True)):
+            return True  # To ask each array for its address and strides takes ten times as long.
+        if not self.is_alive() or any(self._place(x) != place for x, place in zip(arrays, self._layout, strict=True)):
+            return False
+        self._views = [weakref.ref(x) for x in arrays]
+        return True
+
+    def record(self, step: Step, tokens: Array, cache: KVCache) -> Array:
         """Run `step(tokens, cache, xp)` once, which writes into the cache, and record it. Return its output."""
+        runner = self._runner
         self._tokens, self._start, self._latest_start = tokens.copy(), cache.start.copy(), cache.start
         self._position = runner.xp.full((), cache.position, dtype=runner.xp.int32)
         own = TracedCache(cache.layers, self._position, self._start)
@@ -118,6 +137,10 @@ class BoundStep:
         return self._recording.output.copy(), cache._replace(position=cache.position + 1)
 
 
+def _arrays(cache: KVCache) -> list[Array]:
+    return [x for layer in cache.layers for x in layer]
+
+
 class CapturedStep:
     """`function(params, tokens, cache, ..., xp=)` -> (logits, cache), replayed where it decodes one token of each row.
 
@@ -127,7 +150,7 @@ class CapturedStep:
 
     def __init__(self, function: Step, runner: Runner, guard: GraphGuard) -> None:
         self._function, self._runner, self._guard = function, runner, guard
-        self._bound: dict[Any, BoundStep] = {}
+        self._bound: list[BoundStep] = []
 
     def __call__(
         self, params: Params, tokens: Array, cache: KVCache, *rest: Any, xp: Namespace, **options: Any
@@ -142,24 +165,21 @@ class CapturedStep:
         (batch, n_seq), max_rows = tokens.shape, self._runner.max_rows
         if self._guard.problem or not can_be_recorded or n_seq != 1 or batch > max_rows:
             return step(tokens, cache)
-        static = rest, tuple(sorted(options.items()))
-        arrays = tuple((self._runner.address(x), x.shape, x.strides) for layer in cache.layers for x in layer)
-        key = id(params), tokens.shape, static, arrays
-        bound = self._bound.get(key)
-        if bound is None or not bound.is_alive():
-            kind = self._function, tokens.shape, static, arrays[0][1], str(cache.layers[0][0].dtype)
-            return self._record(key, BoundStep(kind, params, cache), step, tokens, cache)
+        static = self._function, rest, tuple(sorted(options.items()))
+        bound = next((each for each in self._bound if each.is_for(params, tokens, cache, static)), None)
+        if bound is None:
+            return self._record(BoundStep(self._runner, params, tokens, cache, static), step, tokens, cache)
         if bound.kind in self._guard.agreed:
             return bound.replay(tokens, cache)
         return self._compare(bound, step, tokens, cache)
 
-    def _record(self, key: Any, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def _record(self, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Take a step, and record it: by the run before the recording, where one of its kind was right before."""
-        self._bound = {each: other for each, other in self._bound.items() if other.is_alive()}
+        self._bound = [each for each in self._bound if each.is_alive()]
         trusted = bound.kind in self._guard.agreed
-        logits = self._attempt(lambda: bound.record(self._runner, step, tokens, cache), cache, restore=not trusted)
+        logits = self._attempt(lambda: bound.record(step, tokens, cache), cache, restore=not trusted)
         if logits is not None:
-            self._bound[key] = bound
+            self._bound.append(bound)
             if trusted:
                 return logits, cache._replace(position=cache.position + 1)
         return step(tokens, cache)
@@ -173,7 +193,7 @@ class CapturedStep:
             if error <= TOLERANCE["logits", bound.kind[-1]] * largest:
                 self._guard.agreed.add(bound.kind)
             else:
-                self._bound = {}
+                self._bound = []
                 self._guard.disable(f"its logits differ by {error:.1e}, and the largest is {largest:.1e}")
         return logits, after
 
@@ -185,7 +205,7 @@ class CapturedStep:
                 before = [(k.copy(), v.copy()) for k, v in cache.layers]
             return action()
         except Exception as error:  # Whatever it is, a step without a recording can still be taken.
-            self._bound = {}
+            self._bound = []
             self._guard.disable(f"{type(error).__name__}: {error}", error)
             return None
         finally:
