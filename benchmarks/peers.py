@@ -9,8 +9,10 @@ gpt-xp's compiled products. An engine that is not installed is skipped, with the
 
 The model has random weights of a published shape, and is read from a file laid out like the published ones. The files
 of CTranslate2 and llama.cpp are converted from it, in a temporary folder. Each contender has its own process, with a
-fixed number of threads. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B. Decode is one
-token, and prefill a whole prompt up to the choice of the first token, both greedy, from token ids to token ids.
+fixed number of threads. First all logits are compared with those of gpt-xp on NumPy. Then they take turns, A B A B.
+Decode is one token, and prefill a whole prompt up to the choice of the first token. Both are greedy, from token ids to
+token ids.
+
 llama.cpp F32 takes part twice, with its flash attention and without: one is faster in prefill, the other in decode.
 
 The last tables are the targets: ratios within each round, with their quartiles.

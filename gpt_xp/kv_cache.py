@@ -89,30 +89,30 @@ def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None,
     cache it is [n_seq, n_seq]: each token looks at itself and back. With one it is [batch, 1, n_seq, n_slots].
     """
     n_seq = tokens.shape[-1]
-    numbers = xp.arange(n_seq, dtype=xp.int32, device=device_of(tokens))
+    n_slots = n_seq if cache is None else cache.n_slots
+    numbers, slots = (xp.arange(n, dtype=xp.int32, device=device_of(tokens)) for n in (n_seq, n_slots))
     if cache is None:
         config.check_length(n_seq)
         positions = xp.broadcast_to(numbers, (*tokens.shape[:-1], n_seq))
-        visible = numbers[None, :] <= numbers[:, None]
+        visible = slots[None, :] <= numbers[:, None]
     else:
         query = numbers + cache.position  # the slots of these tokens, [n_seq]
         # Padding has negative positions, and rows that have ended run on past the context. Both are computed with the
         # rest of the batch and then ignored, but they must not read outside the table.
         positions = xp.clip(query[None, :] - cache.start[:, None], 0, config.n_ctx - 1)
-        visible = _written(query[:, None], cache.n_slots, xp) >= cache.start[:, None, None, None]
+        visible = _written(query[:, None], slots) >= cache.start[:, None, None, None]
     # Finite: a row that may look nowhere (padding) stays free of NaN.
     mask = float(xp.finfo(xp.float32).min) * xp.astype(~visible, xp.float32)
     return xp.reshape(positions, (-1,)), mask
 
 
-def _written(query: Array, n_slots: int, xp: Namespace) -> Array:
-    """Return which token each slot holds that the token `query` [n_seq, 1] may look at: [n_seq, n_slots].
+def _written(query: Array, slots: Array) -> Array:
+    """Return which token each of `slots` [n_slots] holds that the token `query` [n_seq, 1] may look at.
 
     It was written at the last turn of the ring that is not after the query. In a ring of 8, query 9 finds tokens 8 and
     9 in slots 0 and 1, and the older 2 to 7 in slots 2 to 7.
     """
-    slot = xp.arange(n_slots, dtype=xp.int32, device=device_of(query))
-    return query - (query - slot) % n_slots
+    return query - (query - slots) % slots.shape[0]  # [n_seq, n_slots]
 
 
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:

@@ -75,7 +75,8 @@ class Model:
         check_params(params, self.config)
         if quantization_of(params):
             object.__setattr__(self, "backend", quantized_backend(self.backend))
-        self._bytes = sum(map(self._leaf_bytes, leaves(params)))
+        dtype = self.backend.dtype
+        self._bytes = sum(n_bytes(x) if isinstance(x, Quantized) else array_bytes(x, dtype) for x in leaves(params))
         with self._memory_errors(batch=0):
             moved: Params = tree_map(self._move, params)
         self._decoder = Decoder(moved, self.config, self.backend)
@@ -187,9 +188,8 @@ class Model:
         windows = Windows(convention, window, stride, crops, seed)
         ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
-            return score_tokens(
-                self._generator, ids, windows, batch_size, progress, text if isinstance(text, str) else None
-            )
+            given = text if isinstance(text, str) else None
+            return score_tokens(self._generator, ids, windows, batch_size, progress, given)
 
     def rank(
         self,
@@ -219,9 +219,6 @@ class Model:
         if isinstance(leaf, Quantized):
             return type(leaf)(*map(self.backend.asarray, leaf))
         return self.backend.asarray(leaf, self.backend.dtype)
-
-    def _leaf_bytes(self, leaf: Any) -> int:
-        return n_bytes(leaf) if isinstance(leaf, Quantized) else array_bytes(leaf, self.backend.dtype)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""

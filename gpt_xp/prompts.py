@@ -15,7 +15,7 @@ Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq
 
 
 def is_one_prompt(prompt: Any) -> bool:
-    """Return whether this is one prompt (text, or token ids), not a list of prompts. Raises `PromptError` for neither."""
+    """Return whether this is one prompt, text or token ids, and no list of them. Raises `PromptError` for neither."""
     if isinstance(prompt, str):
         return True
     if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):

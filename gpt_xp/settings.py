@@ -104,7 +104,7 @@ def check_count(name: str, value: object) -> None:
 def _check_stops(stop: object) -> None:
     for each in stop if isinstance(stop, list | tuple) else () if stop is None else (stop,):
         if not isinstance(each, str) or not each:
-            raise SettingError(f"a stop must be a string of at least one character, not {each!r}")
+            raise SettingError(f"stop must be one or several strings of at least one character, not {each!r}")
 
 
 def _is_whole(x: Any) -> bool:

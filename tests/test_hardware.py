@@ -86,10 +86,10 @@ def test_half_precision_where_torch_computes_in_it(quick: None) -> None:
 
 
 def test_a_backend_that_cannot_be_used_after_all(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: object) -> Backend:
+    def refuse(backend: object, **options: object) -> None:
         raise gpt_xp.errors.BackendError("it cannot", "mend it")
 
-    monkeypatch.setattr("gpt_xp_backends.numpy_backend.create", refuse)
+    monkeypatch.setattr("gpt_xp_backends.numpy_backend.NumPyBackend.__init__", refuse)
     assert report_on_backends([NUMPY]) == [BackendReport("numpy", problem="it cannot: mend it")]
 
 

@@ -1,6 +1,7 @@
 """The key/value cache: whatever way the tokens are cut into pieces, the logits are those of the full forward pass."""
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ from cached import CONFIG, TOKENS, forward, forward_with_cache, run, setup
 from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import make_backend
+from small_models import CONFIGS, small_params, small_tokens
 
 import gpt_xp
-from gpt_xp import Backend
+from gpt_xp import Backend, Model
 from gpt_xp.errors import ConfigError, PromptError
+from gpt_xp.generation.decoder import Decoder
 
 
 @pytest.mark.parametrize("grow", [False, True], ids=["all slots", "growing"])
@@ -29,8 +33,6 @@ def test_pieces_are_the_full_forward_pass(backend: Backend, grow: bool) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.sets(st.integers(1, 30), max_size=30).map(lambda cuts: [*sorted(cuts), 31]), st.booleans())
 def test_any_pieces_are_the_full_forward_pass(cuts: list[int], grow: bool) -> None:
-    from libraries import make_backend
-
     backend = make_backend("numpy")
     params, cache = setup(backend, n_slots=1 if grow else 37)
     full = forward(backend)(params, TOKENS, CONFIG)
@@ -109,3 +111,93 @@ def test_too_many_tokens_for_the_slots(backend: Backend) -> None:
     _, cache = gpt_xp.gpt2_with_cache(params, backend.asarray(TOKENS[:, :17]), CONFIG, cache=cache, xp=xp)
     with pytest.raises(PromptError, match="3 tokens were given, and the cache has room for 2"):
         gpt_xp.gpt2_with_cache(params, backend.asarray(TOKENS[:, :3]), CONFIG, cache=cache, xp=xp)
+
+
+def growing(backend: Backend, grow: Any) -> None:
+    """Rows that begin at different slots, in a cache of 7, then 17, then 31 slots."""
+    starts = (0, 5, 3)
+    params, cache = setup(backend, n_slots=7, start=starts)
+    found = []
+    for begin, end in ((0, 7), (7, 17), (17, 31)):
+        if end > 7:
+            cache = grow(cache, end)
+        assert cache.n_slots == end
+        tokens = backend.asarray(TOKENS[:, begin:end])
+        logits, cache = forward_with_cache(backend)(params, tokens, CONFIG, cache=cache)
+        found.append(backend.to_numpy(logits))
+    logits = np.concatenate(found, axis=1)
+    for row, start in enumerate(starts):
+        alone = forward(backend)(params, backend.asarray(TOKENS[row, start:]), CONFIG)
+        assert_values(logits[row, start:], backend.to_numpy(alone), TOLERANCE["same", "float32"])
+
+
+def test_rows_that_begin_at_different_slots_in_a_cache_that_grows(backend: Backend) -> None:
+    growing(backend, backend.grow_cache)
+
+
+@pytest.mark.parametrize("bug", ["forgets", "moves", "other heads"])
+def test_a_planted_bug_of_growing_is_found(bug: str) -> None:
+    backend = make_backend("numpy")
+
+    def wrong(cache: Any, n_slots: int) -> Any:
+        after = backend.grow_cache(cache, n_slots)
+        if bug == "forgets":
+            layers = [(k * 0, v) for k, v in after.layers]
+        elif bug == "moves":
+            layers = [(np.roll(k, 1, axis=2), v) for k, v in after.layers]
+        else:
+            layers = [(k, np.roll(v, 1, axis=1)) for k, v in after.layers]
+        return after._replace(layers=layers)
+
+    with pytest.raises(AssertionError):
+        growing(backend, wrong)
+
+
+def test_growing_never_holds_two_caches() -> None:
+    config, like = CONFIGS["124M-ratios"], np.zeros(1, np.float32)
+    cache = gpt_xp.new_cache(config, like, 1024, [0] * 8)
+    size = sum(k.nbytes + v.nbytes for k, v in cache.layers)
+    tracemalloc.start()
+    try:
+        cache = make_backend("numpy").grow_cache(cache, 1088)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The layers that have grown are counted, and the older ones, made before, are not: two more are there for a moment.
+    assert peak < size * (1088 / 1024 + 3 / config.n_layer)
+
+
+def test_a_copy_survives_a_compiled_step_that_may_reuse_the_cache() -> None:
+    backend = make_backend("jax")
+    params, cache = setup(backend)
+    _, cache = run(backend, params, cache, TOKENS, [11])
+    fork = cache.copy()
+    step = backend.compile(gpt_xp.gpt2_with_cache, static=("config",), donate=("cache",))
+    step(params, backend.asarray(TOKENS[:, 17:22]), CONFIG, cache=cache)  # what it held may be overwritten
+    logits, _ = forward_with_cache(backend)(params, backend.asarray(TOKENS[:, 11:16]), CONFIG, cache=fork)
+    full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS[:, :16]), CONFIG))
+    assert_values(backend.to_numpy(logits), full[:, 11:], TOLERANCE["same", "float32"])
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_generation_is_that_of_numpy_while_its_cache_grows(speculate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: list[int] = []
+    original = Decoder.grow_cache
+
+    def spy(decoder: Any, cache: Any, n_tokens: int) -> Any:
+        after = original(decoder, cache, n_tokens)
+        slots.append(after.n_slots)
+        return after
+
+    monkeypatch.setattr(Decoder, "grow_cache", spy)
+    config, params = CONFIGS["long"], small_params("long")
+    prompt = small_tokens("long")[0, :17].tolist()
+    found = []
+    for name, sizes in (("numpy", [64, 128, 192, 256, 307]), ("jax:cpu", [128, 256, 384])):
+        slots.clear()
+        model = Model(params, config, backend=make_backend(name))
+        found.append(model.generate(prompt, max_tokens=None, ignore_eos=True, speculate=speculate))
+        assert sorted({*slots}) == sizes, "few sizes, up to the context"
+        assert slots == sorted(slots)
+    assert found[0].token_ids == found[1].token_ids
+    assert len(found[0].token_ids) == config.n_ctx - 17 + 1

@@ -33,7 +33,7 @@ def results(place, params):
     rows = place(tokens)
     yield gpt_xp.gpt2(params, rows, config)
     cache = gpt_xp.new_cache(config, params["wte"], 15, place(start))  # and so many tokens: most programs are shared
-    yield gpt_xp.gpt2(params, rows, config, cache=cache)[0]
+    yield gpt_xp.gpt2_with_cache(params, rows, config, cache)[0]
 
 mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,))
 sharded = results(

@@ -145,11 +145,11 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
         return original(x, xp)
 
     monkeypatch.setattr(transformer, "softmax", spy)
-    monkeypatch.setattr(numpy_backend, "SCORES", 2 * 5 * 5)
+    monkeypatch.setattr(numpy_backend, "SCORES", 2 * 5 * 37)
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
-    assert shapes == [(1, 2, 5, 5), (1, 1, 5, 5)] * layers + [(1, 1, 1, 37)] * 3 * layers
+    assert shapes == [(1, 2, 5, 37), (1, 1, 5, 37)] * layers + [(1, 3, 1, 37)] * layers
 
 
 def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> None:

@@ -283,7 +283,7 @@ def _write(path: Path, text: str) -> Path:
         (["--top-p", "0"], "Error: --top-p must be a number above 0"),
         (["--top-k", "-1"], "Error: --top-k must be a whole number"),
         (["--seed", "-1"], "Error: --seed must be a whole number"),
-        (["--stop", ""], "a stop must be a string of at least one character"),
+        (["--stop", ""], "--stop must be one or several strings of at least one character, not ''"),
         (["-n", "0"], "0 is not in the range x>=1"),
         (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--threads", "0"], "0 is not in the range x>=1"),

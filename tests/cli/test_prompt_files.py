@@ -236,10 +236,10 @@ def test_a_prompt_at_which_the_model_fails_is_alone_to_fail(
 ) -> None:
     generate = gpt_xp.Model.generate
 
-    def fail(model: gpt_xp.Model, prompts: list[str], **settings: Any) -> Any:
+    def fail(model: gpt_xp.Model, prompts: list[str], *settings: Any) -> Any:
         if "bad" in prompts:
             raise error("no numbers")
-        return generate(model, prompts, **settings)
+        return generate(model, prompts, *settings)
 
     monkeypatch.setattr(gpt_xp.Model, "generate", fail)
     file = write(tmp_path / "p", "a\nb\nbad\nd\ne")

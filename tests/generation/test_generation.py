@@ -415,7 +415,11 @@ def test_compiling_is_counted_apart() -> None:
         ({"prompt": [1], "num_samples": 0}, SettingError, r"num_samples must be a whole number of at least 1"),
         ({"prompt": [1], "num_samples": None}, SettingError, r"num_samples"),
         ({"prompt": [1], "stop": "x"}, SettingError, r"a stop string needs a tokenizer"),
-        ({"prompt": [1], "stop": [""]}, SettingError, r"a stop must be a string of at least one character"),
+        (
+            {"prompt": [1], "stop": [""]},
+            SettingError,
+            r"stop must be one or several strings of at least one char",
+        ),
         ({"prompt": [1], "temperature": -1}, SettingError, r"temperature"),
     ],
 )
