@@ -10,7 +10,7 @@ from importlib import import_module
 
 from gpt_xp.version import __version__ as __version__
 
-TYPE_CHECKING = False  # type checkers take it for true; `typing` itself takes a while to import
+TYPE_CHECKING = False  # Type checkers take it for true. To import it from `typing` would take longer.
 
 if TYPE_CHECKING:
     from gpt_xp.backend import Backend, BackendInfo
@@ -141,15 +141,15 @@ _NAMES_OF = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes any name for a right one
+if not TYPE_CHECKING:  # A type checker that sees `__getattr__` accepts any name.
 
     def __getattr__(name: str) -> object:
-        """Return a public name, or a submodule: importing the package has always been enough to name those."""
+        """Return a public name or a submodule, and import its module first."""
         if name in _MODULE_OF:
             value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             globals()[name] = value
             return value
-        from importlib.util import find_spec  # not above: it imports much else
+        from importlib.util import find_spec  # It is not imported above because it imports many other modules.
 
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")

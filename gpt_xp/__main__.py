@@ -1,4 +1,4 @@
-"""`python -m gpt_xp` is `gpt-xp`."""
+"""Runs the command `gpt-xp` as `python -m gpt_xp`."""
 
 from gpt_xp.cli import main
 

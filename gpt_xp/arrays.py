@@ -1,4 +1,4 @@
-"""Ask an array for its library and device, widen half precision, and refuse what is no array."""
+"""Helpers for arrays of any library: device, library, precision, and a check of the arguments of `gpt2`."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from gpt_xp.types import Array, Namespace, Params
 
 
 def device_of(x: Array) -> Any:
-    """Return the device for new arrays beside `x`; None leaves the choice to the library.
+    """Return the device for new arrays that are used together with `x`. None leaves the choice to the library.
 
-    It is None for arrays that tell no device (MLX), and for those that JAX spreads over several devices. The latter
-    tell a sharding, which fits arrays of their rank alone, and JAX moves a new array to where it is needed.
+    It is None for arrays without a device (MLX), and for arrays that JAX spreads over several devices. Those have a
+    sharding instead, which fits only arrays of the same rank. JAX moves a new array to where it is needed.
     """
     try:
         device = array_api_compat.device(x)
@@ -23,15 +23,15 @@ def device_of(x: Array) -> Any:
 
 
 def at_least_float32(x: Array, xp: Namespace) -> Array:
-    """Widen half precision, in which sums and squares lose digits or overflow. Leave float32 and float64 alone."""
+    """Convert half precision to float32, because its sums lose digits or overflow. Return wider arrays unchanged."""
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
 def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> Namespace:
-    """Return `xp`, or where it is None the library of the arrays.
+    """Return `xp`, or the namespace of the arrays if `xp` is None.
 
-    Raises `ConfigError` for a config or params of another kind, and `PromptError` for tokens that are no array of whole
-    numbers, or one of another library.
+    Raises `ConfigError` for a config or params of the wrong type. Raises `PromptError` for tokens that are not an array
+    of whole numbers, or belong to another library.
     """
     check_config(config)
     try:
@@ -41,7 +41,7 @@ def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> N
             f"params must be a dict of arrays with wte, wpe, blocks and ln_f, not {_kind(params)}: "
             "take those of gpt_xp.load(...).params"
         ) from None
-    if "int" not in str(getattr(tokens, "dtype", "")):  # every library writes int32 and uint8 so
+    if "int" not in str(getattr(tokens, "dtype", "")):  # Every library has "int" in the names of its integer dtypes.
         raise _not_tokens(_kind(tokens))
     try:
         return xp or array_api_compat.array_namespace(tokens, wte)

@@ -1,4 +1,4 @@
-"""Files that are written aside and then renamed, so that a failure leaves the former file whole."""
+"""Writes files to a temporary name and renames them, so that a failure leaves the former file intact."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from gpt_xp.errors import CheckpointError
 from gpt_xp.reporting.text import size
 
-ASIDE_PREFIX = ".saving-"  # begins the name of the folder in which `written_together` writes
+ASIDE_PREFIX = ".saving-"  # The names of temporary folders of `written_together` begin with it.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -20,8 +20,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "check the permissions") -> Iterator[str]:
     """Yield a temporary name beside `target` to write about `n_bytes` to; at the end, rename that file to `target`.
 
-    Each call has another name, so two may write the same target at once. The temporary file is gone after a failure.
-    Raises `CheckpointError` where writing or renaming fails; `fix` says what to do where that is not allowed.
+    Each call uses a different name, so two calls may write the same target at once. After a failure, the temporary
+    file is removed. Raises `CheckpointError` if writing or renaming fails. `fix` says what to do if it is not allowed.
     """
     temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
     try:
@@ -32,15 +32,15 @@ def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "chec
             fix = f"it needs {size(n_bytes)} there: make room and try again"
         raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error
     finally:
-        with suppress(OSError):  # it has been renamed, or was never made
+        with suppress(OSError):  # The file was renamed, or was never created.
             os.remove(temporary)
 
 
 @contextmanager
 def written_together(directory: str | os.PathLike[str], first: str | None = None) -> Iterator[str]:
-    """Yield a folder to write files to; at the end, move them all to `directory`, which is made if need be.
+    """Yield a folder to write files to; at the end, move all of them to `directory`, which is created if needed.
 
-    The file `first` is moved first. Raises `OSError`; before the first move, all former files are still whole.
+    The file `first` is moved first. Raises `OSError`. Before the first move, all former files are still intact.
     """
     os.makedirs(directory, exist_ok=True)
     with TemporaryDirectory(prefix=ASIDE_PREFIX, dir=directory) as aside:
@@ -52,7 +52,7 @@ def written_together(directory: str | os.PathLike[str], first: str | None = None
 
 
 def sync(path: str) -> None:
-    """Wait until a file is on the disk: else a power cut after its renaming could leave a name without its bytes."""
+    """Wait until a file is on the disk. Otherwise a power cut after the renaming could leave an empty file."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

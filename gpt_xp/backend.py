@@ -1,8 +1,8 @@
-"""The class that an array library is made a backend by, and its description.
+"""Defines `Backend`, the class that makes an array library usable by gpt-xp.
 
-A backend is one array library, on one device, in one dtype. It answers what the array API standard does not cover:
-how arrays get to the device and back, how functions are compiled, how large a cache is made. All the mathematics stays
-in `transformer.py`. `docs/adding-a-backend.md` shows one being written.
+A backend is one array library, on one device, in one dtype. It covers what the array API standard leaves open: moving
+arrays to the device and back, compiling functions, the size of the cache. All the mathematics stays in
+`transformer.py`. `docs/adding-a-backend.md` shows how to write one.
 """
 
 import copy
@@ -24,13 +24,13 @@ from gpt_xp.types import Array, Namespace
 if TYPE_CHECKING:
     from gpt_xp.generation.sampling import Choice
 
-DecodeStep: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> the next state, and what was computed on the way
-SLOTS = 64  # a cache grows by so many slots at least, so that it seldom does
+DecodeStep: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> (next state, output of this step)
+CACHE_GROWTH = 64  # slots; a cache has a multiple of this, so that it seldom grows
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A device that a backend can compute on: its name, what it is, and its memory in bytes (None: not known)."""
+    """A device that a backend can compute on: its name, its kind, and its memory in bytes (None: not known)."""
 
     name: str
     kind: str
@@ -39,7 +39,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One line of `gpt_xp.backends()`: `problem` and `fix` are None where the backend can be used."""
+    """The entry of one backend in `gpt_xp.backends()`. `problem` and `fix` are None if the backend can be used."""
 
     name: str
     version: str | None = None
@@ -51,10 +51,10 @@ class BackendInfo:
 class Backend:
     """One array library, on one device, in one dtype.
 
-    A subclass must set the attributes `name` to `xp`, and have the methods `__init__(device, dtype, threads)`, `info`,
-    `asarray` and `to_numpy`. `device` None is the library's own choice, `threads` limits those of the CPU.
-    `__init__` raises `BackendError` for a device or dtype that the library lacks. Everything else has a default, which
-    suits a library that computes at once. Importing the subclass's module must not import its library.
+    A subclass must set the attributes `name` to `xp`, and define `__init__(device, dtype, threads)`, `info`, `asarray`
+    and `to_numpy`. With `device` None the library chooses; `threads` limits the threads of the CPU. `__init__` raises
+    `BackendError` for a device or dtype that the library lacks. Everything else has a default, which suits a library
+    that computes at once. Importing the module of the subclass must not import its library.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Backend:
     dtype: str  # of the params: "float32", "float64", "float16", "bfloat16"
     xp: Namespace
 
-    # The modules without which the backend cannot work, and how to get them: {"torch": "pip install torch"}.
+    # The modules that the backend needs, and how to install them: {"torch": "pip install torch"}.
     needs: ClassVar[dict[str, str]] = {}
-    needs_quantized: ClassVar[dict[str, str]] = {}  # what quantized weights need besides
+    needs_quantized: ClassVar[dict[str, str]] = {}  # The modules that quantized weights need in addition.
 
-    device_memory: int | None = None  # bytes in all
-    # Whether logits are brought to the host and sampled by NumPy, where it is faster than the library.
+    device_memory: int | None = None  # bytes in total
+    # True if NumPy samples faster than the library: logits are then moved to the host.
     samples_on_host: bool = False
-    # (step, state, k): run step(state) -> (state, output) k times as one program; return the last state and the
-    # outputs, stacked. Called inside `compile`. None: each token is seen before the next one is computed.
+    # decode_block(step, state, k) runs step(state) -> (state, output) k times as one program. It returns the last state
+    # and the stacked outputs. It is called inside `compile`. With None, the host sees each token before the next step.
     decode_block: "Callable[[DecodeStep, Any, int], tuple[Any, Any]] | None" = None
-    # Choose the likeliest tokens from logits [batch, n_vocab] and the ids that are allowed [n_vocab] (None: all), where
-    # the backend has something faster than `sampling.choose`. The `Choice` holds NumPy arrays.
+    # A faster way than `sampling.choose` to choose the likeliest tokens. It takes logits [batch, n_vocab] and which ids
+    # are allowed [n_vocab] (None: all). The `Choice` that it returns holds NumPy arrays.
     choose_likeliest: "Callable[[Array, Array | None], Choice] | None" = None
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
@@ -86,11 +86,11 @@ class Backend:
         raise NotImplementedError
 
     def asarray(self, array: Any, dtype: str | None = None) -> Array:
-        """Return a NumPy array, or one of the library's, on the device and in `dtype` (default: its own)."""
+        """Return an array of NumPy or of the library, on the device and in `dtype` (default: unchanged)."""
         raise NotImplementedError
 
     def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
-        """Return an array of the library as one of NumPy."""
+        """Return an array of the library as a NumPy array."""
         raise NotImplementedError
 
     # --- computing ---
@@ -98,7 +98,7 @@ class Backend:
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Return a function that computes the same, and runs on the device.
+        """Return a function with the same results that runs on the device, compiled if the library compiles.
 
         The named arguments are static (hashable) or donated (consumed).
         """
@@ -107,7 +107,10 @@ class Backend:
     def compile_step(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Do the same for a step of the model: `function(params, tokens, cache, ..., xp=)` -> (output, cache)."""
+        """Compile a step of the model, `function(params, tokens, cache, ..., xp=)` -> (output, cache).
+
+        A backend that captures and replays steps overrides it. The other arguments are those of `compile`.
+        """
         return self.compile(function, static, donate)
 
     def synchronize(self, array: Array) -> None:
@@ -116,7 +119,7 @@ class Backend:
     def quantized(self) -> "Backend":
         """Return the same backend with a namespace that takes quantized weights.
 
-        Raises `BackendError` where it needs a library for them that is not installed.
+        Raises `BackendError` if it needs a library for them that is not installed.
         """
         from gpt_xp.quantization import QuantizedNamespace
 
@@ -125,36 +128,36 @@ class Backend:
     # --- the cache, and how prompts are cut ---
 
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
-        """Return how many slots a cache for `n_tokens` tokens has, in a model of context `n_ctx`.
+        """Return the number of slots of a cache for `n_tokens` tokens, in a model of context `n_ctx`.
 
-        A library that compiles wants few different answers.
+        Each number of slots is compiled anew, so a library that compiles should return few different ones.
         """
-        return min(-(-n_tokens // SLOTS) * SLOTS, n_ctx)
+        return min(-(-n_tokens // CACHE_GROWTH) * CACHE_GROWTH, n_ctx)
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:
         """Return an empty cache; the arguments are those of `gpt_xp.new_cache`."""
         return kv_cache.new_cache(config, like, n_slots, start, self.xp)
 
     def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
-        """Return the cache with more slots, by `kv_cache.grow_cache`."""
+        """Return the cache with `n_slots` slots. The cache passed in is consumed."""
         return kv_cache.grow_cache(cache, n_slots, self.xp)
 
     def chunk_tokens(self, batch: int) -> int:
         """Return how many tokens of each of `batch` prompts are computed together in prefill."""
-        return 128  # their activations stay in a CPU's cache
+        return 128  # Their activations stay in a CPU's cache.
 
     def padded_length(self, n_tokens: int, n_prompt: int) -> int:
-        """Return to how many tokens a chunk of `n_tokens`, of a prompt of `n_prompt`, is padded on the right."""
+        """Return the length to which a chunk of `n_tokens` of a prompt of `n_prompt` is padded on the right."""
         return n_tokens
 
     # --- memory, time, settings ---
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Return whether this error of the library says that memory was not enough."""
+        """Return whether this error of the library means that there was not enough memory."""
         return isinstance(error, MemoryError)
 
     def peak_memory(self) -> int | None:
-        """Return the most memory, in bytes, that was in use so far; None where it is not known."""
+        """Return the peak of memory use so far, in bytes; None if it is not known."""
         return peak_process_memory()
 
     def compile_seconds(self) -> float:
@@ -162,24 +165,24 @@ class Backend:
         return 0.0
 
     def keep_compiled(self) -> None:
-        """Keep compiled programs on disk. It may change settings of the process, so only the command calls it."""
+        """Keep compiled programs on disk. This may change settings of the process, so only the command calls it."""
 
     def settings(self) -> dict[str, str]:
-        """Return what else makes two runs differ, by name: libraries below, threads, precision."""
+        """Return other settings that make two runs differ, by name: lower libraries, threads, precision."""
         return {}
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with other attributes or methods, for an experiment or a test."""
+        """Return a copy with some attributes or methods replaced, for an experiment or a test."""
         changed = copy.copy(self)
         vars(changed).update(changes)
         return changed
 
 
 def chunk_tokens_on_gpu(batch: int) -> int:
-    """Return how many tokens of each prompt a library that launches kernels one by one computes together.
+    """Return `chunk_tokens` for a GPU library that launches kernels one by one.
 
-    Many, for the host takes as long to launch a kernel for few tokens. In all they are limited by what activations may
-    take: with 1558M, 4096 tokens have 105 MB of them in float32 behind `c_fc`, and up to 0.4 GB of attention's scores.
+    The chunks are long, because launching a kernel takes the host as long for few tokens as for many. The memory of
+    activations limits them: with 1558M in float32, 4096 tokens take 105 MB after `c_fc`, and up to 0.4 GB of scores.
     """
     return max(min(1024, 4096 // batch), 128)
 
@@ -193,18 +196,18 @@ def few_sizes(n_slots: int) -> int:
 
 
 def import_library(module: str, fix: str) -> ModuleType:
-    """Import an array library; `BackendError` with `fix` where it is missing. Other errors are let through."""
+    """Import an array library. Raises `BackendError` with `fix` if it is not installed; other errors pass through."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module, package):  # the library is there, and something that it needs is not
+        if error.name not in (module, package):  # The library is installed, but a module that it needs is not.
             raise
         raise BackendError(f"{package} is not installed", fix) from None
 
 
 def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:
-    """Raise `BackendError` unless `dtype` is one that the backend really computes in on that device."""
+    """Raise `BackendError` unless the backend really computes in `dtype` on that device."""
     names = list(known)
     if dtype not in names:
         raise BackendError(f"{backend} does not compute in {dtype} on {device}, only in {', '.join(names)}{why}")

@@ -1,4 +1,4 @@
-"""Files that are checked before they are read: regular, no pointer of Git LFS, one JSON object of a sane size."""
+"""Checks files before they are read: regular files, no Git LFS pointers, one JSON object of limited size."""
 
 import errno
 import os
@@ -11,17 +11,17 @@ from typing import Any
 from gpt_xp import json_text
 from gpt_xp.errors import CheckpointError, DeviceMemoryError, JsonError, ModelNotFoundError
 
-_MAX_JSON_BYTES = 10_000_000  # real configs and indexes have a few thousand
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # Git stores a text that begins so in place of a large file
+_MAX_JSON_BYTES = 10_000_000  # Real configs and indexes have a few thousand bytes.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # The text that Git stores for a large file begins with it.
 _NO_MAPPING = (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def reading(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Check that a directory is there, then turn errors of the machine into errors that name the directory.
+    """Check that a directory exists, and convert errors of the system into errors that name the directory.
 
-    Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the body raises `OSError`, and
-    `DeviceMemoryError` where it runs out of memory.
+    Raises `ModelNotFoundError` if there is no such directory, `CheckpointError` if the body raises `OSError`, and
+    `DeviceMemoryError` if it runs out of memory.
     """
     try:
         if not _is_directory(directory):
@@ -35,7 +35,7 @@ def reading(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `CheckpointError`, which names the file, where its file system cannot map files into memory."""
+    """Raise a `CheckpointError` that names the file if its file system cannot map files into memory."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,7 @@ def mapping_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def open_regular(path: str) -> Iterator[BufferedReader]:
     """Open a regular file for reading bytes.
 
-    Raises `CheckpointError` for a directory, a pipe and a pointer of Git LFS, and `OSError` as `open` does.
+    Raises `CheckpointError` for a directory, a pipe or a Git LFS pointer, and `OSError` as `open` does.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise CheckpointError(f"{path} is not a regular file; a file of the checkpoint was expected there")
@@ -62,7 +62,7 @@ def open_regular(path: str) -> Iterator[BufferedReader]:
 
 
 def lfs_problem(content: bytes, path: str | os.PathLike[str]) -> str | None:
-    """Return the error message if a file that begins with `content` is a pointer of Git LFS, else None."""
+    """Return the error message if a file that begins with `content` is a Git LFS pointer, else None."""
     if not content.startswith(_LFS_POINTER):
         return None
     return f"{path} is only a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
@@ -79,7 +79,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: str) -> dict[str, Any]:
-    """Return the JSON object in `text`. Raises `CheckpointError` for anything else, and for a name that comes twice."""
+    """Return the JSON object in `text`. Raises `CheckpointError` for anything else, and for duplicate names."""
     try:
         value = json_text.parse(text, unique=True)
     except JsonError as error:
@@ -90,8 +90,8 @@ def parse_json(text: bytes, path: str) -> dict[str, Any]:
 
 
 def exists(path: str) -> bool:
-    """Return whether there is something at `path`. Raises `OSError` where that cannot be known."""
-    # os.path.exists would also say no for a directory that may not be searched.
+    """Return whether `path` exists. Raises `OSError` if that cannot be found out."""
+    # os.path.exists would also return False for a directory without search permission.
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -102,5 +102,5 @@ def exists(path: str) -> bool:
 def _is_directory(path: str | os.PathLike[str]) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # A NUL in the name is a ValueError.
         return False

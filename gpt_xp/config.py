@@ -1,4 +1,4 @@
-"""The shape of a GPT-2, and the published shapes by name."""
+"""The configuration of a GPT-2 model, and the published configurations by name."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ from gpt_xp.errors import ConfigError, PromptError
 class GPT2Config:
     """The hyperparameters of a GPT-2; frozen and hashable, so that it can be a static argument of `jax.jit`.
 
-    The names of sizes are those of OpenAI's `hparams.json`. `eos_token_id` is the token that ends a generation, or
-    several; `bos_token_id` is the token that an empty prompt begins with. Where one is None, the tokenizer's is used.
+    The names of sizes are those of OpenAI's `hparams.json`. `eos_token_id` is one token, or several, that end a
+    generation. `bos_token_id` is the token that an empty prompt begins with. If one is None, the tokenizer's is used.
     Raises `ConfigError` for impossible sizes and ids.
     """
 
@@ -25,7 +25,7 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))  # a list has no hash
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))  # A list is not hashable.
         for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -40,25 +40,25 @@ class GPT2Config:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The ids of `eos_token_id`: none, one or several."""
+        """The ids of `eos_token_id` as a tuple, which may be empty."""
         if isinstance(self.eos_token_id, tuple):
             return self.eos_token_id
         return () if self.eos_token_id is None else (self.eos_token_id,)
 
     @property
     def n_params(self) -> int:
-        """The number of parameters; the vocabulary matrix, which is used twice, counts once."""
+        """The number of parameters. The token table is used twice and counted once."""
         n = self.n_embd
         return (self.n_vocab + self.n_ctx + 2) * n + self.n_layer * (12 * n + 13) * n
 
     def check_length(self, n_seq: int) -> None:
-        """Raise `PromptError` unless `n_seq` tokens fit the context: array libraries clamp bad positions silently."""
+        """Raise `PromptError` unless `n_seq` tokens fit the context. Some array libraries would clamp positions."""
         if not 1 <= n_seq <= self.n_ctx:
             raise PromptError(f"{n_seq} tokens were given, and this model takes 1 to {self.n_ctx} (n_ctx) at a time")
 
 
 def check_config(config: Any) -> None:
-    """Raise `ConfigError` unless this is a `GPT2Config`. A dict of hparams is an easy mistake."""
+    """Raise `ConfigError` unless this is a `GPT2Config`. A dict of hparams is a common mistake."""
     if not isinstance(config, GPT2Config):
         raise ConfigError(
             f"config must be a gpt_xp.GPT2Config, not {type(config).__name__}: "
@@ -66,7 +66,7 @@ def check_config(config: Any) -> None:
         )
 
 
-# Radford et al. 2019, table 2. The names have the parameter counts that OpenAI corrected later.
+# The shapes are from Radford et al. 2019, table 2. The names use the parameter counts that OpenAI corrected later.
 SIZES = {
     "124M": GPT2Config(n_embd=768, n_head=12, n_layer=12, eos_token_id=50256),
     "355M": GPT2Config(n_embd=1024, n_head=16, n_layer=24, eos_token_id=50256),

@@ -1,4 +1,4 @@
-"""Environment variables that several parts of gpt-xp read: yes or no, `GPT_XP_HOME`, offline."""
+"""Environment variables that several parts of gpt-xp read: flags, `GPT_XP_HOME`, offline mode."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,12 @@ NO = ("0", "false", "f", "no", "n", "off")
 
 
 def is_yes(value: str) -> bool:
-    """Return whether a value says yes: any does that does not say no."""
+    """Return whether a value switches a flag on. Every value does, except an empty one and those in `NO`."""
     return value.strip().lower() not in ("", *NO)
 
 
 def says_yes(variable: str, default: bool = False) -> bool:
-    """Return whether a variable says yes; `default` where it is not set or empty."""
+    """Return whether a variable switches a flag on; `default` if it is empty or not set."""
     value = os.environ.get(variable, "")
     return is_yes(value) if value.strip() else default
 
@@ -25,8 +25,7 @@ def is_offline() -> bool:
 def gpt_xp_home() -> Path | None:
     """Return the folder for models and compiled programs: `GPT_XP_HOME`, or gpt-xp's folder in the user's cache.
 
-    Return None where there is no place for one, as for a numeric user of a container without a home directory. Nothing
-    is kept then.
+    Return None if there is no such place, as for a user of a container without a home directory. Nothing is kept then.
     """
     if named := os.environ.get("GPT_XP_HOME"):
         folder = os.path.expanduser(named)
@@ -37,9 +36,9 @@ def gpt_xp_home() -> Path | None:
         folder = platformdirs.user_cache_dir("gpt-xp")
     except (RuntimeError, OSError):
         return None
-    return Path(folder) if os.path.isabs(folder) else None  # some versions return "~/.cache/gpt-xp"
+    return Path(folder) if os.path.isabs(folder) else None  # Some versions return "~/.cache/gpt-xp".
 
 
 def gpt_xp_home_text() -> str:
-    """Return `gpt_xp_home()` as messages name it."""
+    """Return `gpt_xp_home()` as a text for messages."""
     return str(gpt_xp_home() or "GPT_XP_HOME (which is not set, and this user has no home directory)")

@@ -1,7 +1,7 @@
-"""All errors that a user can meet, each a class under `GptXpError`.
+"""The errors that gpt-xp raises on purpose, all of them subclasses of `GptXpError`.
 
-Each message says what was wrong, what was expected, and what to do. The command line turns them into one
-line on stderr and exit code 1. Any other exception that escapes is a bug in gpt-xp.
+Each message says what was wrong, what was expected, and what to do. The command prints it as one line on stderr and
+exits with code 1. Any other exception that escapes is a bug in gpt-xp.
 """
 
 

@@ -1,8 +1,8 @@
-"""Report what each backend can do here: its settings, its memory, which models fit, and the fastest possible decode.
+"""Reports on each backend: its settings, its memory, which models fit, and the fastest possible decode.
 
 To decode a token, every weight is read once, and little is computed with it. So the bytes that a device reads in a
-second, divided by the bytes of the params, are the most tokens per second that can be decoded. This holds for one row,
-and where the params are larger than the processor's caches.
+second, divided by the bytes of the params, limit the tokens per second of decode. This holds for one row, and for
+params that are larger than the processor's caches.
 """
 
 import time
@@ -20,16 +20,16 @@ from gpt_xp.memory import ITEM_SIZE
 from gpt_xp.registry import get_backend
 from gpt_xp.types import Array, Namespace
 
-# Rows of the square float32 matrix that is read. They take 1 GB, which is more than processors cache, and 4 GB.
+# Rows of the square float32 matrix that is read: 1 GB, which is more than processors cache, and 4 GB.
 SMALLEST_MATRIX, LARGEST_MATRIX = 2**14, 2**15
-LEAST_SECONDS = 5e-3  # to read the matrix, so that the time to start does not count
+LEAST_SECONDS = 5e-3  # Reading the matrix takes at least so long, so that the time to start it does not matter.
 
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Whether one model in one dtype fits a device, and its fastest possible decode there.
+    """The memory that one model needs in one dtype on a device, and the fastest possible decode there.
 
-    `needed` is the bytes of its params and of the cache of one row at full context. `fits` is None where the device's
+    `needed` is the bytes of its params and of the cache of one row at full context. `fits` is None if the device's
     memory is not known. `decode_limit` is in tokens per second.
     """
 
@@ -44,7 +44,7 @@ class ModelFit:
 class BackendReport:
     """The report on one backend on its default device; `bandwidth` is in bytes per second.
 
-    Where the backend cannot be used, `problem` says why, and the rest is empty.
+    If the backend cannot be used, `problem` says why, and the other fields are empty.
     """
 
     backend: str
@@ -56,15 +56,15 @@ class BackendReport:
 
 
 def report_on_backends(infos: Sequence[BackendInfo]) -> list[BackendReport]:
-    """Measure each of the `gpt_xp.backends()` that can be used, for a second or two, and return a report on each.
+    """Measure each usable backend of `gpt_xp.backends()` for a second or two, and return a report on each.
 
-    All run in this process, one after the other. After its turn, JAX still holds most of a GPU's memory.
+    All of them run in this process, one after the other. JAX keeps most of a GPU's memory after its turn.
     """
     return [_report(info) for info in infos if info.problem is None]
 
 
 def model_fit(model: str, config: GPT2Config, dtype: str, memory: int | None, bandwidth: float) -> ModelFit:
-    """Compare the memory that a model needs with that of a device; both in bytes, `bandwidth` in bytes per second."""
+    """Compare the memory that a model needs with a device's `memory` in bytes; `bandwidth` is in bytes per second."""
     params = config.n_params * ITEM_SIZE[dtype]
     cache = 2 * config.n_layer * config.n_ctx * config.n_embd * ITEM_SIZE[dtype]  # keys and values
     fits = None if memory is None else params + cache <= memory
@@ -72,11 +72,11 @@ def model_fit(model: str, config: GPT2Config, dtype: str, memory: int | None, ba
 
 
 def measure_bandwidth(backend: Backend, seconds: float = 1.0) -> float:
-    """Return the bytes per second that `backend` reads of a large matrix, in the faster of two ways.
+    """Return the bytes per second at which `backend` reads a large matrix, in the faster of two ways.
 
     The ways are a product with a vector, as in decoding, and a sum. Libraries differ in which is faster.
     """
-    # The matrix holds ones, because Linux gives zeros the same page of memory again and again.
+    # The matrix holds ones, because Linux maps a matrix of zeros to one single page of memory.
     make = backend.compile(_ones, static=("rows", "columns", "xp"))
     like = backend.asarray(np.zeros(1, dtype=np.float32))
     side = _fitting(SMALLEST_MATRIX, backend.device_memory)
@@ -116,7 +116,7 @@ def _computes_in(backend: str, dtype: str) -> bool:
 
 
 def _fitting(side: int, memory: int | None) -> int:
-    """Return `side`, halved until a matrix of that size takes no more than an eighth of `memory`."""
+    """Return `side`, halved until a square matrix takes at most an eighth of `memory`."""
     while memory and side > 1 and side * side * ITEM_SIZE["float32"] > memory / 8:
         side //= 2
     return side
@@ -126,7 +126,7 @@ def _shortest(backend: Backend, function: Callable[..., Array], seconds: float, 
     """Return the shortest time of one call of `function`, which is compiled and then called for `seconds`."""
     run = backend.compile(function, static=("xp",))
     times: list[float] = []
-    for _ in range(2):  # The first calls compile, and fill the caches of the library.
+    for _ in range(2):  # The first calls compile, and fill the library's own caches.
         backend.synchronize(run(vector, matrix, xp=backend.xp))
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:

@@ -1,13 +1,13 @@
-"""Where this installation of gpt-xp came from, and how to add an extra to it."""
+"""Finds the source of this installation of gpt-xp, for hints that say how to install an extra."""
 
 import functools
 
 
 def install_command(extra: str) -> str:
-    """Return the pip command that installs gpt-xp with an extra, from where this installation came from.
+    """Return the pip command that installs gpt-xp with an extra, from the source of this installation.
 
-    That is a checkout, a wheel or a repository, if one was recorded and is still there. Otherwise it is the package's
-    name, which works once gpt-xp is published.
+    The source is a checkout, a wheel or a repository, if one was recorded and still exists. Otherwise it is the
+    package's name, which works once gpt-xp is published.
     """
     import shlex
 
@@ -17,7 +17,7 @@ def install_command(extra: str) -> str:
 
 @functools.cache
 def _origin() -> tuple[str, str, str]:
-    """Return pip's option, and the requirement in two parts: what stands before the extra, and what after it."""
+    """Return pip's option, and the requirement in two parts: the text before the extra, and the text after it."""
     import os
     from importlib.metadata import PackageNotFoundError, distribution
     from urllib.parse import unquote, urlsplit
@@ -26,7 +26,7 @@ def _origin() -> tuple[str, str, str]:
 
     by_name = "", "gpt-xp", ""
     try:
-        recorded = distribution("gpt-xp").read_text("direct_url.json")  # PEP 610: pip and uv write it
+        recorded = distribution("gpt-xp").read_text("direct_url.json")  # Installers write it (PEP 610).
         origin = parse(recorded) if recorded else {}
     except (PackageNotFoundError, ValueError):
         return by_name

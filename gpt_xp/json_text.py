@@ -1,4 +1,4 @@
-"""JSON text -> values. All JSON that gpt-xp reads goes through `parse`, so each bad text is one clear error."""
+"""Parses all JSON that gpt-xp reads, so that bad text is always one clear error."""
 
 import json
 from collections import Counter
@@ -6,13 +6,13 @@ from typing import Any
 
 from gpt_xp.errors import JsonError, JsonLimitError
 
-MAX_DEPTH = 100  # Python's parser fails at a few thousand, depending on its version and its caller
+MAX_DEPTH = 100  # levels; Python's parser fails at a few thousand, depending on its version and its caller
 
 
 def parse(text: str | bytes, *, unique: bool = False) -> Any:
-    """Return the value that JSON text holds; bytes are UTF-8, with or without a byte order mark.
+    """Return the value of JSON text. Bytes are decoded as UTF-8, with or without a byte order mark.
 
-    Raises `JsonError` for text that is not JSON and, with `unique`, for an object that has a name twice;
+    Raises `JsonError` for text that is not JSON and, with `unique`, for an object with duplicate names. Raises
     `JsonLimitError` for more than `MAX_DEPTH` levels, and for an integer with more digits than Python reads.
     """
     try:
@@ -24,7 +24,7 @@ def parse(text: str | bytes, *, unique: bool = False) -> Any:
         raise _too_deep() from None
     except JsonError:
         raise
-    except ValueError:  # Python reads integers of up to 4300 digits, unless it is set otherwise
+    except ValueError:  # By default, Python reads integers of up to 4300 digits.
         raise JsonLimitError("an integer has too many digits: make it text, in quotes") from None
     if decoded.count("[") + decoded.count("{") > MAX_DEPTH and _is_deep(value):
         raise _too_deep()
@@ -32,7 +32,7 @@ def parse(text: str | bytes, *, unique: bool = False) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Return whether lists and objects are nested more than `MAX_DEPTH` deep. It does not recurse."""
+    """Return whether lists and objects are nested more than `MAX_DEPTH` levels deep, without recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
         children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))

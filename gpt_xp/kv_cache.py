@@ -1,8 +1,8 @@
 """The key/value cache: the keys and values of all tokens so far, so that no token is computed twice.
 
-A `KVCache` is a value. The model takes one and returns the next, and the one that was passed in is consumed: NumPy
-writes into it in place, and JAX may reuse its memory. `copy` forks a cache that is needed twice. Attention looks at
-all slots, so a cache is only as long as it must be, and grows (`grow_cache`).
+A `KVCache` is a value. The model takes one and returns the next. The cache passed in is consumed: NumPy writes into it
+in place, and JAX may reuse its memory. `copy` makes a second cache for another continuation. Attention reads all slots,
+so a cache is kept short and grows as needed (`grow_cache`).
 
 Every row of a batch writes to the same slot at the same time. Shorter prompts are padded on the left, and `start[b]`
 is the slot at which row b really begins. The slots are a ring: after the last one comes the first again. No row looks
@@ -22,14 +22,14 @@ from gpt_xp.types import Array, Namespace
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer, each [batch, n_head, n_slots, d_head], and how many tokens were written."""
+    """The keys and values of one layer, each [batch, n_head, n_slots, d_head], and the number of tokens written."""
 
     k: Array
     v: Array
     position: int | Array
 
     def append(self, k: Array, v: Array, xp: Namespace) -> "LayerCache":
-        """Write the keys and values [batch, n_head, n_seq, d_head] of the next tokens into their slots.
+        """Return the layer with the keys and values [batch, n_head, n_seq, d_head] of the next tokens in their slots.
 
         Raises `PromptError` for more tokens than there are slots before the ring begins again.
         """
@@ -44,14 +44,14 @@ class LayerCache(NamedTuple):
         return LayerCache(_put(self.k, first, k, xp), _put(self.v, first, v, xp), self.position)
 
 
-Past: TypeAlias = LayerCache | None  # without a cache, there is no past
+Past: TypeAlias = LayerCache | None  # It is None without a cache.
 
 
 class KVCache(NamedTuple):
     """The keys and values of every layer, and where the next token goes.
 
     `layers` has (k, v) for each layer, each [batch, n_head, n_slots, d_head] in the dtype of the params. `position`
-    counts the tokens written to each row, padding included; it is an int, or an int32 scalar that JAX has computed.
+    counts the tokens written to each row, including padding. It is an int, or an int32 scalar computed by JAX.
     `start` is [batch] int32.
     """
 
@@ -61,7 +61,7 @@ class KVCache(NamedTuple):
 
     @property
     def n_slots(self) -> int:
-        """The number of tokens that fit before the ring begins again, or before the cache grows."""
+        """The number of tokens that fit before the cache grows, or its ring begins again."""
         return int(self.layers[0][0].shape[2])
 
     def layer(self, index: int) -> LayerCache:
@@ -69,14 +69,14 @@ class KVCache(NamedTuple):
         return LayerCache(*self.layers[index], self.position)
 
     def after(self, layers: Sequence[Any], n_seq: int) -> "KVCache":
-        """Return the cache with the layers as they are after `n_seq` more tokens."""
+        """Return the cache after `n_seq` more tokens, whose keys and values `layers` hold already."""
         return KVCache([(each.k, each.v) for each in layers], self.position + n_seq, self.start)
 
     def copy(self, xp: Namespace = None) -> "KVCache":
-        """Return another cache with the same content, so that two continuations can begin here."""
+        """Return an independent copy, so that two continuations can begin here."""
         xp = xp or array_namespace(self.layers[0][0])
 
-        def copied(x: Any) -> Any:  # A compiled step that may reuse the memory of a cache takes its position too.
+        def copied(x: Any) -> Any:  # The position is copied too, because a compiled step may reuse its memory.
             return x if isinstance(x, int) else xp.asarray(x, copy=True)
 
         return KVCache([(copied(k), copied(v)) for k, v in self.layers], copied(self.position), copied(self.start))
@@ -85,8 +85,8 @@ class KVCache(NamedTuple):
 def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None, xp: Namespace) -> tuple[Array, Array]:
     """Return the position of each token [batch * n_seq], int32, and the mask of attention, float32.
 
-    The mask is added to the scores: 0 where a token may look, and the smallest float32 where it may not. Without a
-    cache it is [n_seq, n_seq]: each token looks at itself and back. With one it is [batch, 1, n_seq, n_slots].
+    The mask is added to the scores: 0 for visible tokens, the smallest float32 for hidden ones. Without a cache it is
+    [n_seq, n_seq], and each token sees itself and all before it. With a cache it is [batch, 1, n_seq, n_slots].
     """
     n_seq = tokens.shape[-1]
     n_slots = n_seq if cache is None else cache.n_slots
@@ -97,20 +97,20 @@ def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None,
         visible = slots[None, :] <= numbers[:, None]
     else:
         query = numbers + cache.position  # the slots of these tokens, [n_seq]
-        # Padding has negative positions, and rows that have ended run on past the context. Both are computed with the
-        # rest of the batch and then ignored, but they must not read outside the table.
+        # Padding has negative positions, and finished rows continue past the context. Both are computed with the rest
+        # of the batch and then ignored. They must not read outside the table.
         positions = xp.clip(query[None, :] - cache.start[:, None], 0, config.n_ctx - 1)
         visible = _written(query[:, None], slots) >= cache.start[:, None, None, None]
-    # Finite: a row that may look nowhere (padding) stays free of NaN.
+    # The number is finite, so that padding, which sees no token, does not become NaN.
     mask = float(xp.finfo(xp.float32).min) * xp.astype(~visible, xp.float32)
     return xp.reshape(positions, (-1,)), mask
 
 
 def _written(query: Array, slots: Array) -> Array:
-    """Return which token each of `slots` [n_slots] holds that the token `query` [n_seq, 1] may look at.
+    """Return the number of the token in each of `slots` [n_slots], as the token `query` [n_seq, 1] sees it.
 
-    It was written at the last turn of the ring that is not after the query. In a ring of 8, query 9 finds tokens 8 and
-    9 in slots 0 and 1, and the older 2 to 7 in slots 2 to 7.
+    It is the latest token written to that slot that is not after the query. In a ring of 8, query 9 finds tokens 8 and
+    9 in slots 0 and 1, and the older tokens 2 to 7 in slots 2 to 7.
     """
     return query - (query - slots) % slots.shape[0]  # [n_seq, n_slots]
 
@@ -118,7 +118,7 @@ def _written(query: Array, slots: Array) -> Array:
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
     """Return `buffer` with `new` [batch, n_head, n_seq, d_head] from slot `first` on, in place where possible."""
     if is_jax_array(buffer):
-        from jax.lax import dynamic_update_slice_in_dim  # in place when compiled, where `at` with an index is slower
+        from jax.lax import dynamic_update_slice_in_dim  # Compiled, it writes in place, faster than `at` does.
 
         return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
     n_seq = new.shape[2]
@@ -127,7 +127,7 @@ def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
     else:  # It is an array: a step that is captured appends one token.
         slots = first[None] if n_seq == 1 else first + xp.arange(n_seq, dtype=xp.int32)
     index = (slice(None), slice(None), slots, slice(None))
-    if is_writeable_array(buffer):  # `at` would find this out too, but takes longer, twice in every layer.
+    if is_writeable_array(buffer):  # `at` does the same, but takes longer, twice in every layer.
         buffer[index] = new
         return buffer
     return xpx.at(buffer, index).set(new)
@@ -136,8 +136,8 @@ def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
 def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace = None) -> KVCache:
     """Return an empty cache of `n_slots` slots for rows whose left padding ends at `start` [batch], whole numbers.
 
-    Its library, dtype and device are those of `like` (a weight of the model); `start` may be of any library, or a list.
-    Raises `ConfigError` for another config, and `PromptError` for another shape of `start`.
+    Its library, dtype and device are those of `like` (a weight of the model). `start` may be a list, or of any library.
+    Raises `ConfigError` for a config of the wrong type, and `PromptError` for a `start` of the wrong shape.
     """
     check_config(config)
     xp = xp or array_namespace(like)

@@ -1,4 +1,4 @@
-"""Memory: what this machine and this process have, what params and caches take, and the error when it is not enough."""
+"""Measures the memory of this machine and process, and the memory that params and caches take."""
 
 import contextlib
 import math
@@ -10,14 +10,14 @@ from typing import Any
 from gpt_xp.config import GPT2Config
 from gpt_xp.reporting.text import size
 
-ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of a number, by dtype
+ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes per number, by dtype
 
 
 def peak_process_memory() -> int | None:
-    """Return the most memory, in bytes, that this process has held so far; None where the system does not tell."""
+    """Return the peak memory of this process so far, in bytes; None if the system does not report it."""
     if sys.platform == "win32":
         return None
-    if sys.platform == "linux":  # getrusage there begins with the peak of the process that started this one
+    if sys.platform == "linux":  # There, getrusage begins with the peak of the parent process.
         with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
             if found := re.search(r"^VmHWM:\s*(\d+) kB$", status.read(), re.MULTILINE):
                 return int(found[1]) * 1024
@@ -28,7 +28,7 @@ def peak_process_memory() -> int | None:
 
 
 def physical_memory() -> int | None:
-    """Return the memory of this machine in bytes; None where the system does not tell."""
+    """Return the memory of this machine in bytes; None if the system does not report it."""
     if sys.platform == "win32":
         return None
     try:
@@ -48,7 +48,7 @@ def cache_bytes(config: GPT2Config, rows: int, n_slots: int, dtype: str) -> int:
 
 
 def too_little_memory(backend: Any, config: GPT2Config, params_bytes: int, rows: int, n_slots: int) -> str:
-    """Return the message that says what was too large for the device of a backend."""
+    """Return the message of a `DeviceMemoryError`, with the sizes of params, cache and device."""
     needs = f"the params take {size(params_bytes)} in {backend.dtype}"
     if rows:
         needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "

@@ -42,10 +42,11 @@ Settings: TypeAlias = GenerationSettings | None
 class Model:
     """GPT-2 on one backend.
 
-    `params` is a nested dict of arrays (NumPy's, or the backend's own), which `gpt_xp.quantize` may have made smaller,
-    and `backend` a name or a `Backend`. Without a tokenizer, prompts are token ids and there is no text. Raises
-    `ConfigError` where the parts do not fit each other, `BackendError` where the backend cannot be used,
-    `DeviceMemoryError` where the params do not fit the device.
+    `params` is a nested dict of arrays of NumPy or of the backend, quantized or not. `backend` is a name or a
+    `Backend`. Without a tokenizer, prompts are token ids and there is no text.
+
+    Raises `ConfigError` if the arguments do not fit each other, `BackendError` if the backend cannot be used, and
+    `DeviceMemoryError` if the params do not fit the device.
     """
 
     def __init__(
@@ -60,13 +61,13 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.params = params
-        self._carried: Carried | None = None  # `save` writes these entries and files again
+        self._carried: Carried | None = None  # entries and files that gpt-xp does not use, for `save`
 
     @property
     def params(self) -> Params:
-        """The weights, on the device. Others of the same shapes may be assigned: they are checked, and moved there.
+        """The weights, on the device. Other weights of the same shapes can be assigned; they are checked and moved.
 
-        Raises `ConfigError` where they do not fit the config, and `DeviceMemoryError` where they do not fit the device.
+        Raises `ConfigError` if they do not fit the config, and `DeviceMemoryError` if they do not fit the device.
         """
         return self._decoder.params
 
@@ -83,7 +84,7 @@ class Model:
         self._generator = Generator(self._decoder, self.tokenizer)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuse to replace a part that others were made for."""
+        """Set an attribute. Raises `AttributeError` for config, tokenizer and backend, which are set only once."""
         if name in ("config", "tokenizer", "backend") and name in vars(self):
             raise AttributeError(
                 f"a model's {name} cannot be replaced: "
@@ -94,8 +95,8 @@ class Model:
     def logits(self, token_ids: Any) -> "np.ndarray[Any, Any]":
         """Return the logits after each token, a NumPy array [n_seq, n_vocab] or [batch, n_seq, n_vocab].
 
-        `token_ids` is [n_seq] or [batch, n_seq] of ints. float32, or float64 for a float64 model. Raises `PromptError`
-        for ids outside the vocabulary and more than `n_ctx` of them.
+        `token_ids` is [n_seq] or [batch, n_seq] of ints. The logits are float32, or float64 for a float64 model. Raises
+        `PromptError` for ids outside the vocabulary, and for more than `n_ctx` of them.
         """
         ids = np.asarray(token_ids)
         if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
@@ -133,11 +134,11 @@ class Model:
         """Continue `prompt`; return a `Generation`, or a list for a list of prompts or several samples.
 
         A prompt is text or token ids; an empty one is the token that begins a text (`bos_token_id`). The options are
-        the fields of `GenerationSettings`, which describes them; they come before those of `settings`. With
-        `num_samples`, the samples of the first prompt come first, then those of the second.
+        the fields of `GenerationSettings`, which describes them; they override those of `settings`. With `num_samples`,
+        the samples of the first prompt come first, then those of the second.
 
-        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for options
-        that make no sense, `DeviceMemoryError`.
+        Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for invalid
+        options, and `DeviceMemoryError`.
         """
         chosen = _settings(settings, options)
         results = [piece.result for piece in self.stream(prompt, chosen) if piece.result is not None]
@@ -146,10 +147,10 @@ class Model:
     def stream(
         self, prompt: OnePrompt | Prompts | Numbers, settings: Settings = None, **options: Unpack[StreamOptions]
     ) -> Iterator[Piece]:
-        """Yield the text of `generate` as it comes: a `Piece` has `text`, and the `index` of its row.
+        """Yield the text of `generate` as it is generated: a `Piece` has `text`, and the `index` of its row.
 
-        The last piece of each row has no text and carries the `result`. Arguments and errors are those of `generate`,
-        and are checked before this returns.
+        The last piece of each row has no text and holds the `result`. Arguments and errors are those of `generate`.
+        Arguments are checked before this returns.
         """
         called = time.perf_counter()
         chosen = _settings(settings, options).with_seed()
@@ -176,14 +177,14 @@ class Model:
     ) -> Score:
         """Return the log-probability of each token of `text`, and perplexities: a `Score`.
 
-        `text` is text or token ids of any length. It is read in windows of `window` tokens (default: the context), laid
-        as `convention` says, "huggingface", "lm-eval" or "nanogpt": see `scoring.windows`. `stride` (default: half a
-        window) belongs to the first, and `crops` (how many, default 1000) with their `seed` to the last. `batch_size`
-        windows are computed at a time, and `progress(done, total)` is told how many tokens are done. `special_tokens`
-        is that of `generate`.
+        `text` is text or token ids of any length. It is cut into windows of `window` tokens (default: the context) by
+        `convention`: "huggingface", "lm-eval" or "nanogpt" (see `scoring.windows`). `stride` (default: half a window)
+        is for "huggingface"; `crops` (their number, default 1000) and `seed` are for "nanogpt". `batch_size` windows
+        are computed at a time. `progress(done, total)` is called with the number of tokens done. `special_tokens` is as
+        in `generate`.
 
-        Raises `PromptError` where there is nothing to score, or an id outside the vocabulary; `SettingError` for other
-        arguments that make no sense; `NumericalError`, `DeviceMemoryError`.
+        Raises `PromptError` for an empty text and ids outside the vocabulary, `SettingError` for other invalid
+        arguments, `NumericalError` and `DeviceMemoryError`.
         """
         windows = Windows(convention, window, stride, crops, seed)
         ids = self._token_ids(text, special_tokens)
@@ -202,10 +203,11 @@ class Model:
     ) -> list[RankedChoice]:
         """Return the continuations `choices` of `prompt`, the likeliest first: a `RankedChoice` each.
 
-        `by` is "total" (log-probability), "token" or "byte" (the same divided by the choice's tokens or bytes). The
-        choices are text where the prompt is, else token ids; a choice that is a word of its own begins with a space. An
-        empty prompt is the token that begins a text. `special_tokens` is that of `generate`. Raises as `score` does;
-        `PromptError` where prompt and choice do not fit the context.
+        `by` is "total" (log-probability), "token" or "byte" (the same divided by the choice's tokens or bytes). Prompt
+        and choices are either all text or all token ids. A choice that begins a new word begins with a space. An empty
+        prompt is the token that begins a text. `special_tokens` is as in `generate`.
+
+        Raises the errors of `score`, and `PromptError` if prompt and choice do not fit the context.
         """
         if isinstance(choices, str) or len({isinstance(each, str) for each in (prompt, *choices)}) > 1:
             raise PromptError("choices must be a list, of texts where the prompt is text, else of lists of token ids")
@@ -215,7 +217,7 @@ class Model:
             return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
     def _move(self, leaf: Any) -> Any:
-        """Return an array, or a quantized weight, on the device."""
+        """Return an array or a quantized weight on the device."""
         if isinstance(leaf, Quantized):
             return type(leaf)(*map(self.backend.asarray, leaf))
         return self.backend.asarray(leaf, self.backend.dtype)
@@ -230,7 +232,7 @@ class Model:
                 yield from self._generator.run(prompts, settings, called)
 
     def _token_ids(self, prompt: Text, special_tokens: bool = False) -> list[int]:
-        """Return the token ids of a prompt. Raises `PromptError` for those that the model does not have."""
+        """Return the token ids of a prompt. Raises `PromptError` for ids outside the vocabulary."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PromptError("this model has no tokenizer: give token ids instead of text")
@@ -256,7 +258,7 @@ class Model:
         return ids
 
     def _check_memory(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
-        """Raise `DeviceMemoryError` for a cache that can never fit, before memory runs out on the way there."""
+        """Raise `DeviceMemoryError` at once for a cache that cannot fit, instead of failing late."""
         rows, n_ctx = len(prompts) * settings.num_samples, self.config.n_ctx
         longest = max(map(len, prompts), default=0)
         n_slots = self.backend.cache_slots(min(longest + (settings.max_tokens or n_ctx), n_ctx), n_ctx)
@@ -265,7 +267,7 @@ class Model:
             raise self._memory_error(rows, n_slots)
 
     def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
-        # On the host, because CuPy wraps an id that is out of range, and JAX clamps it, without a word.
+        # They are checked on the host, because CuPy wraps an id that is out of range, and JAX clamps it, silently.
         wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
         if wrong.size:
             token = None if self.tokenizer is None else self.tokenizer.decoder.get(int(wrong[0]))
@@ -277,7 +279,7 @@ class Model:
 
     @contextlib.contextmanager
     def _memory_errors(self, batch: int) -> Iterator[None]:
-        """Say what was too large when the device runs out of memory."""
+        """Raise `DeviceMemoryError`, with the sizes, when the device runs out of memory."""
         try:
             yield
         except Exception as error:
@@ -301,23 +303,23 @@ def load(
     """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
 
     A published model that is not on this machine is fetched, unless `GPT_XP_OFFLINE` is set; `gpt-xp models` lists
-    them. None is `GPT_XP_MODEL`, else 124M if it is here, else the bundled model "shakespeare".
+    them. None means `GPT_XP_MODEL`, else 124M if it is on this machine, else the bundled model "shakespeare".
 
-    `backend` is a name of `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), `device` one of its devices,
-    `dtype` "float32", "float64", or where the backend computes in it "float16" or "bfloat16"; `threads` limits those
-    of the CPU. On NumPy the params are mapped from the file, not copied, where it is stored in `dtype`.
+    `backend` is a name from `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), and `device` one of its
+    devices. `dtype` is "float32", "float64", or, on some backends, "float16" or "bfloat16". `threads` limits the
+    threads of the CPU. On NumPy the params are mapped from the file, without a copy, if they are stored in `dtype`.
 
-    `quantize` "int8" or "int4" keeps the weights in so many bits (see `gpt_xp.quantize`): faster, smaller, and a little
-    less exact. A model that was saved so needs no `quantize`.
+    `quantize` "int8" or "int4" stores the weights in 8 or 4 bits (see `gpt_xp.quantize`): faster, smaller, and a little
+    less exact. A model that was saved quantized needs no `quantize`.
 
-    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError`,
-    `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized so.
+    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError` and
+    `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized in that way.
     """
     check_kind(quantize)
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
     if quantize:
         chosen = quantized_backend(chosen)
-    # The params as stored: each device widens them itself, and 16 bits travel faster than 32.
+    # The params are read as stored, because 16 bits travel faster than 32. The device converts them.
     found = checkpoint.read(find_model(name))
     params = quantize_params(found.params, quantize) if quantize else found.params
     model = Model(params, found.config, found.tokenizer, chosen)
@@ -328,17 +330,16 @@ def load(
 def save(model: Model, directory: str | Path) -> None:
     """Write `model` to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
 
-    This is the layout that transformers reads, and `gpt_xp.load`. bfloat16 is written as float32. For a model that was
-    loaded, the entries of its configs and the files of its directory that gpt-xp does not use are written again; files
-    that are there already stay. All are written aside and renamed at the end. Raises `CheckpointError` where they
-    cannot be.
+    transformers and `gpt_xp.load` read this layout. bfloat16 is written as float32. For a loaded model, config entries
+    and files of its directory that gpt-xp does not use are written too; files that exist already stay. All files are
+    written to temporary names and renamed at the end. Raises `CheckpointError` if writing fails.
     """
     to_numpy, xp = model.backend.to_numpy, model.backend.xp
 
     def fetch(leaf: Any) -> Any:
         if isinstance(leaf, Quantized):
             return type(leaf)(*map(to_numpy, leaf))
-        # NumPy has no bfloat16, and float32 holds it exactly
+        # NumPy has no bfloat16, and float32 holds it exactly.
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
     checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)

@@ -1,7 +1,7 @@
-"""Parts of the model that an experiment can replace, without a line of `transformer.py` being changed.
+"""Lets an experiment replace parts of the model without changing `transformer.py`.
 
-A replacement is found in the namespace `xp`, which every function is given. A backend that compiles or captures a step
-does so for one namespace, so another one is never mistaken for it.
+Replacements are stored in the namespace `xp`, which every function takes. A backend compiles or captures a step for one
+namespace, so a step with other parts is compiled separately.
 """
 
 import functools
@@ -13,11 +13,11 @@ from gpt_xp.errors import SettingError
 from gpt_xp.types import Namespace
 
 F = TypeVar("F", bound=Callable[..., Any])
-NAMES: list[str] = []  # all parts, filled by `part`
+NAMES: list[str] = []  # the names of all parts; `part` adds them
 
 
 def part(function: F) -> F:
-    """Call what the namespace has in place of the function, if it has something."""
+    """Return the function as a part: a replacement in the namespace is called in its place."""
     name, place = function.__name__, [*inspect.signature(function).parameters].index("xp")
     NAMES.append(name)
 
@@ -27,7 +27,7 @@ def part(function: F) -> F:
         replacement = getattr(xp, "parts", {}).get(name)
         if replacement is None:
             return function(*args, **kwargs)
-        # Without this part: the replacement may call the function that it replaces.
+        # The replacement may call the original part, so its namespace has this part unreplaced.
         return replacement(*args[:place], *args[place + 1 :], **kwargs | {"xp": xp.without(name)})
 
     return cast(F, call)
@@ -45,7 +45,7 @@ class ReplacedParts:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._xp, name)
-        setattr(self, name, value)  # found at once from now on
+        setattr(self, name, value)  # Later look-ups find the attribute without `__getattr__`.
         return value
 
     def without(self, name: str) -> "ReplacedParts":

@@ -22,10 +22,10 @@ def load_encoder_hparams_and_params(
 
     The encoder is a tokenizer with `encode` and `decode`. The hparams are n_vocab, n_ctx, n_embd, n_head, n_layer. The
     params are copies as NumPy arrays of float32, for `gpt2(token_ids, **params, n_head=hparams["n_head"])`.
-    `model_size` may also be a bundled model ("shakespeare"). Where the folder has no model, OpenAI's files are fetched
-    into it, which TensorFlow reads the first time. Without TensorFlow, the Hub's files are fetched.
+    `model_size` may also be a bundled model ("shakespeare"). If the folder has no model, OpenAI's files are fetched
+    into it, and TensorFlow reads them once. Without TensorFlow, the Hub's files are fetched instead.
 
-    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`.
+    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError` and `TokenizerError`.
     """
     found = checkpoint.read(find_in_models_dir(model_size, models_dir), "float32")
     hparams = {name: getattr(found.config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
@@ -33,7 +33,7 @@ def load_encoder_hparams_and_params(
 
 
 def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":
-    """Return a float32 copy of an array, or of the weight that a quantized one stands for."""
+    """Return a float32 copy of an array, or of a quantized weight after dequantizing it."""
     if isinstance(leaf, Quantized):
         table = dequantize(leaf, np.float32, get_backend("numpy").xp)
         leaf = table if isinstance(leaf, QuantizedTable) else table.T
@@ -43,7 +43,7 @@ def _own_float32(leaf: Any) -> "np.ndarray[Any, Any]":
 def shape_tree(params: Any) -> Any:
     """Return the same tree of dicts and lists with each array, of any library, replaced by the list of its sizes.
 
-    The blog post prints the parts of a model in this way. Raises `SettingError` for a leaf that has no shape.
+    The blog post prints params in this way. Raises `SettingError` for a leaf that has no shape.
     """
     return tree_map(_sizes, params)
 

@@ -1,4 +1,4 @@
-"""Processes that `compare` and `bench` start, each with one array library in it."""
+"""Helpers for the processes that `compare` and `bench` start, each with one array library."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from gpt_xp.errors import SettingError
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
 
-StageProgress = Callable[[str], contextlib.AbstractContextManager[Any]]  # called with the name of a stage, then entered
+StageProgress = Callable[[str], contextlib.AbstractContextManager[Any]]  # name of a stage -> context of that stage
 
 
 def no_stage_progress(stage: str) -> contextlib.AbstractContextManager[None]:
@@ -34,12 +34,12 @@ def own_command(*arguments: str) -> list[str]:
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the variables that libraries read for their number of threads; an empty dict for None."""
+    """Return the environment variables that set the number of threads of libraries; an empty dict for None."""
     return dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {}
 
 
 def failure_reason(stderr: str, code: int | None) -> str:
-    """Return in one line why a process ended: the last line of its stderr, or its exit code."""
+    """Return the reason why a process failed, in one line: the last line of its stderr, or its exit code."""
     lines = stderr.strip().splitlines()
     return lines[-1].removeprefix("gpt-xp: error: ") if lines else f"it ended with {code}"
 
@@ -47,10 +47,10 @@ def failure_reason(stderr: str, code: int | None) -> str:
 def usable_backends() -> list[str]:
     """Return the names of the backends that can be used here.
 
-    Another process looks for them, because JAX takes most of a GPU when it looks for one.
+    Another process looks for them, because JAX reserves most of a GPU's memory when it looks for a GPU.
     """
     command = own_command("backends", "--json")
-    # With --verbose the command would take seconds to measure.
+    # With --verbose, the command would measure for seconds.
     variables = {name: value for name, value in os.environ.items() if name != "GPT_XP_VERBOSE"}
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True, env=variables)
     return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]

@@ -1,4 +1,4 @@
-"""The kinds of prompts that a model takes: text or token ids, one or several."""
+"""The types of prompts that a model takes: text or token ids, one or several."""
 
 from collections.abc import Sequence
 from numbers import Number
@@ -15,7 +15,7 @@ Numbers: TypeAlias = np.ndarray[Any, Any]  # token ids, [n_seq] or [batch, n_seq
 
 
 def is_one_prompt(prompt: Any) -> bool:
-    """Return whether this is one prompt, text or token ids, and no list of them. Raises `PromptError` for neither."""
+    """Return whether this is one prompt, not a list of prompts. Raises `PromptError` if it is neither."""
     if isinstance(prompt, str):
         return True
     if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):

@@ -1,13 +1,13 @@
-"""Weights in 8 or 4 bits: decoding takes as long as reading all weights, and fewer bytes are read sooner.
+"""Weights in 8 or 4 bits. Decoding takes as long as reading all weights, so fewer bytes make it faster.
 
-Only the token table and the weights of linear layers are quantized, which is all but a few thousandths of the bytes.
-Activations stay what they were. A weight is codes times scales, rounded to the nearest and symmetric around zero:
+Only the token table and the weights of linear layers are quantized, which are almost all of the bytes. Activations are
+not quantized. A weight is codes times scales, rounded to the nearest code and symmetric around zero:
 
-- int8: codes from -127 to 127, one a byte, and a scale for each row of the token table and each output of a layer;
-- int4: codes from -8 to 7, two a byte, and a scale for each 32 of such a row.
+- int8: codes from -127 to 127, one per byte; a scale for each row of the token table and each output of a layer;
+- int4: codes from -8 to 7, two per byte; a scale for each 32 codes of such a row.
 
-`model.py` knows nothing of this: a backend hands out a namespace whose `take`, `matrix_transpose` and `matmul` take
-such weights too.
+`transformer.py` does not know about quantization. A backend provides a namespace whose `take`, `matrix_transpose` and
+`matmul` take quantized weights too.
 """
 
 from collections.abc import Callable
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from gpt_xp.backend import Backend
 
 KINDS = ("int8", "int4")
-GROUP = 32  # of int4: codes that share a scale
-_BLOCK = 2**20  # weights that are quantized at a time: few enough to be still in the processor's cache
+GROUP = 32  # codes of int4 that share a scale
+_WEIGHTS_AT_A_TIME = 2**20  # They are quantized while they are in the processor's cache.
 
 Product: TypeAlias = Callable[[Array, "QuantizedWeight"], Array]
 
 
 class QuantizedTable(NamedTuple):
-    """A token table [n_rows, n_columns], row by row.
+    """A quantized token table [n_rows, n_columns].
 
-    int8: `q` is [n_rows, n_columns] int8 and `scale` [n_rows] float32. int4: `q` is [n_rows, n_columns / 2] uint8, in
-    which the 16 bytes of a group hold its first 16 codes in their low bits and the other 16 in their high bits, each
-    plus 8; `scale` is [n_rows, n_columns / 32] float32.
+    int8: `q` is [n_rows, n_columns] int8, and `scale` is [n_rows] float32. int4: `q` is [n_rows, n_columns / 2] uint8,
+    and `scale` is [n_rows, n_columns / 32] float32. The 16 bytes of an int4 group hold its first 16 codes in their low
+    bits and the other 16 in their high bits, each plus 8.
     """
 
     q: Array
@@ -47,14 +47,14 @@ class QuantizedTable(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """The weight of a linear layer [n_in, n_out], stored as the transposed table: [n_out, n_in]."""
+    """The quantized weight of a linear layer [n_in, n_out], stored transposed: [n_out, n_in]."""
 
     q: Array
     scale: Array
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight, as `matmul(x, w)` has it."""
+        """The shape of the weight in `matmul(x, w)`."""
         n_out, n_in = rows_and_columns(self)
         return n_in, n_out
 
@@ -94,7 +94,7 @@ def check_kind(kind: str | None) -> None:
 
 
 def quantization_of(params: Params) -> str | None:
-    """Return how the params are quantized: "int8", "int4", or None."""
+    """Return the kind of quantization of the params: "int8", "int4", or None."""
     return next((kind_of(leaf) for leaf in leaves(params) if isinstance(leaf, Quantized)), None)
 
 
@@ -104,9 +104,9 @@ def quantization_of(params: Params) -> str | None:
 def quantize(params: Params, kind: str) -> Params:
     """Return params (NumPy arrays) with the token table and the weights of all linear layers quantized.
 
-    `kind` is "int8" or "int4"; what is of that kind already is returned as it is. Raises `SettingError` for another
-    kind, params that are quantized otherwise, or a width that int4 cannot hold; `NumericalError` for weights that are
-    not finite.
+    `kind` is "int8" or "int4". Params that are quantized in that kind already are returned unchanged. Raises
+    `SettingError` for another kind, params quantized in the other kind, or a width that int4 cannot hold; and
+    `NumericalError` for weights that are not finite.
     """
     check_kind(kind)
     if (found := quantization_of(params)) is not None:
@@ -128,44 +128,44 @@ def quantize(params: Params, kind: str) -> Params:
 
 
 def _quantized(table: "np.ndarray[Any, Any]", kind: str) -> tuple[Any, Any]:
-    """Quantize a table [n_rows, n_columns] of floats in either memory order; return codes and scales."""
+    """Quantize a table [n_rows, n_columns] of floats, in either memory order; return codes and scales."""
     encode = _int8 if kind == "int8" else _int4
     codes_shape, scale_shape = stored_shapes(kind, *table.shape)
     codes = np.empty(codes_shape, np.int8 if kind == "int8" else np.uint8)
     scale = np.empty(scale_shape, np.float32)
-    step = max(1, _BLOCK // table.shape[1])
+    step = max(1, _WEIGHTS_AT_A_TIME // table.shape[1])
     for begin in range(0, len(table), step):
         rows = slice(begin, begin + step)
-        # One block at a time in float32, contiguous: no second copy of a whole model is made.
-        block = np.ascontiguousarray(table[rows], dtype=np.float32)
-        if not np.isfinite(block).all():
+        # Only a few rows at a time are copied to contiguous float32, not the whole model.
+        weights = np.ascontiguousarray(table[rows], dtype=np.float32)
+        if not np.isfinite(weights).all():
             raise NumericalError("the weights are not finite, or too large for float32, and cannot be quantized")
-        codes[rows], scale[rows] = encode(block)
+        codes[rows], scale[rows] = encode(weights)
     return codes, scale
 
 
-def _int8(block: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
-    largest = np.maximum(block.max(axis=1), -block.min(axis=1))
-    scale = np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny)  # a row of zeros is divided by something
-    return np.rint(block / scale[:, None]).astype(np.int8), scale
+def _int8(weights: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
+    largest = np.maximum(weights.max(axis=1), -weights.min(axis=1))
+    scale = np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny)  # A row of zeros is not divided by 0.
+    return np.rint(weights / scale[:, None]).astype(np.int8), scale
 
 
-def _int4(block: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
-    groups = block.reshape(len(block), -1, GROUP)
-    # The largest of a group, whatever its sign, is -8 times the scale: 16 codes are in use, not 15.
+def _int4(weights: "np.ndarray[Any, Any]") -> tuple[Any, Any]:
+    groups = weights.reshape(len(weights), -1, GROUP)
+    # The number of largest magnitude in a group becomes code -8, so that 16 codes are in use, not 15.
     low, high = groups.min(axis=2), groups.max(axis=2)
     scale = np.where(high > -low, high, low) / np.float32(-8)
     scale = np.where(np.abs(scale) < np.finfo(np.float32).tiny, np.finfo(np.float32).tiny, scale)
     codes = np.clip(np.rint(groups / scale[:, :, None]), -8, 7).astype(np.int8).view(np.uint8) + np.uint8(8)
     packed = codes[:, :, : GROUP // 2] | (codes[:, :, GROUP // 2 :] << np.uint8(4))
-    return packed.reshape(len(block), -1), scale
+    return packed.reshape(len(weights), -1), scale
 
 
 # --- using them, with any array library -----------------------------------------------------------------------------
 
 
 def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
-    """Return the table [n_rows, n_columns] of a weight as it is stored, in a floating-point dtype of `xp`."""
+    """Return the stored table [n_rows, n_columns] of a quantized weight, in a floating-point dtype of `xp`."""
     scale = xp.astype(weight.scale, dtype)
     if kind_of(weight) == "int8":
         return xp.astype(weight.q, dtype) * scale[:, None]
@@ -175,18 +175,18 @@ def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
 
 
 def quantized_backend(backend: "Backend") -> "Backend":
-    """Return the same backend with a namespace that takes quantized weights; one that has it already as it is.
+    """Return the same backend with a namespace that takes quantized weights, or the backend itself if it has one.
 
-    Raises `BackendError` where the backend needs a library for that, and it is not installed.
+    Raises `BackendError` if the backend needs a library for it that is not installed.
     """
     return backend if isinstance(backend.xp, QuantizedNamespace) else backend.quantized()
 
 
 class QuantizedNamespace:
-    """An array library's namespace in which three functions take quantized weights besides arrays.
+    """An array library's namespace in which three functions take quantized weights as well as arrays.
 
-    `dtype` is the one that rows of a quantized table are given in, and `product(x, weight)` returns
-    [rows, n_in] @ [n_in, n_out] -> [rows, n_out] (default: by way of the dequantized weight).
+    `dtype` is the dtype of rows taken from a quantized table. `product(x, weight)` returns
+    [rows, n_in] @ [n_in, n_out] -> [rows, n_out]; by default it dequantizes the weight first.
     """
 
     def __init__(self, xp: Namespace, dtype: str, product: Product | None = None) -> None:
@@ -197,7 +197,7 @@ class QuantizedNamespace:
         self._key = id(xp), dtype, product
 
     def __eq__(self, other: object) -> bool:
-        """Whether both compute the same: a compiler then shares its programs between them."""
+        """Return whether both compute the same. A compiler then shares its programs between them."""
         return isinstance(other, QuantizedNamespace) and self._key == other._key
 
     def __hash__(self) -> int:
@@ -205,7 +205,7 @@ class QuantizedNamespace:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._xp, name)
-        setattr(self, name, value)  # found at once from now on
+        setattr(self, name, value)  # Later look-ups find the attribute without `__getattr__`.
         return value
 
     def matmul(self, x: Array, w: Array | QuantizedWeight) -> Array:
@@ -221,13 +221,13 @@ class QuantizedNamespace:
         return dequantize(rows, self._dtype, self._xp)
 
     def matrix_transpose(self, x: Array | QuantizedTable) -> Array | QuantizedWeight:
-        """Return the transposed array; that of a quantized table is a quantized weight of the same numbers."""
+        """Return the transposed array; for a quantized table, a quantized weight with the same numbers."""
         return QuantizedWeight(*x) if isinstance(x, QuantizedTable) else self._plain[2](x)
 
     def _product_with_dequantized(self, x: Array, w: QuantizedWeight) -> Array:
         matmul, _, transpose = self._plain
         if kind_of(w) == "int8" and x.dtype in (self._xp.float32, self._xp.float64):
-            # The scales of whole rows, applied to the product: compilers then widen codes as they are multiplied.
-            # (Half precision could overflow before.)
+            # The scales are applied to the product, so that compilers convert codes while they multiply. Half precision
+            # could overflow before the scales are applied.
             return matmul(x, transpose(self._xp.astype(w.q, x.dtype))) * self._xp.astype(w.scale, x.dtype)
         return matmul(x, transpose(dequantize(w, x.dtype, self._xp)))

@@ -1,6 +1,7 @@
-"""The backends that are installed, found by their entry points: listed, chosen, changed for an experiment.
+"""Finds the installed backends by their entry points: lists them, makes one, changes one for an experiment.
 
-An entry point of the group `gpt_xp.backends` gives a name to a class: "numpy" to `gpt_xp_backends.numpy_backend:NumPy`.
+An entry point of the group `gpt_xp.backends` maps a name to a class, such as "numpy" to
+`gpt_xp_backends.numpy_backend:NumPyBackend`.
 """
 
 import importlib.util
@@ -16,12 +17,12 @@ from gpt_xp.reporting.text import closest_first
 
 
 def backends() -> list[BackendInfo]:
-    """Return what is known of each backend, installed or not. This imports the libraries of those that are."""
+    """Return a `BackendInfo` for each backend, and import the libraries of those that are installed."""
     return [_info(entry) for entry in _entries().values()]
 
 
 def default_backend() -> str:
-    """Return the name of the backend that is taken where none is given: `GPT_XP_BACKEND`, else numpy."""
+    """Return the name of the default backend: `GPT_XP_BACKEND`, else numpy."""
     return os.environ.get("GPT_XP_BACKEND") or "numpy"
 
 
@@ -32,9 +33,9 @@ def get_backend(
     dtype: str = "float32",
     threads: int | None = None,
 ) -> Backend:
-    """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy); a `Backend` is returned as it is.
+    """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy). A `Backend` is returned unchanged.
 
-    Raises `BackendError` when the name, device or dtype is unknown, or the library is not installed.
+    Raises `BackendError` if the name, device or dtype is unknown, or the library is not installed.
     """
     if isinstance(name, Backend):
         if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
@@ -47,20 +48,20 @@ def get_backend(
 
 
 def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]) -> Backend:
-    """Return a backend on which parts of the model are other functions: `with_parts("jax", gelu=mine)`.
+    """Return a backend with parts of the model replaced by other functions: `with_parts("jax", gelu=mine)`.
 
-    The parts are the functions marked `@part` in `transformer.py`. A replacement is called with the arguments of the
-    part. With the `xp` that it is given, it may call the part itself. Give the backend to `load` or `Model`, or its
-    `xp` to `gpt2`. JAX compiles steps with replaced parts; NumPy and CuPy compute them one function at a time.
+    The parts are the functions marked `@part` in `transformer.py`. A replacement takes the arguments of the part. With
+    the `xp` that it receives, it may call the original part. Pass the backend to `load` or `Model`, or its `xp` to
+    `gpt2`. JAX compiles steps with replaced parts; NumPy and CuPy compute them one function at a time.
 
-    Raises `SettingError` for a name that is no part, and `BackendError` as `get_backend` does.
+    Raises `SettingError` for a name that is not a part, and `BackendError` as `get_backend` does.
     """
     chosen = get_backend(backend)
     return chosen.replace(xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts))
 
 
 def check_name(name: str) -> EntryPoint:
-    """Return where the backend of that name is, installed or not; `BackendError` if there is none of that name."""
+    """Return the entry point of a backend. Raises `BackendError` if there is no backend of that name."""
     entries = _entries()
     if name not in entries:
         known = closest_first(str(name), entries)
@@ -69,12 +70,12 @@ def check_name(name: str) -> EntryPoint:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of the backend of that name; `BackendError` if there is none."""
+    """Return the class of a backend. Raises `BackendError` if there is no backend of that name."""
     return cast(type[Backend], check_name(name).load())
 
 
 def check_installed(name: str, quantized: bool = False) -> None:
-    """Raise `BackendError` where there is no backend of that name, or a library that it needs is not installed."""
+    """Raise `BackendError` if there is no backend of that name, or a library that it needs is not installed."""
     backend = backend_class(name)
     needs = backend.needs | (backend.needs_quantized if quantized else {})
     for module, fix in needs.items():
@@ -95,7 +96,7 @@ def _entries() -> dict[str, EntryPoint]:
 def _info(entry: EntryPoint) -> BackendInfo:
     try:
         return cast(type[Backend], entry.load()).info()
-    except BackendError as error:  # the library is missing
+    except BackendError as error:  # The library is not installed.
         return BackendInfo(entry.name, problem=error.problem, fix=error.fix)
-    except Exception as error:  # one library that cannot even start must not hide the others
+    except Exception as error:  # A library that fails to start must not hide the others.
         return BackendInfo(entry.name, problem=f"it fails to start: {type(error).__name__}: {error}")

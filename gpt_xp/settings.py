@@ -1,4 +1,4 @@
-"""The options of a generation: checked once, and carried as one value."""
+"""The options of a generation, checked once and passed as one value."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,20 +8,25 @@ from typing import Any, TypedDict
 
 from gpt_xp.errors import SettingError
 
-TINY, HUGE = 1e-30, 1e30  # float32 logits can be divided by these, and stay finite
+TINY, HUGE = 1e-30, 1e30  # float32 logits stay finite when they are divided by these.
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to continue prompts. Raises `SettingError` for values that make no sense.
+    """The options of a generation. Raises `SettingError` for invalid values.
 
-    `max_tokens` None goes on to the end of the context. `temperature` 0 takes the likeliest token (greedy), and then
-    `top_k`, `top_p` and `min_p` change nothing; the repetition penalty still does. None (and 0 for `top_k`) turns a
-    filter off; `sampling` describes the filters. `stop` is one string or several that end a continuation. `seed` is 0
-    to 2^64 - 1; None draws one for each call. `ignore_eos` goes on after an end token, and keeps it. `num_samples` is
-    the number of continuations of each prompt. `speculate` guesses tokens from repeats in the text and checks several
-    at once, while that saves time: the text is the same, but for choices whose margin is within rounding. In text, the
-    spelling of a special token such as `<|endoftext|>` is plain text, unless `special_tokens` reads it as that token.
+    - `max_tokens`: the most tokens to generate; None continues to the end of the context.
+    - `temperature`: 0 chooses the likeliest token (greedy). The filters `top_k`, `top_p` and `min_p` then have no
+      effect.
+    - `top_k`, `top_p`, `min_p`, `repetition_penalty`: the filters, see `generation.sampling`. None turns one off, and
+      so does 0 for `top_k`.
+    - `stop`: one string or several that end a continuation.
+    - `seed`: 0 to 2^64 - 1; None draws one for each call.
+    - `ignore_eos`: continue after an end token, and keep it.
+    - `num_samples`: the number of continuations of each prompt.
+    - `speculate`: guess tokens from repeats in the text and check several at once, while that saves time. The text is
+      the same, except for choices whose margin is within rounding.
+    - `special_tokens`: read the spelling of a special token in the prompt, such as `<|endoftext|>`, as that token.
     """
 
     max_tokens: int | None = 40
@@ -58,7 +63,7 @@ class GenerationSettings:
 
     @property
     def filters(self) -> dict[str, Any]:
-        """The arguments of `sampling.choose`, with None for what is off: that makes another program in JAX."""
+        """The arguments of `sampling.choose`, with None for filters that are off. JAX leaves those out of a program."""
         greedy = self.temperature == 0
         return {
             "temperature": None if greedy else float(self.temperature),
@@ -69,12 +74,12 @@ class GenerationSettings:
         }
 
     def with_seed(self) -> "GenerationSettings":
-        """Return settings with a seed, which is drawn if there is none."""
+        """Return the settings with a seed: the one that was given, or a random one."""
         return self if self.seed is not None else replace(self, seed=randbits(32))
 
 
 class GenerationOptions(TypedDict, total=False):
-    """The fields of `GenerationSettings` as keyword arguments, but `num_samples`, which decides what is returned."""
+    """The fields of `GenerationSettings` as keyword arguments, except `num_samples`, which decides the return type."""
 
     max_tokens: int | None
     temperature: float
@@ -90,7 +95,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class StreamOptions(GenerationOptions, total=False):
-    """All fields of `GenerationSettings` as keyword arguments."""
+    """The fields of `GenerationSettings` as keyword arguments, including `num_samples`."""
 
     num_samples: int
 

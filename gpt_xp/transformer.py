@@ -1,7 +1,7 @@
 """GPT-2's forward pass: all the mathematics, in the Python array API standard alone.
 
-Every function is pure, so it runs unchanged on NumPy, CuPy, JAX (with `jit`, `grad`, `vmap`) and other libraries; `xp`
-is the library's namespace. Read it from the bottom up. The names of weights are the checkpoint's, so `**block` fits the
+Every function is pure, so it runs unchanged on NumPy, CuPy, JAX (with `jit`, `grad`, `vmap`) and other libraries. `xp`
+is the library's namespace. Read it from the bottom up. Weights have the checkpoint's names, so `**block` matches the
 arguments. A function marked `@part` can be replaced (`gpt_xp.with_parts`). Sources: Radford et al. 2019, section 2.3,
 and its code, openai/gpt-2 `src/model.py`; Vaswani et al. 2017; Jay Mody, "GPT in 60 Lines of NumPy".
 """
@@ -32,7 +32,7 @@ def softmax(x: Array, xp: Namespace) -> Array:
 
 @part
 def layer_norm(x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -> Array:
-    """Bring the last axis to mean 0 and (biased) variance 1, then scale by `g` and shift by `b` (Ba et al. 2016)."""
+    """Normalize the last axis to mean 0 and (biased) variance 1, then scale by `g` and add `b` (Ba et al. 2016)."""
     wide = at_least_float32(x, xp)
     centered = wide - xp.mean(wide, axis=-1, keepdims=True)
     variance = xp.mean(centered * centered, axis=-1, keepdims=True)
@@ -41,14 +41,14 @@ def layer_norm(x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -
 
 @part
 def linear(x: Array, w: Array, b: Array, xp: Namespace) -> Array:
-    """Multiply and shift: [rows, n_in] @ [n_in, n_out] + [n_out] -> [rows, n_out]."""
+    """Multiply by the weight and add the bias: [rows, n_in] @ [n_in, n_out] + [n_out] -> [rows, n_out]."""
     return xp.matmul(x, w) + b
 
 
 @part
 def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace) -> Array:
-    """Mix the rows of `v` by how well each `q` matches each `k`. The mask is added to these scores."""
-    q = q / math.sqrt(q.shape[-1])  # Before the product there are fewer numbers, and half precision does not overflow.
+    """Return averages of the rows of `v`, weighted by the softmax of the scores of `q` with `k` plus the mask."""
+    q = q / math.sqrt(q.shape[-1])  # Scaled before the product, there are fewer numbers, and float16 does not overflow.
     scores = xp.matmul(q, xp.matrix_transpose(k)) + mask  # [..., n_q, d] @ [..., d, n_k] -> [..., n_q, n_k]
     weights = xp.astype(softmax(scores, xp), v.dtype, copy=False)
     return xp.matmul(weights, v)  # [..., n_q, n_k] @ [..., n_k, d] -> [..., n_q, d]
@@ -58,7 +58,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, xp: Namespace) -> Array
 def mha(
     x: Array, c_attn: Params, c_proj: Params, n_head: int, mask: Array, past: Past, xp: Namespace
 ) -> tuple[Array, Past]:
-    """Return causal self-attention with `n_head` heads, over the past tokens too, and the past with these tokens."""
+    """Return causal self-attention with `n_head` heads, over these tokens and the past, and the new past."""
     qkv = linear(x, **c_attn, xp=xp)  # [rows, n_embd] -> [rows, 3 * n_embd], where rows = batch * n_seq
     qkv = xp.reshape(qkv, (-1, mask.shape[-2], 3, n_head, x.shape[-1] // n_head))  # [batch, n_seq, 3, n_head, d_head]
     qkv = xp.permute_dims(qkv, (2, 0, 3, 1, 4))  # [3, batch, n_head, n_seq, d_head]
@@ -73,7 +73,7 @@ def mha(
 
 @part
 def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace) -> Array:
-    """Return the feed-forward network of each row: up to four times the width, GELU, and down again."""
+    """Apply the feed-forward network to each row: expand to four times the width, GELU, and project back."""
     x = gelu(linear(x, **c_fc, xp=xp), xp)  # [rows, n_embd] -> [rows, 4 * n_embd]
     return linear(x, **c_proj, xp=xp)  # [rows, 4 * n_embd] -> [rows, n_embd]
 
@@ -82,7 +82,7 @@ def ffn(x: Array, c_fc: Params, c_proj: Params, xp: Namespace) -> Array:
 def transformer_block(
     x: Array, mlp: Params, attn: Params, ln_1: Params, ln_2: Params, n_head: int, mask: Array, past: Past, xp: Namespace
 ) -> tuple[Array, Past]:
-    """Add attention, then the feed-forward network, each of a normalized copy, to `x` [rows, n_embd]."""
+    """Add attention, then the feed-forward network, to `x` [rows, n_embd]; each reads a normalized copy."""
     attended, past = mha(layer_norm(x, **ln_1, xp=xp), **attn, n_head=n_head, mask=mask, past=past, xp=xp)
     x = x + attended
     return x + ffn(layer_norm(x, **ln_2, xp=xp), **mlp, xp=xp), past
@@ -96,16 +96,16 @@ def embed(tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace
 
 @part
 def unembed(x: Array, wte: Array, xp: Namespace = None) -> Array:
-    """Return logits over the vocabulary, by the table of token embeddings: [..., n_embd] -> [..., n_vocab]."""
+    """Return logits over the vocabulary, computed with the token embeddings: [..., n_embd] -> [..., n_vocab]."""
     xp = xp or array_namespace(x, wte)
-    rows = xp.reshape(x, (-1, x.shape[-1]))  # 2-D products are the fast ones.
+    rows = xp.reshape(x, (-1, x.shape[-1]))  # Products of 2-D arrays are faster.
     return xp.reshape(xp.matmul(rows, xp.matrix_transpose(wte)), (*x.shape[:-1], -1))
 
 
 def hidden_states(
     params: Params, tokens: Array, config: GPT2Config, cache: KVCache | None = None, xp: Namespace = None
 ) -> tuple[Array, KVCache | None]:
-    """Return all of `gpt2` but the logits: [n_seq] or [batch, n_seq] tokens -> [..., n_seq, n_embd], and the cache."""
+    """Return the states that `unembed` turns into logits: [n_seq] or [batch, n_seq] -> [..., n_seq, n_embd], cache."""
     xp = namespace_of(params, tokens, config, xp)
     positions, mask = positions_and_mask(tokens, config, cache, xp)  # [rows], and [..., n_seq, n_slots]
     x = embed(xp.reshape(tokens, (-1,)), positions, params["wte"], params["wpe"], xp)  # [rows, n_embd]
@@ -119,7 +119,7 @@ def hidden_states(
 
 
 def gpt2(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None) -> Array:
-    """Return the logits after each token: [n_seq] or [batch, n_seq] whole numbers -> [..., n_seq, n_vocab]."""
+    """Return the logits after each token: [n_seq] or [batch, n_seq] integers -> [..., n_seq, n_vocab]."""
     xp = namespace_of(params, tokens, config, xp)
     return unembed(hidden_states(params, tokens, config, xp=xp)[0], params["wte"], xp)
 
@@ -127,7 +127,7 @@ def gpt2(params: Params, tokens: Array, config: GPT2Config, xp: Namespace = None
 def gpt2_with_cache(
     params: Params, tokens: Array, config: GPT2Config, cache: KVCache, xp: Namespace = None
 ) -> tuple[Array, KVCache]:
-    """Return what `gpt2` does for the tokens [batch, n_seq] after those in the cache, and the cache with them."""
+    """Return the logits after each of the tokens [batch, n_seq] that follow those in the cache, and the new cache."""
     xp = namespace_of(params, tokens, config, xp)
     x, after = hidden_states(params, tokens, config, cache, xp)
     return unembed(x, params["wte"], xp), after or cache

@@ -1,4 +1,4 @@
-"""Trees of nested dicts and lists, such as params."""
+"""Functions for trees of nested dicts and lists, such as params."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the same tree with `function(leaf)` in place of each leaf. A quantized weight is one leaf."""
+    """Return the tree with each leaf replaced by `function(leaf)`. A quantized weight is one leaf."""
     if isinstance(tree, dict):
         return {key: tree_map(function, branch) for key, branch in tree.items()}
     if isinstance(tree, list) or type(tree) is tuple:
@@ -22,5 +22,5 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def finite(tree: Any) -> Any:
-    """Return the same tree with None for each number that is not finite: JSON cannot hold those."""
+    """Return the tree with each number that is not finite replaced by None, because JSON has no such numbers."""
     return tree_map(lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, tree)

@@ -1,4 +1,4 @@
-"""Choosing the next token of each row where it is fastest: on the device, or by NumPy on the host."""
+"""Chooses the next token of each row where that is fastest: on the device, or with NumPy on the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from gpt_xp.types import Array
 
 
 class Chooser:
-    """What sampling needs of a model and its backend; it has compiled functions, and no state of a generation."""
+    """The compiled sampling functions of a model on its backend. It holds no state of a generation."""
 
     def __init__(self, config: GPT2Config, tokenizer: Tokenizer | None, backend: Backend) -> None:
         self.backend, self.n_vocab = backend, config.n_vocab
@@ -32,7 +32,7 @@ class Chooser:
         self.allowed = self._allowed_ids(tokenizer)
 
     def _allowed_ids(self, tokenizer: Tokenizer | None) -> Array | None:
-        """Return which ids have a token [n_vocab], and may be chosen; None if all have."""
+        """Return which ids [n_vocab] have a token, so that they may be chosen; None if all have one."""
         if tokenizer is None or len(tokenizer) == tokenizer.n_vocab >= self.n_vocab:
             return None
         allowed = np.zeros(self.n_vocab, dtype=np.bool_)
@@ -41,12 +41,12 @@ class Chooser:
 
 
 class Choosing:
-    """The choices of one generation: its settings, its noise, and the tokens that each row holds so far."""
+    """Chooses the tokens of one generation, by its settings, its noise, and the tokens that each row has so far."""
 
     def __init__(self, chooser: Chooser, prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
         self.chooser, self.filters = chooser, settings.filters
         self._prompts, self._seed = prompts, settings.seed or 0
-        self.seen: Array | None = None  # [batch, n_vocab] bool; only the repetition penalty asks for it
+        self.seen: Array | None = None  # [batch, n_vocab] bool; only the repetition penalty needs it
         if self.filters["repetition_penalty"] is not None:
             seen = np.zeros((len(prompts), chooser.n_vocab), dtype=np.bool_)
             for row, prompt in zip(seen, prompts, strict=True):
@@ -54,9 +54,9 @@ class Choosing:
             self.seen = chooser.asarray(seen)
 
     def choose(self, logits: Array, step: int) -> Choice:
-        """Choose from logits [batch, n_vocab] at this step; the `Choice` holds NumPy arrays.
+        """Choose from logits [batch, n_vocab] at this step. The `Choice` holds NumPy arrays.
 
-        Raises `NumericalError` where the logits are not finite.
+        Raises `NumericalError` if the logits are not finite.
         """
         chooser, filters = self.chooser, self.filters
         greedy = filters["temperature"] is None
@@ -74,13 +74,13 @@ class Choosing:
         return checked(choice, chooser.backend)
 
     def add(self, token: Any) -> None:
-        """Note the token [batch] that each row goes on with."""
+        """Remember the token [batch] that each row continues with, for the repetition penalty."""
         if self.seen is not None:
             token = self.chooser.asarray(np.asarray(token, dtype=np.int32))
             self.seen = self.chooser.mark(self.seen, token, xp=self.chooser.xp)
 
     def block_noise(self, step: int, n_steps: int, end: int) -> "np.ndarray[Any, Any] | None":
-        """Return the noise [n_steps, batch, n_vocab] of the steps from `step` on; zeros from the step `end` on."""
+        """Return the noise [n_steps, batch, n_vocab] of the steps from `step` on; zeros from step `end` on."""
         if self.filters["temperature"] is None or step >= end:
             return None
         noise = np.zeros((n_steps, len(self._prompts), self.chooser.n_vocab), dtype=np.float32)
@@ -100,7 +100,7 @@ class Choosing:
 
 
 def checked(choice: Choice, backend: Backend) -> Choice:
-    """Return the choice, of NumPy arrays, as it is. Raises `NumericalError` where the model computed no numbers."""
+    """Return the choice, which holds NumPy arrays. Raises `NumericalError` if the logits were not finite."""
     if not np.isfinite(choice.logprob).all():
         raise NumericalError(
             f"the model's logits are not finite in {backend.dtype}: its weights are damaged (NaN), "

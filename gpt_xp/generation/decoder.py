@@ -1,7 +1,7 @@
-"""A model on its backend: token ids in, logits out.
+"""Runs a model on its backend: token ids in, logits out.
 
 Prefill runs a prompt through the model in chunks, so that attention never makes a matrix of context x context. Decode
-runs one token of each row. Both are the same function, `next_token_logits`, which a backend may compile.
+runs one token of each row. Both use the same function, `next_token_logits`, which a backend may compile.
 
     decoder = Decoder(params, config, backend)
     logits, cache = decoder.prefill([[10, 11, 12]])       # [1, n_vocab], after the last token
@@ -25,12 +25,12 @@ Tokens: TypeAlias = "Sequence[Sequence[int]] | np.ndarray[Any, Any]"  # [batch, 
 class Decoder:
     """The compiled steps of a model, and the cache that they share.
 
-    `params` are on the device of the backend. In every cache that it returns, `position` is an int of the host.
+    `params` must be on the backend's device. In every cache that it returns, `position` is a Python int.
     """
 
     def __init__(self, params: Params, config: GPT2Config, backend: Backend) -> None:
         self.params, self.config, self.backend = params, config, backend
-        # The functions themselves, not partial ones: JAX then shares compiled programs between models of one shape.
+        # The functions are compiled without binding arguments, so that JAX shares programs between models of one shape.
         static, donate = ("config", "xp"), ("cache",)
         self._next_token_logits = backend.compile_step(next_token_logits, static, donate)
         self._prompt_logits = backend.compile(prompt_logits, static, donate)
@@ -47,7 +47,10 @@ class Decoder:
         return logits, cache
 
     def decode(self, token: Any, cache: KVCache) -> tuple[Array, KVCache]:
-        """Run one more token [batch] of each row; return as `prefill` does. The cache passed in is consumed."""
+        """Run one more token [batch] of each row; return logits [batch, n_vocab] and the cache.
+
+        The cache passed in is consumed.
+        """
         cache = self.grow_cache(cache, cache.position + 1)
         return self._step(self.backend.asarray(np.asarray(token, dtype=np.int32)[:, None]), cache, 1)
 
@@ -61,9 +64,9 @@ class Decoder:
             yield self.backend.to_numpy(logits)[:, : tokens.shape[1] - begin]
 
     def candidate_logits(self, tokens: "np.ndarray[Any, Any]", cache: KVCache) -> tuple[list[Array], KVCache]:
-        """Run tokens [batch, n_seq]; return the logits [batch, n_vocab] after each place, and the cache.
+        """Run tokens [batch, n_seq]; return n_seq logits [batch, n_vocab], one after each token, and the cache.
 
-        To take back tokens that turn out wrong, give the cache its former `position`, plus those that are right.
+        To take back wrong tokens, set `position` of the cache to its former value plus the number of right tokens.
         """
         before = cache.position
         cache = self.grow_cache(cache, before + tokens.shape[1])
@@ -73,7 +76,7 @@ class Decoder:
         return logits, cache._replace(position=before + tokens.shape[1])
 
     def decode_steps(self, token: Any, cache: KVCache, k: int, **choosing: Any) -> tuple[Any, KVCache, Array | None]:
-        """Start `k` steps as one program; return their `Choice` [k, batch], the cache, and the tokens seen.
+        """Start `k` steps as one program; return their `Choice` [k, batch], the cache, and the new `seen`.
 
         The device may still be computing them. `choosing` are the other arguments of `step_functions.decode_steps`.
         """
@@ -101,10 +104,10 @@ class Decoder:
     def next_chunk(
         self, tokens: "np.ndarray[Any, Any]", cache: KVCache, n_tokens: int | None = None
     ) -> tuple[Array, KVCache]:
-        """Return the next tokens of a prompt [batch, n_seq] that are not in the cache, on the device, and the cache.
+        """Return the next chunk of `tokens` [batch, n_seq] that is not in the cache, on the device, and the cache.
 
-        They are `n_tokens` of each row at most (default: `chunk_tokens`), and may be padded on the right. The cache has
-        grown to hold them.
+        It has at most `n_tokens` of each row (default: `chunk_tokens`), and may be padded on the right. The cache is
+        grown to hold it.
         """
         begin = cache.position
         chunk = tokens[:, begin : begin + (n_tokens or self.chunk_tokens(tokens))]
@@ -113,12 +116,12 @@ class Decoder:
         return self.backend.asarray(chunk), self.grow_cache(cache, begin + chunk.shape[1])
 
     def grow_cache(self, cache: KVCache, n_tokens: int) -> KVCache:
-        """Return the cache with slots for `n_tokens` of each row. Beyond the context it is a ring and grows no more."""
+        """Return the cache with slots for `n_tokens` of each row. It never grows beyond the context, but is a ring."""
         n_slots = self.backend.cache_slots(n_tokens, self.config.n_ctx)
         return self.backend.grow_cache(cache, n_slots) if n_slots > cache.n_slots else cache
 
     def has_room(self, cache: KVCache, n_tokens: int) -> bool:
-        """Return whether `n_tokens` more fit without the ring beginning again, which would destroy older tokens."""
+        """Return whether `n_tokens` more fit before the ring begins again, which would overwrite older tokens."""
         return cache.position + n_tokens <= self.backend.cache_slots(self.config.n_ctx, self.config.n_ctx)
 
     def _step(self, tokens: Array, cache: KVCache, count: int) -> tuple[Array, KVCache]:

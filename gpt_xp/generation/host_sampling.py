@@ -1,7 +1,8 @@
-"""What `sampling.choose` returns, on the host and in less time where top-k leaves few tokens: on NumPy alone.
+"""A faster `sampling.choose` for top-k on the host, with NumPy.
 
-Sorting a vocabulary and drawing noise for it take several percent of a decode step of the 124M model. All that the
-other filters look at are the `top_k` largest scores, so the rest of the work is done with them. Both choose the same.
+Sorting a whole vocabulary and drawing noise for it take several percent of a decode step of the 124M model. The other
+filters only look at the `top_k` largest scores, so the noise and filters are computed for these alone. The choices are
+the same.
 """
 
 from collections.abc import Callable
@@ -27,16 +28,16 @@ def choose_among_few(
     repetition_penalty: float | None,
     xp: Namespace,
 ) -> Choice:
-    """Choose from logits [batch, n_vocab], float32 or float64, as `choose` does with the noise of all tokens.
+    """Choose from logits [batch, n_vocab], float32 or float64, with the same result as `choose`.
 
-    `draw(row, ids)` returns the noise of those tokens; the other arguments are those of `choose`, `xp` a NumPy.
+    `draw(row, ids)` returns the noise of those tokens. The other arguments are those of `choose`; `xp` is NumPy's.
     """
     scores = adjusted(logits, seen, allowed, temperature, repetition_penalty, xp)
     n_most = min(top_k, scores.shape[-1])
-    threshold = np.partition(scores, -n_most, axis=-1)[:, -n_most]  # the last score that top-k keeps
+    threshold = np.partition(scores, -n_most, axis=-1)[:, -n_most]  # the smallest score that top-k keeps, [batch]
     found = []
     for row, (each, least) in enumerate(zip(scores, threshold, strict=True)):
-        ids = np.flatnonzero(~(each < least))  # NaN, too, is found: the caller sees it in the probability
+        ids = np.flatnonzero(~(each < least))  # This keeps NaN too, which the caller finds in the probability.
         few = keep_likeliest(each[None, ids], top_k, top_p, min_p, xp) + draw(row, ids)
         place, margin = largest(few, temperature, xp)
         found.append((ids[place[0]], margin[0]))

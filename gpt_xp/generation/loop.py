@@ -1,8 +1,7 @@
-"""The loop of generation: prefill, then tokens one by one, in blocks, or speculating.
+"""The generation loop: prefill, then decode tokens one by one, in blocks, or with speculation.
 
-With speculation, a step runs several tokens that were guessed, and keeps those that it would have chosen: the same text
-from fewer steps. On a backend with a `decode_block`, tokens are chosen where they are computed, and the host sees them
-a block at a time.
+With speculation, a step runs several guessed tokens and keeps those that decoding would have chosen: the same text in
+fewer steps. On a backend with a `decode_block`, the device chooses the tokens, and the host sees a block at a time.
 """
 
 import contextlib
@@ -20,18 +19,18 @@ from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.results import Piece, Stats
 from gpt_xp.generation.rows import Prompt, RowState
 from gpt_xp.generation.sampling import Choice
-from gpt_xp.generation.speculation import WIDTH, Speculation, agree
+from gpt_xp.generation.speculation import PASS_TOKENS, Speculation, agree
 from gpt_xp.generation.stop_strings import TextStream
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.quantization import quantization_of
 from gpt_xp.settings import GenerationSettings
 from gpt_xp.tokenizer.bpe import Tokenizer
 
-BLOCK_STEPS = 16  # of a `decode_block`; steps after the end of a text, in its last block, are computed for nothing
+BLOCK_STEPS = 16  # steps of a `decode_block`; those after the end of a text, in its last block, are wasted
 
 
 class Clock:
-    """Adds up the seconds of each phase, with compiling apart."""
+    """Adds up the seconds of each phase, and counts compiling separately."""
 
     def __init__(self, backend: Backend) -> None:
         self.prefill = self.decode = self.compile = 0.0
@@ -63,23 +62,23 @@ class DecodeState:
 
     @property
     def alive(self) -> list[bool]:
-        """Which rows go on, [batch]."""
+        """A flag for each row, [batch]: True until the row is finished."""
         return [row.finish_reason is None for row in self.rows]
 
     def choose(self, logits: Any) -> Choice:
-        """Take the next step's choice from its logits."""
+        """Choose the tokens of the next step from its logits, and continue with them."""
         self.step += 1
         return self.take(self.choosing.choose(logits, self.step))
 
     def take(self, choice: Choice) -> Choice:
-        """Go on with this choice."""
+        """Continue with this choice, and return it."""
         self.choice = choice
         self.choosing.add(choice.token)
         return choice
 
 
 class Generator:
-    """A model with what continuing prompts needs besides: roles of tokens, and the choice of tokens."""
+    """Continues prompts with a model; it knows the end tokens and how to choose tokens."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
@@ -87,7 +86,7 @@ class Generator:
         self.end_tokens, self.first_token = _roles(decoder.config, tokenizer)
 
     def run(self, prompts: Sequence[Prompt], settings: GenerationSettings, called: float) -> Iterator[Piece]:
-        """Continue all prompts together, yielding text as it comes and, at the end, each row's result.
+        """Continue all prompts together; yield text as it is generated and, at the end, each row's result.
 
         `called` is the `time.perf_counter()` at which the user's call began.
         """
@@ -104,7 +103,7 @@ class Generator:
             yield Piece("", index, result=row.result(stats))
 
     def _row(self, prompt: Prompt, settings: GenerationSettings) -> RowState:
-        # The last token needs no room: nothing is computed from it.
+        # The last token needs no room, because nothing is computed from it.
         room = self.decoder.config.n_ctx - len(prompt.token_ids) + 1
         limit, reason = room, "context"
         if settings.max_tokens is not None and settings.max_tokens <= room:
@@ -142,7 +141,7 @@ class Generator:
         )
 
 
-# --- three ways to decode; each yields choices without end ------------------------------------------------------------
+# --- three ways to decode; each yields choices forever ----------------------------------------------------------------
 
 
 def _one_by_one(state: DecodeState) -> Iterator[Choice]:
@@ -177,12 +176,12 @@ def _in_blocks(state: DecodeState) -> Iterator[Choice]:
 
 
 def _speculating(state: DecodeState) -> Iterator[Choice]:
-    """Decode several tokens at a time where it pays, and else one by one."""
+    """Decode several tokens at a time where that saves time, and otherwise one by one."""
     speculation = Speculation([row.prompt.token_ids for row in state.rows])
     speculation.append(state.choice.token, state.alive)
     while True:
         step, began = state.step, state.clock.decode
-        has_room = state.decoder.has_room(state.cache, WIDTH)
+        has_room = state.decoder.has_room(state.cache, PASS_TOKENS)
         proposed = speculation.propose(state.alive) if has_room else None
         for choice in [_next(state)] if proposed is None else _verify(state, proposed):
             speculation.append(choice.token, state.alive)
@@ -195,9 +194,9 @@ def _speculating(state: DecodeState) -> Iterator[Choice]:
 
 
 def _verify(state: DecodeState, proposed: "np.ndarray[Any, Any]") -> Iterator[Choice]:
-    """Decode the latest tokens and those proposed after them [batch, WIDTH - 1] in one pass.
+    """Decode the latest tokens and the proposed ones [batch, PASS_TOKENS - 1] in one pass.
 
-    Yield the choice after each, up to the first that is not what was proposed: it is right too.
+    Yield the choice after each, up to and including the first that differs from the proposal, which is right too.
     """
     tokens = np.column_stack([state.choice.token, proposed]).astype(np.int32)
     position, alive = state.cache.position, sum(state.alive)
@@ -213,7 +212,7 @@ def _verify(state: DecodeState, proposed: "np.ndarray[Any, Any]") -> Iterator[Ch
         yield choice
         if not agrees:
             break
-    # What was refused is looked at by nobody, and overwritten.
+    # The refused tokens are beyond `position`. No token sees them, and the next tokens overwrite them.
     state.cache = cache._replace(position=position)
 
 
@@ -226,10 +225,10 @@ def _pieces(rows: Sequence[RowState], choice: Choice) -> Iterator[Piece]:
 
 
 def _roles(config: GPT2Config, tokenizer: Tokenizer | None) -> tuple[frozenset[int], int | None]:
-    """Return the tokens that end a text, and the one that begins an empty one: the config's, else the tokenizer's."""
+    """Return the tokens that end a text, and the token that begins an empty prompt: the config's or the tokenizer's."""
     own = (None, None) if tokenizer is None else (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
-    def in_table(*ids: int | None) -> list[int]:  # no model can choose another, nor take it
+    def in_table(*ids: int | None) -> list[int]:  # A model can neither choose nor take an id outside its token table.
         return [id for id in ids if id is not None and id < config.n_vocab]
 
     end = in_table(*config.end_tokens) or in_table(own[0])

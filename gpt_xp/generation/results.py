@@ -1,14 +1,14 @@
-"""What generation takes and gives: prompts, pieces of text, finished continuations, statistics; and a row under way."""
+"""The results of generation: pieces of text, finished continuations, statistics."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one call of `generate` did, over all its rows. Seconds are wall time.
+    """The statistics of one call of `generate`, over all its rows. Seconds are wall time.
 
-    `prefill_seconds` and `decode_seconds` (after the first token) leave out compiling, which `compile_seconds` counts;
-    `time_to_first_token` counts everything from the call on.
+    `prefill_seconds` and `decode_seconds` (after the first token) exclude compiling, which `compile_seconds` counts.
+    `time_to_first_token` includes everything from the call on.
     """
 
     prompt_tokens: int = 0
@@ -23,8 +23,8 @@ class Stats:
     dtype: str = ""
     quantize: str | None = None
     rows: int = 1
-    proposed_tokens: int = 0  # by speculation, and how many of them were what the model chose
-    accepted_tokens: int = 0
+    proposed_tokens: int = 0  # tokens that speculation guessed
+    accepted_tokens: int = 0  # guessed tokens that the model chose too
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -33,18 +33,18 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Generated tokens, but the first of each row, per second of decode; None if there are none."""
+        """Generated tokens per second of decode, without the first token of each row; None if there are no others."""
         later = self.generated_tokens - self.rows
         return later / self.decode_seconds if self.decode_seconds and later > 0 else None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation.
+    """A finished continuation.
 
-    `text` is the continuation alone and ends before a stop string; `token_ids` holds every generated id but that of
-    an end token, with a natural `logprobs` and a `margins` entry each (see `sampling.Choice`). `finish_reason` is
-    "eos" (an end token), "stop" (a stop string), "max_tokens", or "context" (no room is left).
+    `text` is the continuation without the prompt; it ends before a stop string. `token_ids` holds every generated id
+    except an end token's, and `logprobs` (natural) and `margins` have an entry for each (see `sampling.Choice`).
+    `finish_reason` is "eos" (an end token), "stop" (a stop string), "max_tokens", or "context" (the context is full).
     """
 
     text: str
@@ -57,10 +57,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stream: what one token adds to row `index`.
+    """A part of a stream: the text that one token adds to row `index`.
 
-    `text` is empty while a character or a possible stop string is incomplete; `token_id` is None for an end token.
-    The last piece of each row adds nothing and carries the whole `result`.
+    `text` is empty while a character or a possible stop string is incomplete. `token_id` is None for an end token.
+    The last piece of each row adds no text and holds the whole `result`.
     """
 
     text: str

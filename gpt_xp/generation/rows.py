@@ -9,7 +9,7 @@ from gpt_xp.generation.stop_strings import TextStream
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a batch: its token ids, and which of the samples of that prompt it is."""
+    """The prompt of one row: its token ids, and the number of the sample among those of the same prompt."""
 
     token_ids: Sequence[int]
     sample: int = 0
@@ -21,8 +21,8 @@ class RowState:
 
     prompt: Prompt
     stream: TextStream
-    limit: int  # how many tokens may be generated
-    limit_reason: str
+    limit: int  # the most tokens to generate
+    limit_reason: str  # the `finish_reason` at that limit
     end_tokens: frozenset[int]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

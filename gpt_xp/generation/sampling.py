@@ -1,10 +1,10 @@
-"""From logits to the next token, in the array API.
+"""Chooses the next token from logits, in the array API.
 
-Sampling is argmax(logits / temperature + Gumbel noise), with what the filters refuse set to the smallest number.
-Compared with walking along the cumulated probabilities, a difference in the last bit of one logit can then change
-the draw only where two tokens are all but tied, so backends that agree up to rounding draw the same tokens.
+Sampling is argmax(logits / temperature + Gumbel noise). Scores that the filters refuse become the smallest number. A
+difference in the last bit of a logit then changes the draw only where two tokens are almost tied. Sampling from the
+cumulative probabilities is not so stable. So backends that agree up to rounding draw the same tokens.
 
-Filters come in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+The filters have the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from gpt_xp.types import Array, Namespace
 
 
 class Choice(NamedTuple):
-    """The next token of each row, [batch] each.
+    """The next token of each row; every field is [batch].
 
     `logprob` is the natural log of its probability under the model itself, before any filter or temperature.
-    `margin` says by how much it beat the second choice, in units of logits: below the rounding error of the logits,
-    another backend may rightly choose the other.
+    `margin` is its lead over the second choice, in units of logits. If the margin is below the rounding error of the
+    logits, another backend may choose the second one and is right too.
     """
 
     token: Array  # int
@@ -41,10 +41,10 @@ def choose(
     repetition_penalty: float | None = None,
     xp: Namespace = None,
 ) -> Choice:
-    """Choose from logits [batch, n_vocab]; the likeliest where `temperature` is None.
+    """Choose a token from logits [batch, n_vocab]; with `temperature` None, the likeliest.
 
-    `noise` [batch, n_vocab] is Gumbel noise; `seen` [batch, n_vocab] says which tokens the text so far holds;
-    `allowed` [n_vocab] which ids have a token at all. Ties go to the lowest id. Under a compiler, `top_k` is static.
+    `noise` [batch, n_vocab] is Gumbel noise. `seen` [batch, n_vocab] marks the tokens of the text so far, and `allowed`
+    [n_vocab] the ids that have a token. Ties go to the lowest id. Under a compiler, `top_k` is static.
     """
     xp = xp or array_namespace(logits)
     logits = at_least_float32(logits, xp)
@@ -63,14 +63,14 @@ def adjusted(
     repetition_penalty: float | None,
     xp: Namespace,
 ) -> Array:
-    """Scores [batch, n_vocab] for the filters: logits of ids that have a token, penalized, over the temperature."""
+    """Return the scores [batch, n_vocab] for the filters: logits, penalized, divided by the temperature, masked."""
     scores = logits
     if repetition_penalty is not None:
         scores = xp.where(seen, penalize(scores, repetition_penalty, xp), scores)
     if temperature is not None:
-        # With the maximum taken off first, no temperature overflows.
+        # The maximum is subtracted first, so that no temperature causes an overflow.
         scores = (scores - xp.max(_masked(scores, allowed, xp), axis=-1, keepdims=True)) / temperature
-    return _masked(scores, allowed, xp)  # last: the smallest number overflows in any arithmetic
+    return _masked(scores, allowed, xp)  # Masked last, because arithmetic with the smallest number overflows.
 
 
 def _masked(scores: Array, allowed: Array | None, xp: Namespace) -> Array:
@@ -78,7 +78,7 @@ def _masked(scores: Array, allowed: Array | None, xp: Namespace) -> Array:
 
 
 def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Array, Array]:
-    """The place of the largest score of each row [batch], and its margin over the second in units of logits."""
+    """Return the index of the largest score of each row [batch], and its margin over the second in units of logits."""
     token = xp.argmax(scores, axis=-1)
     ids = xp.arange(scores.shape[-1], dtype=xp.int32, device=device_of(token))
     chosen = ids == xp.astype(token, xp.int32)[:, None]  # [batch, n_vocab]
@@ -88,28 +88,28 @@ def largest(scores: Array, temperature: float | None, xp: Namespace) -> tuple[Ar
 
 
 def clip_margin(difference: Array, xp: Namespace) -> Array:
-    """Return the difference of two scores: where the filters left one token alone, what does not overflow."""
+    """Return the difference of two scores, limited so that it cannot overflow if the filters leave one token."""
     return xp.clip(difference, 0.0, 1e6)
 
 
 def lowest(x: Array, xp: Namespace) -> Array:
-    """The smallest finite number of `x`'s dtype, as a scalar array beside it (a Python float would widen it)."""
+    """Return the smallest finite number of `x`'s dtype, as a scalar array. A Python float could change the dtype."""
     return xp.full((), float(xp.finfo(x.dtype).min), dtype=x.dtype, device=device_of(x))
 
 
 def penalize(scores: Array, penalty: float, xp: Namespace) -> Array:
-    """Make every token less likely: positive scores divided, negative ones multiplied (Keskar et al. 2019, CTRL)."""
+    """Make every token less likely: divide positive scores, multiply negative ones (Keskar et al. 2019, CTRL)."""
     return xp.where(scores > 0, scores / penalty, scores * penalty)
 
 
 def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p: float | None, xp: Namespace) -> Array:
-    """Set to the smallest number all scores [batch, n_vocab] that a filter refuses.
+    """Return scores [batch, n_vocab] with those that a filter refuses set to the smallest number.
 
-    top-k (Fan et al. 2018) keeps the k largest; top-p (Holtzman et al. 2020) the fewest whose probabilities sum to p;
-    min-p (Nguyen et al. 2024) those at least p times as likely as the likeliest.
+    top-k (Fan et al. 2018) keeps the k largest. top-p (Holtzman et al. 2020) keeps the fewest whose probabilities sum
+    to p. min-p (Nguyen et al. 2024) keeps those that are at least p times as likely as the likeliest.
     """
     if top_k is not None or top_p is not None:
-        # Values alone have no order among equals to keep, and NumPy sorts 30 times faster without.
+        # Only values are sorted, so the sort need not be stable, and NumPy is 30 times as fast then.
         n_most = min(top_k or scores.shape[-1], scores.shape[-1])
         ordered = xp.sort(scores, axis=-1, descending=True, stable=False)[:, :n_most]
         count = xp.full((scores.shape[0], 1), n_most, dtype=xp.int32, device=device_of(scores))
@@ -125,17 +125,17 @@ def keep_likeliest(scores: Array, top_k: int | None, top_p: float | None, min_p:
 
 
 def keep_largest(scores: Array, ordered: Array, count: Array, xp: Namespace) -> Array:
-    """Keep exactly `count` [batch, 1] scores of each row, those of the lowest ids among equals."""
+    """Keep exactly `count` [batch, 1] scores of each row; among equal scores, those of the lowest ids."""
     threshold = xp.take_along_axis(ordered, count - 1, axis=-1)  # [batch, 1]
     above, equal = scores > threshold, scores == threshold
     room = count - xp.sum(xp.astype(above, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-    rank = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=-1, dtype=xp.int32)  # among the equals
+    rank = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=-1, dtype=xp.int32)  # among equal scores
     keep = above | (equal & (rank <= room))
     return xp.where(keep, scores, lowest(scores, xp))
 
 
 def log_probability(logits: Array, token: Array, xp: Namespace) -> Array:
-    """The log of the softmax of `logits` [batch, n_vocab] at one token per row [batch]."""
+    """Return the log of the softmax of `logits` [batch, n_vocab] at one token per row [batch]."""
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     chosen = xp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
     return chosen - xp.log(xp.sum(xp.exp(shifted), axis=-1))

@@ -1,8 +1,8 @@
-"""Speculation by prompt lookup: guess the next tokens from the text so far, and stop guessing where it does not pay.
+"""Speculation by prompt lookup: guesses the next tokens from the text so far, as long as that saves time.
 
-Where the last few tokens stood before, what followed them there is proposed to follow here too. One pass of the model
-over all proposed tokens costs less than a pass for each, and shows which of them plain decoding would have chosen.
-So repetitive text, code and summaries come sooner, and the text is the same.
+If the last few tokens occur earlier in the text, the tokens that followed them there are proposed again. One pass of
+the model over all proposed tokens is faster than a pass for each. It shows which of them plain decoding would have
+chosen. So repetitive text, code and summaries are generated faster, and the text is the same.
 
 Sources: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding" (guess and verify);
 Saxena 2023, "Prompt Lookup Decoding" (guess by n-grams).
@@ -17,35 +17,35 @@ import numpy as np
 
 Tokens: TypeAlias = np.ndarray[Any, Any]
 
-WIDTH = 8  # tokens of one pass: the last that was chosen, and 7 proposed (BLAS takes eight rows sooner than five)
-LONGEST, SHORTEST = 4, 2  # tokens that must have stood before; a single one says too little of what follows
+PASS_TOKENS = 8  # of one pass: the last chosen token and 7 proposed ones (BLAS computes 8 rows faster than 5)
+LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that must occur earlier; a single one predicts too little
 
-CREDIT = 3.0  # what speculation may lose before it stops, in steps of plain decoding
-FADING = 0.98  # of a price that keeps perfect guesses off: it may have been measured in a bad moment
+CREDIT = 3.0  # steps of plain decoding that speculation may lose before it stops
+PRICE_DECAY = 0.98  # A price that stops even perfect guesses is lowered, as it may have been measured at a bad moment.
 
 
 class NGrams:
-    """A growing text, and what followed each of its n-grams the last time."""
+    """A growing text, with an index of the tokens that follow its n-grams."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where the token after its last occurrence stands
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
         for token in tokens:
             self.append(token)
 
     def append(self, token: int) -> None:
         """Add a token to the text."""
-        for n in range(SHORTEST, min(LONGEST, len(self._tokens)) + 1):
+        for n in range(SHORTEST_NGRAM, min(LONGEST_NGRAM, len(self._tokens)) + 1):
             self._after[tuple(self._tokens[-n:])] = len(self._tokens)
         self._tokens.append(token)
 
     def propose(self, count: int) -> list[int] | None:
-        """Return the `count` tokens that followed the longest n-gram at the text's end when it last stood before.
+        """Return the `count` tokens that followed the earlier occurrence of the longest n-gram at the text's end.
 
-        Where the text ends sooner, what followed is repeated: a text that is in a loop stays in it. None if the text
-        ends in nothing that stood before.
+        If fewer tokens follow, they are repeated, so that a text in a loop stays in it. Return None if no n-gram at the
+        end occurs earlier.
         """
-        for n in range(min(LONGEST, len(self._tokens)), SHORTEST - 1, -1):
+        for n in range(min(LONGEST_NGRAM, len(self._tokens)), SHORTEST_NGRAM - 1, -1):
             begin = self._after.get(tuple(self._tokens[-n:]))
             if begin is not None:
                 period = len(self._tokens) - begin
@@ -54,21 +54,21 @@ class NGrams:
 
 
 class Account:
-    """Whether speculation pays: an account of what it saves, in steps of plain decoding.
+    """Decides when to speculate: an account of the time that it saves, in steps of plain decoding.
 
     Each pass earns the steps that it replaces, and costs its own time. While the account is overdrawn, decoding is
-    plain; proposals are then watched, and earn and cost what they would have. Nothing above `CREDIT` or below
-    -`CREDIT` is kept, so that the past is soon forgotten.
+    plain. Proposals are then only compared with its tokens, and earn and cost as much as a real pass would. The balance
+    stays between -`CREDIT` and `CREDIT`, so that the past is soon forgotten.
     """
 
     def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=9)  # seconds of the latest
-        self._price = 0.0  # steps that the latest pass took as long as
+        self._steps: deque[float] = deque(maxlen=9)  # seconds of the latest steps
+        self._price = 0.0  # time of the latest pass, in steps
         self._balance = CREDIT
 
     @property
     def is_open(self) -> bool:
-        """Whether to speculate now: not before a step has shown what it costs."""
+        """True if speculation should be used now. It is False until a plain step was measured."""
         return len(self._steps) > 0 and self._balance > 0
 
     def add_step(self, seconds: float) -> None:
@@ -76,32 +76,32 @@ class Account:
         self._steps.append(seconds)
 
     def add_pass(self, tokens: int, seconds: float) -> None:
-        """Count a pass over proposed tokens, and how many tokens of each row it gave."""
+        """Count a pass over proposed tokens, which gave `tokens` tokens of each row."""
         price = seconds / max(statistics.median(self._steps), 1e-9)
         self._add(tokens - price)
-        self._price = min(price, WIDTH)  # more, and even a perfect guess could not open the account again
+        self._price = min(price, PASS_TOKENS)  # With a higher price, even perfect guesses could not open the account.
 
     def add_watched(self, tokens: int) -> None:
-        """Count a pass that was not made, and how many tokens it would have given."""
+        """Count a pass that was not made, which would have given `tokens` tokens of each row."""
         self._add(tokens - self._price)
-        if tokens == WIDTH:
-            self._price *= FADING
+        if tokens == PASS_TOKENS:
+            self._price *= PRICE_DECAY
 
     def _add(self, gain: float) -> None:
         self._balance = max(-CREDIT, min(self._balance + gain, CREDIT))
 
 
 class Speculation:
-    """What to propose for the rows of a batch, and whether it turned out right.
+    """Proposes tokens for the rows of a batch, and keeps the account of how many were right.
 
-    All rows advance together, so a proposal serves as far as it is right for every row that still goes on.
+    All rows advance together, so a proposal is used only as far as it is right for every unfinished row.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.account = Account()
         self._texts = [NGrams(text) for text in texts]
-        self._watched: Tokens | None = None  # a proposal that plain decoding has borne out so far
-        self._right = 0  # how many of its tokens
+        self._watched: Tokens | None = None  # a proposal that plain decoding has confirmed so far
+        self._right = 0  # the number of its tokens that are confirmed
 
     def append(self, tokens: Tokens, alive: Sequence[bool]) -> None:
         """Add the next token of each row [batch]."""
@@ -114,9 +114,9 @@ class Speculation:
                 self._watched = None
 
     def propose(self, alive: Sequence[bool]) -> Tokens | None:
-        """Return proposed tokens [batch, WIDTH - 1] for the rows that are `alive`, and anything for the others.
+        """Return proposed tokens [batch, PASS_TOKENS - 1] for the rows that are `alive`, and zeros for the others.
 
-        None if speculation does not pay now, or one of those rows has no proposal.
+        Return None if speculation does not save time now, or if one of those rows has no proposal.
         """
         if self.account.is_open:
             self._watched = None
@@ -126,9 +126,9 @@ class Speculation:
         return None
 
     def _look_up(self, alive: Sequence[bool]) -> Tokens | None:
-        proposed = np.zeros((len(self._texts), WIDTH - 1), dtype=np.int32)
+        proposed = np.zeros((len(self._texts), PASS_TOKENS - 1), dtype=np.int32)
         for row in np.flatnonzero(alive):
-            tokens = self._texts[row].propose(WIDTH - 1)
+            tokens = self._texts[row].propose(PASS_TOKENS - 1)
             if tokens is None:
                 return None
             proposed[row] = tokens
@@ -136,5 +136,5 @@ class Speculation:
 
 
 def agree(tokens: Tokens, proposed: Tokens, place: int, alive: Sequence[bool]) -> bool:
-    """Whether the tokens [batch] are those at one place of `proposed` [batch, n], in every row that is `alive`."""
+    """Return whether tokens [batch] equal column `place` of `proposed` [batch, n] in every row that is `alive`."""
     return place < proposed.shape[1] and bool(np.all((tokens == proposed[:, place])[alive]))

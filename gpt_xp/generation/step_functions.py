@@ -1,4 +1,4 @@
-"""The programs that generation runs: pure functions, which a backend may compile."""
+"""The functions that generation runs on the device. They are pure, so a backend may compile them."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def next_token_logits(
 ) -> tuple[Array, KVCache]:
     """Return logits [batch, n_vocab], at least float32, after the first `count` of tokens [batch, n_seq].
 
-    The other tokens are padding. They are written into the cache too, where nothing looks at them, and the next tokens
+    The other tokens are padding. They are written to the cache too, but no token sees them, and the next tokens
     overwrite them.
     """
     x, after = hidden_states(params, tokens, config, cache, xp)  # [batch, n_seq, n_embd]
@@ -35,13 +35,13 @@ def prompt_logits(
 def candidate_logits(
     params: Params, tokens: Array, cache: KVCache, config: GPT2Config, xp: Namespace
 ) -> tuple[list[Array], KVCache]:
-    """Return the same as a list of [batch, n_vocab], one for each of the n_seq tokens of a row."""
+    """Return the logits of `prompt_logits` as a list of [batch, n_vocab], one for each of the n_seq tokens."""
     logits, cache = prompt_logits(params, tokens, cache, config, xp)
     return [logits[:, position, :] for position in range(tokens.shape[1])], cache
 
 
 def mark(seen: Array, token: Array, xp: Namespace) -> Array:
-    """Return `seen` [batch, n_vocab], which tokens each row holds, with one more token [batch] int32 of each row."""
+    """Return `seen` [batch, n_vocab] with one more token [batch] int32 marked in each row."""
     ids = xp.arange(seen.shape[1], dtype=xp.int32, device=device_of(seen))
     return seen | (ids == token[:, None])
 
@@ -59,9 +59,9 @@ def decode_steps(
     xp: Namespace,
     **filters: Any,
 ) -> tuple[Choice, tuple[KVCache, Array | None]]:
-    """Decode `k` more tokens after `token` [batch] int32: return a `Choice` of [k, batch] each, the cache, and `seen`.
+    """Decode `k` more tokens after `token` [batch] int32; return a `Choice` of [k, batch], the cache, and `seen`.
 
-    `noise` is [k, batch, n_vocab]. `decode_block` is the backend's; the other arguments are those of `choose`.
+    `noise` is [k, batch, n_vocab]. `decode_block` is the backend's. The other arguments are those of `choose`.
     """
     first = cache.position
 

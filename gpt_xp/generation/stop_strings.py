@@ -1,4 +1,4 @@
-"""From tokens, one at a time, to text that can be shown at once."""
+"""Decodes tokens to text one at a time, and finds stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from gpt_xp.tokenizer.bpe import Tokenizer
 
 
 class TextStream:
-    """The text of one row, released as early as is safe.
+    """The text of one row, released as early as possible.
 
-    Only whole characters are released: a token may end inside a UTF-8 sequence. And of the end of the text, whatever
-    may be the beginning of a stop string is held back until the next token shows whether it is.
+    Only whole characters are released, because a token may end inside a UTF-8 sequence. If the end of the text may be
+    the beginning of a stop string, it is held back until the next tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
@@ -21,11 +21,11 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Return the text that this token releases, often none; sets `stopped` when a stop string is complete."""
+        """Return the text that this token releases, which may be empty. Set `stopped` if a stop string is complete."""
         return "" if self._tokenizer is None else self._release(self._tokenizer.token_bytes(token), final=False)
 
     def finish(self) -> str:
-        """Return what was held back, at the end of the text."""
+        """Return the text that was held back, at the end of the generation."""
         return "" if self.stopped else self._release(b"", final=True)
 
     def _release(self, new: bytes, final: bool) -> str:
@@ -41,5 +41,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are also the beginning of `stop`."""
+    """Return the number of characters at the end of `text` that are also the beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

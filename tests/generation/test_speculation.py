@@ -21,7 +21,7 @@ from small_models import CONFIGS, small_params, small_tokens
 from gpt_xp import Backend, Generation, GPT2Config, Model
 from gpt_xp.cli.report import add_stats, stats_line
 from gpt_xp.generation import decoder, speculation
-from gpt_xp.generation.speculation import CREDIT, LONGEST, SHORTEST, WIDTH, Account, NGrams
+from gpt_xp.generation.speculation import CREDIT, LONGEST_NGRAM, PASS_TOKENS, SHORTEST_NGRAM, Account, NGrams
 from gpt_xp.tolerances import TOLERANCE
 
 FILTERS = {"temperature": 0.8, "top_k": 23, "top_p": 0.9, "min_p": 0.01, "seed": 5}
@@ -39,7 +39,7 @@ OPTIONS = {
 
 def looked_up(text: list[int], count: int) -> list[int] | None:
     """The definition of a proposal, by looking through the whole text."""
-    for n in range(LONGEST, SHORTEST - 1, -1):
+    for n in range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1):
         for begin in range(len(text) - n - 1, -1, -1):
             if len(text) > n and text[begin : begin + n] == text[-n:]:
                 longer = list(text)
@@ -73,8 +73,8 @@ def test_all_rows_that_go_on_must_have_a_proposal() -> None:
     guesses.account.add_step(1.0)
     proposed = guesses.propose([True, False])
     assert proposed is not None
-    assert proposed.shape == (2, WIDTH - 1)
-    assert proposed[0].tolist() == [3, 1, 2, 3, 1, 2, 3][: WIDTH - 1]
+    assert proposed.shape == (2, PASS_TOKENS - 1)
+    assert proposed[0].tolist() == [3, 1, 2, 3, 1, 2, 3][: PASS_TOKENS - 1]
     assert guesses.propose([True, True]) is None
 
 
@@ -109,9 +109,9 @@ def test_a_step_is_measured_before_anything_is_proposed() -> None:
 
 
 def test_it_goes_on_where_it_pays() -> None:
-    seconds, passes = decode(lambda place: WIDTH - 1, price=2.5, n_tokens=80 * WIDTH)
+    seconds, passes = decode(lambda place: PASS_TOKENS - 1, price=2.5, n_tokens=80 * PASS_TOKENS)
     assert passes == 79  # the first step is a plain one
-    assert seconds == WIDTH + 2.5 * 79
+    assert seconds == PASS_TOKENS + 2.5 * 79
 
 
 @pytest.mark.parametrize("price", [1.5, 2.5, 7.0, 100.0])
@@ -122,13 +122,13 @@ def test_it_stops_where_it_loses(price: float) -> None:
 
 
 def test_a_text_that_repeats_opens_it_again_at_once() -> None:
-    seconds, _ = decode(lambda place: 0 if place < 1000 else WIDTH - 1, price=2.5)
-    assert seconds <= 1000 + CREDIT + 2.5 + WIDTH + 2.5 * 1000 / WIDTH
+    seconds, _ = decode(lambda place: 0 if place < 1000 else PASS_TOKENS - 1, price=2.5)
+    assert seconds <= 1000 + CREDIT + 2.5 + PASS_TOKENS + 2.5 * 1000 / PASS_TOKENS
 
 
 def test_an_old_gain_pays_for_no_long_loss() -> None:
-    seconds, _ = decode(lambda place: WIDTH - 1 if place < 1000 else 0, price=2.5)
-    assert seconds <= WIDTH + 2.5 * 1000 / WIDTH + 1000 + CREDIT + 2.5
+    seconds, _ = decode(lambda place: PASS_TOKENS - 1 if place < 1000 else 0, price=2.5)
+    assert seconds <= PASS_TOKENS + 2.5 * 1000 / PASS_TOKENS + 1000 + CREDIT + 2.5
 
 
 @given(st.floats(0, 1), st.floats(0.5, 9), st.integers(0, 2**32))
@@ -137,21 +137,21 @@ def test_it_loses_little_and_gains_most_of_what_there_is(chance: float, price: f
     draw = random.Random(seed)
 
     def accepted(place: int) -> int:
-        return next((n for n in range(WIDTH - 1) if draw.random() >= chance), WIDTH - 1)
+        return next((n for n in range(PASS_TOKENS - 1) if draw.random() >= chance), PASS_TOKENS - 1)
 
     seconds, _ = decode(accepted, price, n_tokens=1000)
-    always = 1000 * price / sum(chance**n for n in range(WIDTH))  # if every proposal were taken up
-    assert seconds <= 1.25 * min(1000, always) + 2 * price + WIDTH
+    always = 1000 * price / sum(chance**n for n in range(PASS_TOKENS))  # if every proposal were taken up
+    assert seconds <= 1.25 * min(1000, always) + 2 * price + PASS_TOKENS
 
 
 def test_a_price_of_a_bad_moment_does_not_stand() -> None:
     account = Account()
     account.add_step(1.0)
-    account.add_pass(WIDTH, 1000.0)
+    account.add_pass(PASS_TOKENS, 1000.0)
     assert not account.is_open
     watched = 0
     while not account.is_open:
-        account.add_watched(WIDTH)
+        account.add_watched(PASS_TOKENS)
         watched += 1
     assert watched < 10
 
@@ -165,7 +165,7 @@ def test_proposals_are_watched_while_it_is_off() -> None:
         guesses.append(np.array([next(said)]), [True])
         appended += 1
     # The first proposal comes after the second "1 2", and is borne out by all its tokens and one more.
-    assert appended == 2 + WIDTH
+    assert appended == 2 + PASS_TOKENS
 
 
 def test_one_slow_step_decides_nothing() -> None:
@@ -293,10 +293,11 @@ def test_wrong_guesses_cost_time_and_no_more(errs: Iterable[int], prophesy: Call
     assert stats.generated_tokens == 30
     if errs == range(30):
         assert stats.accepted_tokens == 0
-    if errs == ():  # passes give WIDTH tokens each, of which the last is not a proposed one; prefill gave the first
-        passes, rest = divmod(30 - 1, WIDTH)
-        assert stats.proposed_tokens == (passes + 1) * (WIDTH - 1)
-        assert stats.accepted_tokens == passes * (WIDTH - 1) + rest
+    if errs == ():
+        # Each pass gives PASS_TOKENS tokens, of which the last was not proposed. Prefill gave the first token.
+        passes, rest = divmod(30 - 1, PASS_TOKENS)
+        assert stats.proposed_tokens == (passes + 1) * (PASS_TOKENS - 1)
+        assert stats.accepted_tokens == passes * (PASS_TOKENS - 1) + rest
 
 
 class Agreeable(np.ndarray):
@@ -338,7 +339,7 @@ def test_the_end_token_in_the_middle_of_what_is_accepted(prophesy: Callable[...,
         assert on.token_ids == free.token_ids
 
 
-@pytest.mark.parametrize("max_tokens", range(1, 2 * WIDTH + 3))
+@pytest.mark.parametrize("max_tokens", range(1, 2 * PASS_TOKENS + 3))
 def test_max_tokens_in_the_middle_of_what_is_accepted(max_tokens: int, prophesy: Callable[..., None]) -> None:
     model, tokens = small(make_backend("numpy")), small_tokens("prime")[0, :5].tolist()
     plain = model.generate(tokens, max_tokens=30)
@@ -384,7 +385,7 @@ def test_the_price_decides_on_speed_alone(cost: float, most: int, monkeypatch: p
     plain = model.generate(prompt, max_tokens=100)
     ours = model.generate(prompt, max_tokens=100, speculate=True)
     assert_same([ours], [plain], model)
-    passes = ours.stats.proposed_tokens // (WIDTH - 1)
+    passes = ours.stats.proposed_tokens // (PASS_TOKENS - 1)
     assert 1 <= passes <= most
     if cost < 1:
         assert passes > 5
@@ -413,7 +414,7 @@ def test_jax_compiles_one_more_program(monkeypatch: pytest.MonkeyPatch, always: 
     for speculate in (False, True, True, False):
         model.generate(prompt, max_tokens=100, speculate=speculate)
     plain = ["next_token_logits (1, 16) 128", "next_token_logits (1, 1) 128"]
-    assert traced == [*plain, f"candidate_logits (1, {WIDTH}) 128"]
+    assert traced == [*plain, f"candidate_logits (1, {PASS_TOKENS}) 128"]
     assert model.generate(prompt, max_tokens=100, speculate=True).stats.compile_seconds == 0
 
 
