@@ -4,9 +4,9 @@
 
 It measures each matrix of a model, in float32 and float16, with 1 and 8 rows. `thin` is the kernel in use, `split` the
 prepared one (`GPT_XP_CUPY_KERNELS=split`), and `cuBLASLt` NVIDIA's library, if nvmath-python is installed (`pip install
-nvmath-python`). All are compared with float64 first. They are captured in a CUDA graph, as in a step, over so many copies
-of the matrix that the GPU's cache cannot hold them. Times are medians of 15 replays. "of a copy" is the fraction of the
-bandwidth that a copy of 4 GB reaches, read and written. This script has not been run on a GPU yet.
+nvmath-python`). All are compared with float64 first. They are captured in a CUDA graph, as in a step, over so many
+copies of the matrix that the GPU's cache cannot hold them. Times are medians of 15 replays. "of a copy" is the fraction
+of the bandwidth that a copy of 4 GB reaches, read and written. This script has not been run on a GPU yet.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""A decode step that is recorded once and replayed, for any runner that can.
+"""Record a decode step once, and replay it.
 
-The first step with certain arrays is traced and recorded, later ones are replayed. A recording is fixed to the arrays
-that it reads and writes, and to every number of the host's. So the tokens, the position and the start of each row are
-copied into arrays of the recording's own, and another cache needs another recording.
+The first step with certain arrays is traced and recorded, and later steps are replayed. A recording is fixed to the
+arrays that it reads and writes, and to every number of the host. So the tokens, the position and the start of each row
+are copied into arrays that belong to the recording. Another cache needs another recording.
 
-Recordings are mistrusted: the first of its kind is used only after one step through it has given the logits of the same
-step without it, and until then the cache is put back as it was. Where anything goes wrong, steps are computed without
-recordings from then on, and a warning says why.
+The first recording of its kind is used only if a step through it gives the logits of the same step without it. Until
+then the cache is put back. If anything goes wrong, later steps are computed without recordings, and a warning says why.
 """
 
 import warnings
@@ -22,9 +21,9 @@ Step = Callable[..., tuple[Array, KVCache]]
 
 
 class GraphGuard:
-    """Decides whether steps are recorded, for all functions of a backend; `problem` says why they are not.
+    """Decides whether steps are recorded, for all functions of a backend. `problem` says why they are not.
 
-    `consequence` and `switch` are for the warning: the effect, and the setting that turns recording off.
+    The warning names `consequence` (the effect) and `switch` (the setting that turns recording off).
     """
 
     def __init__(self, problem: str | None, consequence: str, switch: str) -> None:
@@ -46,7 +45,7 @@ class GraphGuard:
 
 
 class Recording(Protocol):
-    """A step that can be run again on the same arrays. `output` is an array of its own."""
+    """A step that can be run again on the same arrays, and writes its result to `output`."""
 
     output: Array
 
@@ -75,7 +74,7 @@ class TracedLayer(LayerCache):
     """A layer of the cache in a step that is traced."""
 
     def append(self, k: Any, v: Any, xp: Any) -> "LayerCache":
-        """Write keys and values [batch, n_head, n_seq, d_head]: of one token by one call, where the runner has it."""
+        """Write keys and values [batch, n_head, n_seq, d_head]; those of one token by one call if the runner has it."""
         return self if xp.append(self, k, v) else super().append(xp.computed(k), xp.computed(v), xp)
 
 
@@ -155,7 +154,7 @@ class CapturedStep:
     def __call__(
         self, params: Params, tokens: Array, cache: KVCache, *rest: Any, xp: Namespace, **options: Any
     ) -> tuple[Array, KVCache]:
-        """Return what the function does."""
+        """Return the result of the function."""
 
         def step(tokens: Array, cache: KVCache, xp: Namespace = xp) -> tuple[Array, KVCache]:
             return self._function(params, tokens, cache, *rest, xp=xp, **options)
@@ -174,7 +173,7 @@ class CapturedStep:
         return self._compare(bound, step, tokens, cache)
 
     def _record(self, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Take a step, and record it: by the run before the recording, where one of its kind was right before."""
+        """Record a step. Return the output of its run if the kind is trusted, and of a plain step if it is not."""
         self._bound = [each for each in self._bound if each.is_alive()]
         trusted = bound.kind in self._guard.agreed
         logits = self._attempt(lambda: bound.record(step, tokens, cache), cache, restore=not trusted)
@@ -185,7 +184,7 @@ class CapturedStep:
         return step(tokens, cache)
 
     def _compare(self, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Take a step without the recording, and trust its kind if it gives the same logits."""
+        """Take a plain step, and trust the kind of the recording if it gives the same logits."""
         replayed = self._attempt(lambda: bound.replay(tokens, cache)[0], cache, restore=True)
         logits, after = step(tokens, cache)  # last, so that the cache is as this step leaves it
         if replayed is not None:
@@ -198,13 +197,13 @@ class CapturedStep:
         return logits, after
 
     def _attempt(self, action: Callable[[], Array], cache: KVCache, restore: bool) -> Array | None:
-        """Return the array that an action makes, or None where it fails. Put the cache back if `restore` says so."""
+        """Return the array that an action makes, or None if it fails. Put the cache back if `restore` is set."""
         before: list[tuple[Array, Array]] = []
         try:
             if restore:
                 before = [(k.copy(), v.copy()) for k, v in cache.layers]
             return action()
-        except Exception as error:  # Whatever it is, a step without a recording can still be taken.
+        except Exception as error:  # After any error a plain step is still possible.
             self._bound = []
             self._guard.disable(f"{type(error).__name__}: {error}", error)
             return None
