@@ -56,8 +56,8 @@ def blas_threads() -> int:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models reach every way to compute a product, and attention by heads."""
-    monkeypatch.setattr(numpy_backend, "PART", 5)
-    monkeypatch.setattr(numpy_backend, "SCORES", 64)
+    monkeypatch.setattr(numpy_backend, "PART_COLUMNS", 5)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 64)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
@@ -93,7 +93,7 @@ def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: Non
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [*ROWS, 29, 32, 33])
 def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, transposed: bool) -> None:
-    monkeypatch.setattr(numpy_backend, "PART", 5)
+    monkeypatch.setattr(numpy_backend, "PART_COLUMNS", 5)
     multiplied: list[int] = []
     original = np.matmul
 
@@ -121,7 +121,7 @@ def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, tr
 def test_attention_by_heads_is_attention(
     monkeypatch: pytest.MonkeyPatch, scores: int, mask_shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(numpy_backend, "SCORES", scores)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", scores)
     random = np.random.RandomState(scores % 97)
     q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
     mask = np.where(random.standard_normal(mask_shape) > 0, 0, np.finfo(np.float32).min).astype(np.float32)
@@ -145,7 +145,7 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
         return original(x, xp)
 
     monkeypatch.setattr(transformer, "softmax", spy)
-    monkeypatch.setattr(numpy_backend, "SCORES", 2 * 5 * 37)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 2 * 5 * 37)
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
