@@ -2,12 +2,11 @@
 
     python benchmarks/gpu_products.py --size 124M
 
-For each matrix of a model, in float32 and float16, with 1 and 8 rows: `thin` is the kernel that is used, `split` the
-one that is prepared (`GPT_XP_CUPY_KERNELS=split`), and `cuBLASLt` NVIDIA's library by nvmath-python, where that is
-installed (`pip install nvmath-python`). All are held against float64 first. They are captured in a CUDA graph, as in a
-step, over so many copies of the matrix that the GPU's cache does not hold them. Medians of 15 replays; "of a copy" is
-the part of the bandwidth that a copy of 4 GB reaches, read and written. Not run yet: there was no GPU where it was
-written.
+It measures each matrix of a model, in float32 and float16, with 1 and 8 rows. `thin` is the kernel in use, `split` the
+prepared one (`GPT_XP_CUPY_KERNELS=split`), and `cuBLASLt` NVIDIA's library, if nvmath-python is installed (`pip install
+nvmath-python`). All are compared with float64 first. They are captured in a CUDA graph, as in a step, over so many
+copies of the matrix that the GPU's cache cannot hold them. Times are medians of 15 replays. "of a copy" is the fraction
+of the bandwidth that a copy of 4 GB reaches, read and written. This script has not been run on a GPU yet.
 """
 
 import argparse

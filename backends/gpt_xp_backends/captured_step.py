@@ -1,12 +1,11 @@
-"""A decode step that is recorded once and replayed, for any runner that can.
+"""Record a decode step once, and replay it.
 
-The first step with certain arrays is traced and recorded, later ones are replayed. A recording is fixed to the arrays
-that it reads and writes, and to every number of the host's. So the tokens, the position and the start of each row are
-copied into arrays of the recording's own, and another cache needs another recording.
+The first step with certain arrays is traced and recorded, and later steps are replayed. A recording is fixed to the
+arrays that it reads and writes, and to every number of the host. So the tokens, the position and the start of each row
+are copied into arrays that belong to the recording. Another cache needs another recording.
 
-Recordings are mistrusted: the first of its kind is used only after one step through it has given the logits of the same
-step without it, and until then the cache is put back as it was. Where anything goes wrong, steps are computed without
-recordings from then on, and a warning says why.
+The first recording of its kind is used only if a step through it gives the logits of the same step without it. Until
+then the cache is put back. If anything goes wrong, later steps are computed without recordings, and a warning says why.
 """
 
 import warnings
@@ -22,9 +21,9 @@ Step = Callable[..., tuple[Array, KVCache]]
 
 
 class GraphGuard:
-    """Decides whether steps are recorded, for all functions of a backend; `problem` says why they are not.
+    """Decides whether steps are recorded, for all functions of a backend. `problem` says why they are not.
 
-    `consequence` and `switch` are for the warning: the effect, and the setting that turns recording off.
+    The warning names `consequence` (the effect) and `switch` (the setting that turns recording off).
     """
 
     def __init__(self, problem: str | None, consequence: str, switch: str) -> None:
@@ -46,7 +45,7 @@ class GraphGuard:
 
 
 class Recording(Protocol):
-    """A step that can be run again on the same arrays. `output` is an array of its own."""
+    """A step that can be run again on the same arrays, and writes its result to `output`."""
 
     output: Array
 
@@ -75,7 +74,7 @@ class TracedLayer(LayerCache):
     """A layer of the cache in a step that is traced."""
 
     def append(self, k: Any, v: Any, xp: Any) -> "LayerCache":
-        """Write keys and values [batch, n_head, n_seq, d_head]: of one token by one call, where the runner has it."""
+        """Write keys and values [batch, n_head, n_seq, d_head]; those of one token by one call if the runner has it."""
         return self if xp.append(self, k, v) else super().append(xp.computed(k), xp.computed(v), xp)
 
 
@@ -90,18 +89,37 @@ class TracedCache(KVCache):
 class BoundStep:
     """A recording of some kind, and the arrays that it is bound to."""
 
-    def __init__(self, kind: Any, params: Params, cache: KVCache) -> None:
-        self.kind = kind
-        self._params = params  # Another object could take the place of its id.
-        # Not kept alive: a cache is the largest array there is.
-        self._buffers = [weakref.ref(x if x.base is None else x.base) for layer in cache.layers for x in layer]
+    def __init__(self, runner: Runner, params: Params, tokens: Array, cache: KVCache, static: Any) -> None:
+        self._runner, self._params, self._static = runner, params, (tokens.shape, static)
+        arrays = _arrays(cache)
+        self._layout = [self._place(x) for x in arrays]
+        # No array is kept alive: a cache is the largest array there is.
+        self._views = [weakref.ref(x) for x in arrays]
+        self._buffers = [weakref.ref(x if x.base is None else x.base) for x in arrays]
+        self.kind = *self._static, cache.n_slots, str(arrays[0].dtype)
+
+    def _place(self, x: Array) -> tuple[Any, ...]:
+        return self._runner.address(x), x.shape, x.strides
 
     def is_alive(self) -> bool:
         """Return whether there can be another step with its cache."""
         return all(buffer() is not None for buffer in self._buffers)
 
-    def record(self, runner: Runner, step: Step, tokens: Array, cache: KVCache) -> Array:
+    def is_for(self, params: Params, tokens: Array, cache: KVCache, static: Any) -> bool:
+        """Return whether it reads and writes these arrays, and was recorded with these settings."""
+        if params is not self._params or (tokens.shape, static) != self._static:
+            return False
+        arrays = _arrays(cache)
+        if all(view() is x for view, x in zip(self._views, arrays, strict=True)):
+            return True  # To ask each array for its address and strides takes ten times as long.
+        if not self.is_alive() or any(self._place(x) != place for x, place in zip(arrays, self._layout, strict=True)):
+            return False
+        self._views = [weakref.ref(x) for x in arrays]
+        return True
+
+    def record(self, step: Step, tokens: Array, cache: KVCache) -> Array:
         """Run `step(tokens, cache, xp)` once, which writes into the cache, and record it. Return its output."""
+        runner = self._runner
         self._tokens, self._start, self._latest_start = tokens.copy(), cache.start.copy(), cache.start
         self._position = runner.xp.full((), cache.position, dtype=runner.xp.int32)
         own = TracedCache(cache.layers, self._position, self._start)
@@ -118,6 +136,10 @@ class BoundStep:
         return self._recording.output.copy(), cache._replace(position=cache.position + 1)
 
 
+def _arrays(cache: KVCache) -> list[Array]:
+    return [x for layer in cache.layers for x in layer]
+
+
 class CapturedStep:
     """`function(params, tokens, cache, ..., xp=)` -> (logits, cache), replayed where it decodes one token of each row.
 
@@ -127,12 +149,12 @@ class CapturedStep:
 
     def __init__(self, function: Step, runner: Runner, guard: GraphGuard) -> None:
         self._function, self._runner, self._guard = function, runner, guard
-        self._bound: dict[Any, BoundStep] = {}
+        self._bound: list[BoundStep] = []
 
     def __call__(
         self, params: Params, tokens: Array, cache: KVCache, *rest: Any, xp: Namespace, **options: Any
     ) -> tuple[Array, KVCache]:
-        """Return what the function does."""
+        """Return the result of the function."""
 
         def step(tokens: Array, cache: KVCache, xp: Namespace = xp) -> tuple[Array, KVCache]:
             return self._function(params, tokens, cache, *rest, xp=xp, **options)
@@ -142,30 +164,27 @@ class CapturedStep:
         (batch, n_seq), max_rows = tokens.shape, self._runner.max_rows
         if self._guard.problem or not can_be_recorded or n_seq != 1 or batch > max_rows:
             return step(tokens, cache)
-        static = rest, tuple(sorted(options.items()))
-        arrays = tuple((self._runner.address(x), x.shape, x.strides) for layer in cache.layers for x in layer)
-        key = id(params), tokens.shape, static, arrays
-        bound = self._bound.get(key)
-        if bound is None or not bound.is_alive():
-            kind = self._function, tokens.shape, static, arrays[0][1], str(cache.layers[0][0].dtype)
-            return self._record(key, BoundStep(kind, params, cache), step, tokens, cache)
+        static = self._function, rest, tuple(sorted(options.items()))
+        bound = next((each for each in self._bound if each.is_for(params, tokens, cache, static)), None)
+        if bound is None:
+            return self._record(BoundStep(self._runner, params, tokens, cache, static), step, tokens, cache)
         if bound.kind in self._guard.agreed:
             return bound.replay(tokens, cache)
         return self._compare(bound, step, tokens, cache)
 
-    def _record(self, key: Any, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Take a step, and record it: by the run before the recording, where one of its kind was right before."""
-        self._bound = {each: other for each, other in self._bound.items() if other.is_alive()}
+    def _record(self, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Record a step. Return the output of its run if the kind is trusted, and of a plain step if it is not."""
+        self._bound = [each for each in self._bound if each.is_alive()]
         trusted = bound.kind in self._guard.agreed
-        logits = self._attempt(lambda: bound.record(self._runner, step, tokens, cache), cache, restore=not trusted)
+        logits = self._attempt(lambda: bound.record(step, tokens, cache), cache, restore=not trusted)
         if logits is not None:
-            self._bound[key] = bound
+            self._bound.append(bound)
             if trusted:
                 return logits, cache._replace(position=cache.position + 1)
         return step(tokens, cache)
 
     def _compare(self, bound: BoundStep, step: Step, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Take a step without the recording, and trust its kind if it gives the same logits."""
+        """Take a plain step, and trust the kind of the recording if it gives the same logits."""
         replayed = self._attempt(lambda: bound.replay(tokens, cache)[0], cache, restore=True)
         logits, after = step(tokens, cache)  # last, so that the cache is as this step leaves it
         if replayed is not None:
@@ -173,19 +192,19 @@ class CapturedStep:
             if error <= TOLERANCE["logits", bound.kind[-1]] * largest:
                 self._guard.agreed.add(bound.kind)
             else:
-                self._bound = {}
+                self._bound = []
                 self._guard.disable(f"its logits differ by {error:.1e}, and the largest is {largest:.1e}")
         return logits, after
 
     def _attempt(self, action: Callable[[], Array], cache: KVCache, restore: bool) -> Array | None:
-        """Return the array that an action makes, or None where it fails. Put the cache back if `restore` says so."""
+        """Return the array that an action makes, or None if it fails. Put the cache back if `restore` is set."""
         before: list[tuple[Array, Array]] = []
         try:
             if restore:
                 before = [(k.copy(), v.copy()) for k, v in cache.layers]
             return action()
-        except Exception as error:  # Whatever it is, a step without a recording can still be taken.
-            self._bound = {}
+        except Exception as error:  # After any error a plain step is still possible.
+            self._bound = []
             self._guard.disable(f"{type(error).__name__}: {error}", error)
             return None
         finally:

@@ -1,7 +1,7 @@
-"""Expressions of a step as programs: a graph of nodes, of which one call computes all that waits.
+"""Make programs of the expressions of a step: a graph of nodes, of which one call computes all that wait.
 
-A node that is still referenced when an expression above it is computed is stored on the way, instead of being computed
-again. Arrays that nobody reads later may be written over.
+When an expression is computed, nodes below it that are still referenced are stored, so that they are not computed again.
+Arrays that nobody reads later may be written over.
 """
 
 import collections
@@ -13,8 +13,8 @@ import numpy as np
 from gpt_xp.types import Array
 
 
-class Step(NamedTuple):
-    """One function of numbered values: first the given arrays, then the results of the steps."""
+class Operation(NamedTuple):
+    """One function of numbered values: first the given arrays, then the results of the operations."""
 
     function: str  # add, subtract, multiply, divide, exp, sqrt, tanh, astype; max and sum of a row
     inputs: tuple[int | float, ...]  # int: the number of a value; float: a constant
@@ -26,7 +26,7 @@ class Program(NamedTuple):
     """An expression without its arrays: equal ones are compiled once."""
 
     given: tuple[tuple["np.dtype[Any]", bool], ...]  # dtype of each array, and whether it has one number for each row
-    steps: tuple[Step, ...]
+    operations: tuple[Operation, ...]
     outputs: tuple[int, ...]  # the numbers of the values that are stored
 
 
@@ -37,7 +37,7 @@ Compute: TypeAlias = Callable[[Program, list[Array], tuple[int, ...], frozenset[
 class Node:
     """A value of a step: an array, or a function of other nodes and of constants.
 
-    The function is one of `Step`, or "matmul" of two nodes, or "view": `changes` of the array of one node.
+    The function is one of `Operation`, or "matmul" of two nodes, or "view": `changes` of the array of one node.
     """
 
     __slots__ = (
@@ -70,25 +70,25 @@ class Node:
 
 def run(root: Node, compute: Compute) -> None:
     """Compute an expression, and store on the way the nodes of its shape that are still referenced."""
-    given, steps = _sorted(root)
-    number = {id(node): place for place, node in enumerate([*given, *steps])}
-    shape = np.broadcast_shapes(*{node.shape for node in (*given, *steps)})
+    given, operations = _sorted(root)
+    number = {id(node): place for place, node in enumerate([*given, *operations])}
+    shape = np.broadcast_shapes(*{node.shape for node in (*given, *operations)})
     width = shape[-1] if shape else 1
 
     def is_row(node: Node) -> bool:
         return width > 1 and node.shape[-1:] in ((), (1,))
 
-    outputs = [node for node in steps if node is root or (node.is_referenced() and node.shape == shape)]
+    outputs = [node for node in operations if node is root or (node.is_referenced() and node.shape == shape)]
     program = Program(
         given=tuple((node.dtype, is_row(node)) for node in given),
-        steps=tuple(
-            Step(node.function, tuple(each if type(each) is float else number[id(each)] for each in node.inputs),
+        operations=tuple(
+            Operation(node.function, tuple(each if type(each) is float else number[id(each)] for each in node.inputs),
                  node.dtype, is_row(node))
-            for node in steps
+            for node in operations
         ),
         outputs=tuple(number[id(node)] for node in outputs),
     )  # fmt: skip
-    arrays, reusable = [node.array for node in given], _reusable_inputs(given, steps, outputs)
+    arrays, reusable = [node.array for node in given], _reusable_inputs(given, operations, outputs)
     for node, array in zip(outputs, compute(program, arrays, shape, reusable), strict=True):
         node.array, node.inputs, node.buffer_is_private = array, (), True
 
@@ -96,29 +96,29 @@ def run(root: Node, compute: Compute) -> None:
 def _sorted(root: Node) -> tuple[list[Node], list[Node]]:
     """Return the nodes with an array below `root`, and those without: each after its inputs, once."""
     given: list[Node] = []
-    steps: list[Node] = []
-    _visit(root, set(), given, steps)
-    return given, steps
+    operations: list[Node] = []
+    _visit(root, set(), given, operations)
+    return given, operations
 
 
-def _visit(node: Node, seen: set[int], given: list[Node], steps: list[Node]) -> None:
+def _visit(node: Node, seen: set[int], given: list[Node], operations: list[Node]) -> None:
     # A closure would hold itself, and all arrays until Python's collector runs.
     if id(node) in seen:
         return
     seen.add(id(node))
     for each in node.inputs if node.array is None else ():
         if isinstance(each, Node):
-            _visit(each, seen, given, steps)
-    (steps if node.array is None else given).append(node)
+            _visit(each, seen, given, operations)
+    (operations if node.array is None else given).append(node)
 
 
-def _reusable_inputs(given: list[Node], steps: list[Node], outputs: list[Node]) -> frozenset[int]:
-    """Return the places of the given arrays that nobody reads after these steps: their memory may be written to."""
-    uses = collections.Counter(id(each) for node in steps for each in node.inputs if isinstance(each, Node))
+def _reusable_inputs(given: list[Node], operations: list[Node], outputs: list[Node]) -> frozenset[int]:
+    """Return the places of the given arrays that nobody reads after these operations: they may be written over."""
+    uses = collections.Counter(id(each) for node in operations for each in node.inputs if isinstance(each, Node))
 
     def is_done(node: Node) -> bool:
         return not node.is_referenced() and uses[id(node)] == node.n_uses
 
-    if not all(is_done(node) for node in steps if node not in outputs):
-        return frozenset()  # Another expression computes that step again, and reads its inputs.
+    if not all(is_done(node) for node in operations if node not in outputs):
+        return frozenset()  # Another expression computes that operation again, and reads its inputs.
     return frozenset(place for place, node in enumerate(given) if node.buffer_is_private and is_done(node))

@@ -1,4 +1,4 @@
-"""Trace a step: find the calls that it makes, each of as much work as can be done at once.
+"""Trace a step: find the calls that it makes, with as much work in each as possible.
 
 A library computes `0.5 * x * (1 + tanh(...))` function by function, and each result goes to memory and comes back. In
 the namespace `Tracer` the functions of single elements, the reductions over the last axis and the views return a
@@ -121,7 +121,7 @@ class Tracer:
         return TracedArray(node, self)
 
     def astype(self, x: Any, dtype: Any, *, copy: bool = True) -> Any:
-        """Change the dtype: of a traced array when it is computed, and of any other at once."""
+        """Change the dtype of a traced array when it is computed, and that of any other array at once."""
         if not isinstance(x, TracedArray):
             return self._xp.astype(x, dtype, copy=copy)
         return x if x.dtype == dtype else self.expression("astype", x, dtype=dtype)
@@ -148,7 +148,7 @@ class Tracer:
         return self.view(x, lambda each: each.transpose(axes))
 
     def view(self, x: Any, change: Callable[[Any], Any]) -> Any:
-        """Return what `change` makes of an array: of one that is not computed when that is."""
+        """Return the view that `change` makes of an array. If the array is not computed yet, the view waits too."""
         if not isinstance(x, TracedArray) or x._node.array is not None:
             return change(self.computed(x))
         whole, changes = (x._node.inputs[0], x._node.changes) if x._node.function == "view" else (x._node, ())
@@ -182,16 +182,16 @@ class Tracer:
     def append(self, layer: LayerCache, k: Any, v: Any) -> bool:
         """Write keys and values of one token into a layer by one call; return False where that is not possible.
 
-        It is where both are views of one expression: the queries, keys and values [rows, 3 * n_head * d_head].
+        It is possible where both are views of one expression: the queries, keys and values [rows, 3 * n_head * d_head].
         """
         whole, (batch, n_head, _, d_head) = _whole(k), k.shape
         if whole is None or whole is not _whole(v) or whole.shape != (batch, 3 * n_head * d_head):
             return False
+        if self._calls.append is None or not _can_append(layer, whole.dtype):
+            return False
         places = np.arange(math.prod(whole.shape)).reshape(whole.shape)
         right = places.reshape(batch, 3, n_head, 1, d_head)
         if not all(np.array_equal(x._node.viewed(places), right[:, i]) for i, x in ((1, k), (2, v))):
-            return False
-        if not (self._calls.append and _can_append(layer, whole.dtype)):
             return False
         self._run(whole, functools.partial(self._calls.append, *layer))
         return True
@@ -266,7 +266,7 @@ def _can_append(layer: LayerCache, dtype: Any) -> bool:
 
 
 def _undivided(node: Node) -> tuple[Node, float]:
-    """Return the dividend and the divisor where an array is divided by a number, and the node and 1 where it is not."""
+    """Return the dividend and the divisor of an array divided by a number. Otherwise return the node and 1."""
     match node:
         case Node(function="divide", array=None, inputs=(Node() as dividend, float() as divisor)) if (
             dividend.array is not None or dividend.function in ("view", "matmul")

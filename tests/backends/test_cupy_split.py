@@ -1,5 +1,5 @@
 """The products that are prepared for CuPy: 16 bytes at once, and sums split over blocks. Run as those of
-`test_cupy_kernels` are: on the CPU, by CUDA's compiler where it is installed, and by `pytest -m gpu`.
+`test_cupy_products` are: on the CPU, by CUDA's compiler where it is installed, and by `pytest -m gpu`.
 """
 
 import sys

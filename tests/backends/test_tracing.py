@@ -11,7 +11,7 @@ from cuda_by_numpy import evaluate
 from gpt_xp_backends import tracing
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.numpy_backend import namespace
-from gpt_xp_backends.programs import Program, Step
+from gpt_xp_backends.programs import Operation, Program
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 from hypothesis import given, settings
 from small_models import CONFIGS, small_params, small_tokens, tree_map
@@ -41,8 +41,8 @@ class Counting(Tracer):
     tanh = functools.partialmethod(expression, "tanh")
 
     @property
-    def computed_steps(self) -> int:
-        return sum(len(program.steps) for program in self.programs)
+    def computed_operations(self) -> int:
+        return sum(len(program.operations) for program in self.programs)
 
 
 def product(x: Any, w: Any, scale: float) -> Any:
@@ -69,11 +69,15 @@ def traced(xp: Tracer, *shape: int, dtype: str = "float64") -> TracedArray:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_functions_of_the_model_are_one_program_each(dtype: str) -> None:
     x, g, b = array(5, 7, dtype=dtype), array(7, dtype=dtype), array(11, 7, dtype=dtype)[3]
-    for function, n_steps in ((model.gelu, 9), (model.softmax, 5), (functools.partial(model.layer_norm, g=g, b=b), 11)):
+    for function, n_operations in (
+        (model.gelu, 9),
+        (model.softmax, 5),
+        (functools.partial(model.layer_norm, g=g, b=b), 11),
+    ):
         xp = Counting()
         found = xp.computed(function(traced(xp, 5, 7, dtype=dtype), xp=xp))
         assert_same(found, function(x.astype(np.float64), xp=PLAIN), dtype)
-        assert [len(program.steps) for program in xp.programs] == [n_steps]
+        assert [len(program.operations) for program in xp.programs] == [n_operations]
         assert xp.spiteful.n_spoiled == 1, "the product is nobody's"
 
 
@@ -98,7 +102,7 @@ def test_gpt2_is_the_same_and_computes_each_value_once(dtype: str, name: str, ca
     xp = Counting()
     assert_same(run_gpt2(xp, dtype, name, cached), run_gpt2(PLAIN, dtype, name, cached), dtype)
     n_passes, n_layer = 3 if cached else 1, CONFIGS[name].n_layer
-    assert xp.computed_steps == xp.noted - n_passes * n_layer, "the scale of attention is the product's"
+    assert xp.computed_operations == xp.noted - n_passes * n_layer, "the scale of attention is the product's"
     # In each layer: norm, shift of q, k, v, softmax, norm, and GELU; and the last norm. Stored besides are
     # the residual, and what `model` still has a name for: what attention adds to the residual.
     outputs = [1, 1, 1, 3, 1] + [2, 1, 1, 3, 1] * (n_layer - 1) + [1]
@@ -118,12 +122,12 @@ def test_what_is_held_is_stored_on_the_way_and_what_is_dropped_is_not() -> None:
     right = array(5, 7)
     np.testing.assert_array_equal(xp.computed(last), np.tanh((right + 1) * 2))
     [program] = xp.programs
-    assert [program.steps[number - 1].function for number in program.outputs] == ["add", "tanh"]
+    assert [program.operations[number - 1].function for number in program.outputs] == ["add", "tanh"]
     assert xp.computed(held) is xp.computed(held)
     assert xp.computed(last) is xp.computed(last)
     assert len(xp.programs) == 1
     np.testing.assert_array_equal(xp.computed(held * 3), (right + 1) * 3)
-    assert [step.function for step in xp.programs[1].steps] == ["multiply"]
+    assert [operation.function for operation in xp.programs[1].operations] == ["multiply"]
 
 
 @settings(max_examples=300, deadline=None)
@@ -136,7 +140,7 @@ BUGS = {
     "what is held": ("return not node.is_referenced() and uses", "return uses"),
     "what another expression reads": ("uses[id(node)] == node.n_uses", "True"),
     "uses are not counted": ("each.n_uses += 1", "each.n_uses = 1"),
-    "what a step computed again reads": ("if not all(is_done(node) for", "if not all(True for"),
+    "what an operation computed again reads": ("if not all(is_done(node) for", "if not all(True for"),
     "what is somebody else's": ("if node.buffer_is_private and is_done(node)", "if is_done(node)"),
     "what has escaped": ("x._node.buffer_is_private = False", "pass"),
     "operands the other way round": ('partialmethod(_after, "subtract")', 'partialmethod(_with, "subtract")'),
@@ -237,7 +241,7 @@ def test_arrays_without_axes() -> None:
 def test_the_oracle_of_programs_is_numpy() -> None:
     program = Program(
         ((np.dtype("float32"), False),),
-        (Step("astype", (0,), np.dtype("float64"), False), Step("sum", (1,), np.dtype("float64"), True)),
+        (Operation("astype", (0,), np.dtype("float64"), False), Operation("sum", (1,), np.dtype("float64"), True)),
         (2, 1),
     )
     total, wide = evaluate(program, [np.asarray([[0.5, 2], [3, 4]], dtype=np.float32)])

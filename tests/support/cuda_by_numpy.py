@@ -10,17 +10,17 @@ from gpt_xp_backends.programs import Program
 
 
 def evaluate(program: Program, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs of a program, each step by NumPy's function of its name."""
+    """The outputs of a program, each operation by NumPy's function of its name."""
     values = list(arrays)
-    for step in program.steps:
-        inputs = [each if isinstance(each, float) else values[each] for each in step.inputs]
-        if step.function == "astype":
+    for operation in program.operations:
+        inputs = [each if isinstance(each, float) else values[each] for each in operation.inputs]
+        if operation.function == "astype":
             value = inputs[0]
-        elif step.function in ("max", "sum"):
-            value = getattr(np, step.function)(inputs[0], axis=-1, keepdims=True)
+        elif operation.function in ("max", "sum"):
+            value = getattr(np, operation.function)(inputs[0], axis=-1, keepdims=True)
         else:
-            value = getattr(np, step.function)(*inputs)
-        values.append(np.asarray(value, dtype=step.dtype))
+            value = getattr(np, operation.function)(*inputs)
+        values.append(np.asarray(value, dtype=operation.dtype))
     return [values[number] for number in program.outputs]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_xp.types import Array
 from gpt_xp_backends.cupy_backend.kernels import TYPES, strides
-from gpt_xp_backends.programs import Compute, Program, Step
+from gpt_xp_backends.programs import Compute, Operation, Program
 
 NAME = "fused"
 THREADS = 256  # a power of two
@@ -75,7 +75,7 @@ def source(program: Program, appends: bool = False) -> str:
             lines += _of_row(values, number)
     columns, stores = [], []
     for number in program.outputs:
-        number_type = TYPES[str(_step(program, number).dtype)][0]
+        number_type = TYPES[str(_operation(program, number).dtype)][0]
         parameters.append(f"{number_type}* __restrict__ out{number}")
         if values[number].is_row:
             lines.append(f"if (thread == 0) out{number}[row] = ({number_type})v{number};")
@@ -84,7 +84,7 @@ def source(program: Program, appends: bool = False) -> str:
             stores.append(f"out{number}[(long long)row * n + i] = ({number_type})v{number};")
     if appends:
         [number] = columns
-        number_type = TYPES[str(_step(program, number).dtype)][0]
+        number_type = TYPES[str(_operation(program, number).dtype)][0]
         parameters.append(APPEND[0].format(number_type))
         stores.append(APPEND[1].format(number_type, number))
     lines += _loop(values, columns, stores) if columns else []
@@ -98,16 +98,16 @@ def _values(program: Program) -> list[_Value]:
     for place, (dtype, is_row) in enumerate(program.given):
         wide = TYPES[str(dtype)][1]
         values.append(_Value(wide, is_row, (), f"({wide})a{place}[{'0' if is_row else f'i * a{place}_in'}]"))
-    for step in program.steps:
-        wide = TYPES[str(step.dtype)][1]
-        inputs = tuple(each for each in step.inputs if isinstance(each, int))
-        operands = [_operand(values, each, wide) for each in step.inputs]
+    for operation in program.operations:
+        wide = TYPES[str(operation.dtype)][1]
+        inputs = tuple(each for each in operation.inputs if isinstance(each, int))
+        operands = [_operand(values, each, wide) for each in operation.inputs]
         reduction = None
-        if step.function in REDUCTIONS and step.is_row and not values[inputs[0]].is_row:
-            start, combined = REDUCTIONS[step.function]
+        if operation.function in REDUCTIONS and operation.is_row and not values[inputs[0]].is_row:
+            start, combined = REDUCTIONS[operation.function]
             reduction = start.format(f=SUFFIX[wide]), combined
-        expression = FUNCTIONS[step.function].format(*operands, f=SUFFIX[wide])
-        values.append(_Value(wide, step.is_row, inputs, expression, reduction))
+        expression = FUNCTIONS[operation.function].format(*operands, f=SUFFIX[wide])
+        values.append(_Value(wide, operation.is_row, inputs, expression, reduction))
     return values
 
 
@@ -117,8 +117,8 @@ def _operand(values: list[_Value], x: int | float, wide: str) -> str:
     return f"v{x}" if values[x].type == wide else f"({wide})v{x}"
 
 
-def _step(program: Program, number: int) -> Step:
-    return program.steps[number - len(program.given)]
+def _operation(program: Program, number: int) -> Operation:
+    return program.operations[number - len(program.given)]
 
 
 def _of_row(values: list[_Value], number: int) -> list[str]:
@@ -202,9 +202,9 @@ def _compute(
     _: frozenset[int],
 ) -> list[Array]:
     outer, middle, inner, n = (1,) * (4 - len(shape)) + shape
-    steps = [_step(program, number) for number in program.outputs]
-    outputs = [cupy.empty((*shape[:-1], 1 if step.is_row else n), dtype=step.dtype) for step in steps]
-    reduces = any(step.is_row and step.function in REDUCTIONS for step in program.steps)
+    stored = [_operation(program, number) for number in program.outputs]
+    outputs = [cupy.empty((*shape[:-1], 1 if each.is_row else n), dtype=each.dtype) for each in stored]
+    reduces = any(each.is_row and each.function in REDUCTIONS for each in program.operations)
     blocks = 1 if reduces else -(-n // THREADS)  # These share a row.
     arguments: list[Any] = [*map(np.int32, (n, middle, inner))]
     for array in arrays:
