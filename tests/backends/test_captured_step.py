@@ -125,3 +125,14 @@ def test_a_recording_keeps_no_cache_alive_and_is_dropped_after_it(step: Any, run
     step(cache_of(*buffers()))
     gc.collect()
     assert [made() is None for made in runner.made] == [True, False]
+
+
+def test_new_arrays_at_the_place_of_old_ones_are_others(
+    step: Any, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "address", lambda x: 4096)
+    arrays = buffers()
+    assert step(cache_of(*arrays)) == RECORD
+    del arrays
+    gc.collect()
+    assert step(cache_of(*buffers())) == RECORD

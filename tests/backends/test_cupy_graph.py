@@ -348,12 +348,28 @@ def test_what_a_cache_held_before_changes_nothing(cupy: FakeCuPy) -> None:
     del used
     again = backend.new_cache(*PRIME, 11, ONE_ROW)
     assert again.layers[0][0].ctypes.data == address
+    assert all((x == 0).all() for x in arrays_of(again))
     filled(again, 3)
     again = backend.grow_cache(again, 23)
     for x in arrays_of(again):
         assert x.shape[2] == 23
         assert (x[:, :, :11] == 3).all()
         assert (x[:, :, 11:] == 0).all()
+
+
+def test_a_longer_cache_is_made_when_the_kept_one_is_gone(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, original, alive = CuPyBackend(), kv_cache.new_cache, []
+    kept = [weakref.ref(x.base) for x in arrays_of(backend.new_cache(*PRIME, 11, ONE_ROW))]
+
+    def new_cache(*args: Any) -> KVCache:
+        alive.append(sum(each() is not None for each in kept))
+        return original(*args)
+
+    monkeypatch.setattr(kv_cache, "new_cache", new_cache)
+    backend.new_cache(*PRIME, 7, ONE_ROW)
+    assert alive == [], "it fits"
+    backend.new_cache(*PRIME, 23, ONE_ROW)
+    assert alive == [0]
 
 
 def test_a_cache_that_grows_is_never_there_twice(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:

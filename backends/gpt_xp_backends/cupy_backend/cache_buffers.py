@@ -25,11 +25,8 @@ class CacheBuffers:
         start = xp.asarray(start, dtype=xp.int32)
         kind = config, like.dtype, start.shape
         with self._lock:
-            if (
-                kind == self._kind
-                and n_slots <= self._n_slots()
-                and not any(view() is not None for view in self._views)
-            ):
+            are_free = all(view() is None for view in self._views)
+            if are_free and kind == self._kind and n_slots <= self._n_slots():
                 self._clear(0, n_slots)
             else:
                 self._kept = []  # before new ones are made: memory may not be enough for both
