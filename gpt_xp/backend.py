@@ -173,6 +173,8 @@ class Backend:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some attributes or methods replaced, for an experiment or a test."""
+        if unknown := [name for name in changes if not hasattr(self, name)]:
+            raise TypeError(f"a backend has no attribute or method {unknown[0]!r}")
         changed = copy.copy(self)
         vars(changed).update(changes)
         return changed

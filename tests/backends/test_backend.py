@@ -360,6 +360,13 @@ def test_a_backend_through_the_same_namespace_is_right(name: str) -> None:
     assert_values(model.logits(small_tokens(name))[:, ::3], GOLDENS[f"{name}/logits"], TOLERANCE["logits", "float32"])
 
 
+def test_what_a_backend_does_not_have_cannot_be_replaced() -> None:
+    backend = make_backend("numpy")
+    assert backend.replace(cache_slots=lambda n, n_ctx: 7).cache_slots(1, 2) == 7
+    with pytest.raises(TypeError, match="a backend has no attribute or method 'slots'"):
+        backend.replace(slots=lambda n, n_ctx: 7)
+
+
 # --- what is not installed --------------------------------------------------------------------------------------------
 
 
