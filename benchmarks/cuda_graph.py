@@ -21,10 +21,10 @@ from gpt_xp.benchmark.figures import Workload
 from gpt_xp.benchmark.results import Benchmark
 
 GRAPH, EAGER, TRANSFORMERS = "gpt-xp cupy", "gpt-xp cupy without a graph", "transformers cuda float32"
-TARGETS = {EAGER: None, TRANSFORMERS: 3.0}  # how many times as fast a graph shall be
+TARGETS = {EAGER: None, TRANSFORMERS: 3.0}  # A graph must be so many times as fast.
 VARIABLE, KERNELS = "GPT_XP_CUPY_GRAPH", "GPT_XP_CUPY_KERNELS"
 WORTH = 1.3  # Prepared kernels must make the graph so many times as fast to be kept.
-TIE = 1e-3  # a choice with a smaller margin may be another one after rounding
+TIE = 1e-3  # Rounding may change a choice with a smaller margin.
 N_NEW = 65
 
 

@@ -70,7 +70,7 @@ def write_random(path: Path, n_bytes: int) -> None:
 
 
 def serve(path: Path, rate: float | None) -> ThreadingHTTPServer:
-    """Serve one file from a thread; the kernel copies it (sendfile), in small pieces if there is a rate to keep."""
+    """Serve one file from a thread. The kernel copies it (sendfile), in small parts if the rate is limited."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

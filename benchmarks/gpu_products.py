@@ -82,7 +82,7 @@ def matmuls(cupy: Any) -> dict[str, Matmul]:
 
 
 def check(cupy: Any, name: str, matmul: Matmul) -> None:
-    """Raise `SystemExit` where a way to multiply is wrong."""
+    """Raise `SystemExit` if a way to multiply is wrong."""
     random = np.random.default_rng(1)
     for dtype, allowed in ALLOWED.items():
         x, w = (random.standard_normal(shape).astype(dtype) for shape in ((3, 768), (768, 2304)))

@@ -56,7 +56,7 @@ class Report:
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[list[str]]:
-        """Say whether what is done inside went well, with what was found; go on in any case."""
+        """Print whether the check inside succeeded, with its figures, and continue in any case."""
         found: list[str] = []
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -78,7 +78,7 @@ class Report:
 
 
 class Reference:
-    """The texts and logits of NumPy in float64."""
+    """Return the texts and logits of NumPy in float64."""
 
     def __init__(self) -> None:
         self.model = gpt_xp.load(MODEL, backend="numpy", dtype="float64")
@@ -146,7 +146,7 @@ def texts(report: Report, reference: Reference, model: gpt_xp.Model, name: str) 
 
 
 def check_graph(model: gpt_xp.Model, found: list[str]) -> None:
-    """Note what became of CuPy's graph. Raises `AssertionError` where it is not used."""
+    """Record the state of CuPy's graph. Raises `AssertionError` if it is not used."""
     verdict = model.backend.settings().get("cuda_graph")
     if verdict is not None:
         found.append(f"graph: {verdict}")
@@ -170,7 +170,7 @@ def shapes(report: Report, reference: Reference, model: gpt_xp.Model, name: str)
 
 
 def kernels(report: Report, reference: Reference, dtype: str) -> None:
-    """Check what is prepared for CuPy, each by itself and all together."""
+    """Check the optional kernels of CuPy, each alone and all together."""
     for names in (*KERNELS, "all"):
         with report.check(f"cupy {dtype}, prepared kernels: {names}") as found:
             with patch.dict(os.environ, GPT_XP_CUPY_KERNELS=names):

@@ -50,7 +50,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         weights = folder / "model.safetensors"
         if not weights.exists():
-            # Apart: Linux counts the peak memory of a process from that of the one that started it.
+            # A new process runs it, because Linux counts the peak memory of a process from that of its parent.
             maker = multiprocessing.Process(target=make, args=(folder, options.size))
             maker.start()
             maker.join()
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def make(folder: Path, size: str) -> None:
-    """Write config, tokenizer and weights, these as they are published and then aligned."""
+    """Write config, tokenizer and weights; the weights are written as published, and then aligned."""
     import gpt_xp
     from gpt_xp.atomic_files import write_json
     from gpt_xp.checkpoint.config_json import config_entries
@@ -103,7 +103,7 @@ def make(folder: Path, size: str) -> None:
 
 
 def write_published(path: Path, config: Any) -> None:
-    """Write random weights, a piece at a time, after a header of odd length."""
+    """Write random weights, a part at a time, after a header of odd length."""
     import numpy as np
 
     shapes = dict(published_shapes(config))
@@ -112,8 +112,8 @@ def write_published(path: Path, config: Any) -> None:
         start, end = end, end + 4 * int(np.prod(shape))
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
-    text += b" " * (1 - len(text) % 2)  # as 14283 in gpt2: no float32 begins at a multiple of 4
-    # A prime number of values, again and again: cheap, and no two rows are equal.
+    text += b" " * (1 - len(text) % 2)  # The length is odd, as in gpt2, so no float32 begins at a multiple of 4.
+    # A prime number of values is repeated, which is cheap, and no two rows are equal.
     rng = np.random.default_rng(0)
     values = (rng.standard_normal(2**20 + 7, dtype=np.float32) * np.float32(0.02)).tobytes()
     with path.open("wb") as file:

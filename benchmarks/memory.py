@@ -44,7 +44,7 @@ out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens={N
                      do_sample=False, pad_token_id=50256)
 print(json.dumps([peak(), out.shape[1]]))
 """
-BASES = {  # what is resident before a model is
+BASES = {  # code that imports a library without a model
     "numpy": "import gpt_xp, numpy",
     "jax": "import gpt_xp, jax; jax.devices()",
     "torch": "import gpt_xp, torch",
@@ -101,7 +101,7 @@ def modules(name: str) -> list[str]:
 
 
 def child(code: str, *arguments: str) -> list[Any]:
-    """Run Python code in a process of its own, and return the list that it prints."""
+    """Run Python code in a new process, and return the list that it prints."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"it failed: {arguments}\n{done.stderr}")

@@ -77,7 +77,7 @@ def script() -> None:
 
 
 def against_naive(specs: list[ContenderSpec], options: argparse.Namespace) -> Benchmark:
-    """picoGPT's algorithm on its README's command, and on one token at 512 tokens of context; fewer rounds will do."""
+    """Run picoGPT's algorithm on its README's command, and on one token at a context of 512, in fewer rounds."""
     fewer = argparse.Namespace(**{**vars(options), "rounds": min(options.rounds, 5), "plot": None})
     return common.run(NAIVE, specs, [README_COMMAND, AT_512], fewer)
 

@@ -51,7 +51,7 @@ def tokenizer(n_vocab: int) -> Any:
 
 
 def write_published(folder: Path, config: Any) -> None:
-    """Write random params to `folder` as the published checkpoints have them, and a tokenizer of the same size.
+    """Write random params to `folder` in the layout of the published checkpoints, and a tokenizer of the same size.
 
     Their header is 14283 bytes long, so that no float32 in them lies at a multiple of 4.
     """

@@ -188,7 +188,7 @@ def chunk_tokens_on_gpu(batch: int) -> int:
 
 
 def few_sizes(n_slots: int) -> int:
-    """Round the slots of a cache up to 128, 256, 512, 768, 1024, ...: few sizes, and none is twice what it must be."""
+    """Round the slots of a cache up to 128, 256, 512, 768, 1024, 2048, ..., so that few sizes are compiled."""
     size = 128
     while size < n_slots:
         size *= 2

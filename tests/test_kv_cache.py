@@ -1,4 +1,4 @@
-"""The key/value cache: whatever way the tokens are cut into pieces, the logits are those of the full forward pass."""
+"""The key/value cache: however the tokens are cut into chunks, the logits are those of the full forward pass."""
 
 import dataclasses
 import tracemalloc
@@ -23,8 +23,8 @@ from gpt_xp.generation.decoder import Decoder
 def test_pieces_are_the_full_forward_pass(backend: Backend, grow: bool) -> None:
     params, cache = setup(backend, n_slots=5 if grow else 37)
     full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS), CONFIG))
-    pieces, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], grow)
-    assert_values(pieces, full, TOLERANCE["same", "float32"])
+    chunked, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], grow)
+    assert_values(chunked, full, TOLERANCE["same", "float32"])
     assert int(after.position) == 31
     assert [k.shape for k, _ in after.layers] == [(3, 3, 31 if grow else 37, 13)] * 2
     assert [v.shape for _, v in after.layers] == [k.shape for k, _ in after.layers]

@@ -156,7 +156,7 @@ def test_kernels_of_numpy_for_any_shape(monkeypatch: pytest.MonkeyPatch, kind: s
     from gpt_xp_backends import numpy_quantized
     from gpt_xp_backends.numpy_quantized import product
 
-    monkeypatch.setattr(numpy_quantized, "COLUMNS", 5)
+    monkeypatch.setattr(numpy_quantized, "MAX_DEQUANTIZED_COLUMNS", 5)
     random = np.random.RandomState(n_in + n_out)
     weight = QuantizedWeight(*_quantized(random.standard_normal((n_out, n_in)).astype(np.float32), kind))
     meant = decode(weight.q, weight.scale.astype(np.float64)).T
@@ -292,7 +292,7 @@ def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, bat
     """The products of a decode step with a cache, of which only the first slots may be looked at."""
     with skipping_what_is_missing("numba"):
         numpy_quantized = importlib.import_module("gpt_xp_backends.numpy_quantized")
-    monkeypatch.setattr(numpy_quantized, "LONG", 1)
+    monkeypatch.setattr(numpy_quantized, "MIN_SLOTS_FOR_THREADS", 1)
     plain = []
     monkeypatch.setattr(
         numpy_quantized.np, "matmul", lambda x, w: plain.append(1) or np.einsum("...ij,...jk->...ik", x, w)

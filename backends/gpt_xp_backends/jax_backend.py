@@ -26,9 +26,9 @@ from gpt_xp.types import Array, Namespace
 
 GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
 FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
-BLOCK = 128  # the shortest cache; chunks of a prompt are padded to multiples of it
-SHORT = 16  # the length of a chunk for short prompts
-LONG = 512  # tokens of a chunk, over all rows: 512 at once take 0.83 of the time of four times 128
+LENGTH_MULTIPLE = 128  # Caches and chunks of a prompt have multiples of it as lengths, so that few are compiled.
+SHORT_PROMPT_TOKENS = 16  # Prompts of up to so many tokens are padded to this length.
+CHUNK_TOKENS = 512  # over all rows; 512 at once take 0.83 of the time of four times 128
 
 
 class JaxBackend(Backend):
@@ -41,7 +41,7 @@ class JaxBackend(Backend):
         with contextlib.nullcontext() if threads is None else _starting_with(threads):
             self._jax = jax = import_library("jax", FIX)
             self._device = where = _find_device(jax, device)
-        # XLA's CPU compiler widens 16-bit products to float32: slower than float32, and not what was asked for.
+        # XLA's CPU compiler computes 16-bit products in float32, slower than with float32 params.
         half = () if where.platform == "cpu" else ("bfloat16", "float16")
         check_dtype("jax", _name(where), dtype, ("float32", "float64", *half))
         self._scope = functools.partial(_scope, jax, dtype)
@@ -60,19 +60,19 @@ class JaxBackend(Backend):
             return BackendInfo("jax", jax.__version__, problem=error.problem, fix=error.fix)
 
     def asarray(self, array: Any, dtype: str | None = None) -> Array:
-        """Return a NumPy array, or one of JAX, on the device. It is cast there: NumPy alone knows no bfloat16."""
+        """Return an array of NumPy or JAX on the device. It is cast there, because NumPy has no bfloat16."""
         with self._scope():
             moved = self._jax.device_put(array, self._device)
             return moved if dtype is None else moved.astype(dtype)
 
     def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
-        """Return an array of JAX as one of NumPy."""
+        """Return an array of JAX as a NumPy array."""
         return np.asarray(array)
 
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Return the function, jitted, inside the backend's settings."""
+        """Return the function compiled by `jax.jit`, which runs under the backend's settings."""
         jitted = self._jax.jit(function, static_argnames=static, donate_argnames=donate)
 
         @functools.wraps(function)
@@ -87,38 +87,40 @@ class JaxBackend(Backend):
         array.block_until_ready()
 
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
-        """Return one of few sizes: each has a compiled program of its own."""
-        return min(few_sizes(n_tokens), -(-n_ctx // BLOCK) * BLOCK)
+        """Return one of few sizes, because each is compiled separately."""
+        return min(few_sizes(n_tokens), -(-n_ctx // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:
-        """Return an empty cache, also in float64."""
+        """Return an empty cache, made under the backend's settings, which float64 needs."""
         with self._scope():
             return super().new_cache(config, like, n_slots, start)
 
     def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
-        """Return the cache with more slots, also in float64."""
+        """Return the cache with `n_slots` slots, grown under the backend's settings, which float64 needs."""
         with self._scope():
             return super().grow_cache(cache, n_slots)
 
     def chunk_tokens(self, batch: int) -> int:
-        """Return a multiple of `BLOCK`."""
-        return max(LONG // batch // BLOCK, 1) * BLOCK
+        """Return a multiple of `LENGTH_MULTIPLE`."""
+        return max(CHUNK_TOKENS // batch // LENGTH_MULTIPLE, 1) * LENGTH_MULTIPLE
 
     def padded_length(self, n_tokens: int, n_prompt: int) -> int:
-        """Return one of few lengths."""
-        return SHORT if n_prompt <= SHORT else -(-n_tokens // BLOCK) * BLOCK
+        """Return one of few lengths, because each is compiled separately."""
+        if n_prompt <= SHORT_PROMPT_TOKENS:
+            return SHORT_PROMPT_TOKENS
+        return -(-n_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Return whether XLA says so."""
+        """Return whether XLA reports a lack of memory."""
         return "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError)
 
     def peak_memory(self) -> int | None:
-        """Return the peak of the device, where it counts it, or of the process."""
+        """Return the peak memory of the device if it is counted, else of the process."""
         stats = self._device.memory_stats()
         return stats.get("peak_bytes_in_use") if stats else super().peak_memory()
 
     def compile_seconds(self) -> float:
-        """Return the seconds of tracing and compiling."""
+        """Return the seconds spent on tracing and compiling."""
         return self._compile_seconds()
 
     def keep_compiled(self) -> None:
@@ -126,36 +128,36 @@ class JaxBackend(Backend):
         _keep_compiled(self._jax)
 
     def settings(self) -> dict[str, str]:
-        """Return XLA's version, and the variables that it reads."""
+        """Return the versions, precision and environment variables that affect XLA."""
         return _settings(self._jax, self._device, self._scope)
 
 
 def on_cpus() -> dict[str, Any]:
-    """Return what the backend has of its own on a CPU, where a step takes longer than its dispatch."""
+    """Return the backend's attributes on a CPU, where a step takes longer than its dispatch."""
     return {"xp": _namespace_for_cpus(), "decode_block": None, "samples_on_host": True}
 
 
 def on_accelerators() -> dict[str, Any]:
-    """Return what it has on a GPU or TPU instead."""
+    """Return the backend's attributes on a GPU or TPU, where blocks of steps run without the host."""
     import jax.numpy
 
     return {"xp": jax.numpy, "decode_block": decode_block, "samples_on_host": False}
 
 
 def decode_block(step: DecodeStep, state: Any, k: int) -> tuple[Any, Any]:
-    """Run `step` k times without the host; see `Backend.decode_block`."""
+    """Run `step` k times as one program; see `Backend.decode_block`."""
     import jax
 
     final, outputs = jax.lax.scan(lambda state, _: step(state), state, length=k)
     return final, outputs
 
 
-@functools.cache  # one object: JAX compiles anew for another
+@functools.cache  # JAX would compile again for another namespace object.
 def _namespace_for_cpus() -> Namespace:
-    """Return jax.numpy with a `matmul` that reads the cache where it is, for the one query of a decode step.
+    """Return jax.numpy with a `matmul` that reads the cache without a copy, for the one query of a decode step.
 
-    XLA's CPU compiler takes long for such products of more than three axes, and copies transposed keys into that order
-    first. Written the other way round, keys times query, the same product needs no such copy.
+    XLA's CPU compiler is slow for such products of more than three axes, and it copies transposed keys first. The same
+    product written as keys times query needs no copy.
     """
     import jax.numpy as jnp
 
@@ -176,9 +178,10 @@ def _namespace_for_cpus() -> Namespace:
 
 @contextlib.contextmanager
 def _scope(jax: Any, dtype: str) -> Iterator[None]:
-    """float32 means float32 (the default on GPUs is TF32), and float64 is allowed where it was asked for.
+    """Apply the settings that gpt-xp needs to JAX, without changing the user's own.
 
-    So is rank promotion, by which a bias [n] is added to rows [rows, n], whatever the program has set.
+    float32 products are computed in float32 (the default on GPUs is TF32), and a float64 backend allows float64. Rank
+    promotion is allowed, because a bias [n] is added to rows [rows, n].
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision("highest"))
@@ -189,29 +192,29 @@ def _scope(jax: Any, dtype: str) -> Iterator[None]:
 
 
 def _all_devices(jax: Any) -> list[Any]:
-    """Return JAX's devices, its default first. Raises `BackendError` where its settings leave it none."""
+    """Return JAX's devices, its default first. Raises `BackendError` if its settings leave no device."""
     try:
         found = list(jax.devices())
-    except (RuntimeError, AssertionError) as error:  # it has no error of its own for this
+    except (RuntimeError, AssertionError) as error:  # JAX has no special error for this.
         setting = os.environ.get("JAX_PLATFORMS", "")
         raise BackendError(
             f"jax cannot start on JAX_PLATFORMS={setting!r}{f' ({error})' if str(error) else ''}",
             f"unset that variable; {GPU_FIX}",
         ) from None
-    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may exclude the CPU.
         found += [device for device in jax.devices("cpu") if device not in found]
     return found
 
 
 def _find_device(jax: Any, name: str | None) -> Any:
-    """Return the device called "cuda:1", or the first of a platform called "cuda", "gpu", "tpu" or "cpu"."""
+    """Return the device called `name`: "cuda:1", or the first device of the platform "cuda", "gpu", "tpu" or "cpu"."""
     devices = _all_devices(jax)
     if name is None:
         return devices[0]
     platform, _, index = name.partition(":")
     try:
         return dict(enumerate(jax.devices(platform)))[int(index or 0)]
-    except (RuntimeError, KeyError, ValueError):  # no such platform, no device of that number, no number
+    except (RuntimeError, KeyError, ValueError):  # an unknown platform, an unknown index, no number
         names = ", ".join(map(_name, devices))
         cause = f"; {GPU_FIX}" if platform in ("gpu", "cuda") else ""
         raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None
@@ -230,12 +233,12 @@ def _device_info(device: Any) -> DeviceInfo:
     return DeviceInfo(_name(device), device.device_kind, stats.get("bytes_limit"))
 
 
-_threads_at_start: list[int] = []  # the number of threads, if gpt-xp has started XLA with one
+_threads_at_start: list[int] = []  # the number of threads that gpt-xp started XLA with; empty if it chose none
 
 
 @contextlib.contextmanager
 def _starting_with(threads: int) -> Iterator[None]:
-    """Let JAX start in the body with so many threads. XLA reads the variable NPROC once, when it makes its pool."""
+    """Start JAX in the body with this number of threads. XLA reads NPROC once, when it makes its thread pool."""
     before = os.environ.get("NPROC")
     if "jax" in sys.modules:
         if before != str(threads) and threads not in _threads_at_start:
@@ -248,7 +251,7 @@ def _starting_with(threads: int) -> Iterator[None]:
     try:
         yield
         _threads_at_start.append(threads)
-    finally:  # other libraries read it too, and so does every process that is started from this one
+    finally:  # Other libraries and child processes read the variable too.
         os.environ.pop("NPROC")
         if before is not None:
             os.environ["NPROC"] = before
@@ -256,7 +259,7 @@ def _starting_with(threads: int) -> Iterator[None]:
 
 @functools.cache
 def _stopwatch(jax: Any) -> Callable[[], float]:
-    """Count the seconds that JAX reports as spent on tracing and compiling."""
+    """Return a function that returns the seconds that JAX has spent on tracing and compiling."""
     spent = [0.0]
 
     def listen(event: str, duration: float, **details: Any) -> None:
@@ -268,10 +271,9 @@ def _stopwatch(jax: Any) -> Callable[[], float]:
 
 
 def _keep_compiled(jax: Any) -> None:
-    """Keep compiled programs in the user's cache folder, unless the user has chosen a place, or there is none.
+    """Keep compiled programs in the user's cache folder, unless the user has chosen another, or there is none.
 
-    JAX takes the folder for the whole process, from its first program on: so the command calls this, and never the
-    library.
+    JAX uses the folder for the whole process, from its first program on. So only the command calls this.
     """
     kept = gpt_xp_home()
     if jax.config.jax_compilation_cache_dir is not None or kept is None:
@@ -282,7 +284,7 @@ def _keep_compiled(jax: Any) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # A disk that is full, or a program that cannot be read, costs the time to compile, and nothing else.
+    # After an error of the disk, the program is only compiled again, so the user needs no warning.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
@@ -295,16 +297,16 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _shareable(jax: Any) -> str:
-    """Return the name of a folder for programs that may be shared: of these versions, on this kind of CPU.
+    """Return the name of a folder for programs of these versions, compiled for this kind of CPU.
 
-    JAX's own keys leave the CPU out, so that a home folder on several machines gives one the instructions of another.
+    JAX's own keys do not include the CPU. Machines that share a home folder would load programs for other CPUs.
     """
     cpu = hashlib.sha256("\n".join(_cpu()).encode()).hexdigest()[:12]
     return f"jax-{jax.__version__}-jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{cpu}"
 
 
 def _cpu() -> list[str]:
-    """Return what tells one kind of CPU from another: what Linux says of the first, or its name."""
+    """Return a description of the kind of CPU: Linux's description of the first core, or the processor's name."""
     kinds = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features", "isa")
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
         return [line for line in info.read().partition("\n\n")[0].splitlines() if line.startswith(kinds)]
@@ -315,11 +317,11 @@ def _settings(jax: Any, device: Any, scope: Callable[..., Any]) -> dict[str, str
     names = ["XLA_FLAGS", "JAX_PLATFORMS"]
     if device.platform == "cpu":
         names += ["NPROC"]
-    else:  # how much of its memory is taken at once
+    else:  # These set how much of a GPU's memory JAX reserves.
         names += [f"XLA_PYTHON_CLIENT_{name}" for name in ("PREALLOCATE", "MEM_FRACTION", "ALLOCATOR")]
     with scope():
         found = {
-            "platform": " ".join(device.client.platform_version.split()),  # on a GPU with CUDA's version
+            "platform": " ".join(device.client.platform_version.split()),  # It includes CUDA's version on a GPU.
             "jaxlib": importlib.metadata.version("jaxlib"),
             "matmul_precision": str(jax.config.jax_default_matmul_precision),
         }

@@ -1,7 +1,7 @@
-"""MLX, on CPUs and on GPUs of Apple and NVIDIA. Run on CPUs of Linux only so far: see README.
+"""MLX on CPUs, and on GPUs of Apple and NVIDIA. It was run on CPUs of Linux only so far.
 
-MLX computes nothing until it is asked to. `compile` asks at the end of each step, for a step writes into the cache of
-the step before.
+MLX computes lazily. `compile` evaluates the results of each step, because a step writes into the cache of the step
+before it.
 """
 
 import functools
@@ -21,7 +21,7 @@ from gpt_xp.memory import physical_memory
 from gpt_xp.types import Array
 
 FIX = f"{install_command('mlx')}, with an NVIDIA GPU also 'mlx[cuda13]' or 'mlx[cuda12]'"
-DTYPES = ("float32", "bfloat16", "float16")  # in float64 it takes a Python number for float32
+DTYPES = ("float32", "bfloat16", "float16")  # With float64, MLX converts Python numbers to float32.
 
 
 class MLXBackend(Backend):
@@ -52,22 +52,22 @@ class MLXBackend(Backend):
         return BackendInfo("mlx", mx.__version__, _devices(mx))
 
     def asarray(self, array: Any, dtype: str | None = None) -> Array:
-        """Return a NumPy array, or one of MLX, as one of MLX."""
+        """Return an array of NumPy or MLX as an MLX array."""
         mx = self._mx
         with self._computing():
             if isinstance(array, mx.array):
                 return array.astype(getattr(mx, dtype)) if dtype else array
-            array = np.ascontiguousarray(array).reshape(np.shape(array))  # without axes it gets one
+            array = np.ascontiguousarray(array).reshape(np.shape(array))  # It adds an axis to arrays without axes.
             return mx.array(array, dtype=getattr(mx, dtype or array.dtype.name.replace("bool", "bool_")))
 
     def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
-        """Return an array of MLX as one of NumPy, which has no bfloat16: float32 holds it exactly."""
+        """Return an MLX array as a NumPy array. NumPy has no bfloat16, and float32 holds it exactly."""
         return np.array(array.astype(self._mx.float32) if array.dtype == self._mx.bfloat16 else array)
 
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Return a function that computes on the device, and at once."""
+        """Return the function, which runs on the device and evaluates its results."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class MLXBackend(Backend):
             return super().new_cache(config, like, n_slots, start)
 
     def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
-        """Return the cache with more slots, each layer computed before the next: memory never holds two caches."""
+        """Return the cache with `n_slots` slots. It is evaluated layer by layer, so memory never holds two caches."""
         with self._computing():
             cache = super().grow_cache(cache, n_slots)
             for layer in cache.layers:
@@ -92,19 +92,19 @@ class MLXBackend(Backend):
             return cache
 
     def synchronize(self, array: Array) -> None:
-        """Compute the array."""
+        """Wait until the array is computed."""
         self._mx.eval(array)
 
     def chunk_tokens(self, batch: int) -> int:
-        """Return more tokens on a GPU."""
+        """Return the default on a CPU, and more tokens on a GPU."""
         return super().chunk_tokens(batch) if self._on_cpu else chunk_tokens_on_gpu(batch)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Return whether MLX says so, by a message."""
+        """Return whether MLX reports a lack of memory, by the error's message."""
         return isinstance(error, MemoryError) or "[malloc]" in str(error)
 
     def peak_memory(self) -> int | None:
-        """Return the peak of the process, or of the GPU."""
+        """Return the peak memory of the process or the GPU."""
         return super().peak_memory() if self._on_cpu else self._mx.get_peak_memory()
 
     def settings(self) -> dict[str, str]:
@@ -115,7 +115,7 @@ class MLXBackend(Backend):
 def _import() -> Any:
     try:
         return import_library("mlx.core", FIX)
-    except ImportError as error:  # on Linux the package alone has no library to compute with
+    except ImportError as error:  # On Linux, the package `mlx` alone has no library to compute with.
         raise BackendError(f"mlx cannot be loaded ({error})", FIX) from None
 
 
@@ -144,7 +144,7 @@ def _device(mx: Any, name: str) -> Any:
 
 
 def _namespace(mx: Any) -> SimpleNamespace:
-    """Return MLX with the standard's arguments where its own are others; `device` is the one of `_compile`."""
+    """Return MLX with the standard's arguments where MLX's differ. `compile` chooses the device, not `device`."""
 
     def without_device(function: Callable[..., Array]) -> Callable[..., Array]:
         def call(*args: Any, device: None = None, **options: Any) -> Array:

@@ -1,4 +1,4 @@
-"""NumPy, on the CPU: its own functions in the order of the forward pass, with the threads of its BLAS."""
+"""NumPy on the CPU: computes `transformer.py` with NumPy's functions, and the threads of its BLAS."""
 
 import contextlib
 import functools
@@ -22,14 +22,14 @@ from gpt_xp.transformer import attention
 
 QUANTIZED_FIX = install_command("quantize")
 
-ROWS = 256  # of a product in prefill: fewer are slower to multiply, more leave the processor's cache
-SCORES = 2**18  # of attention at a time. With all at once, a prompt of 960 takes 1.16 of the time.
-FEW = 3  # rows that are multiplied sooner one by one
-# More rows than those, up to these, are multiplied by the token table part by part: BLAS copies what it multiplies by,
-# and a copy that stays in the processor's cache is read sooner. With 8 rows that takes 0.77 of the time.
-SEVERAL, PART = 32, 2048
+PREFILL_ROWS = 256  # rows of a product in prefill; fewer are slower, more do not fit the processor's cache
+MAX_SCORES = 2**18  # of attention, computed at a time. Without the limit, a prompt of 960 takes 1.16 times as long.
+MAX_ROWS_ONE_BY_ONE = 3  # Up to so many rows are multiplied faster one by one.
+# Up to so many rows are multiplied by the token table in parts of some columns. BLAS copies the matrix, and a copy that
+# fits the processor's cache is read faster. 8 rows take 0.77 of the time.
+MAX_ROWS_IN_PARTS, PART_COLUMNS = 32, 2048
 
-# What is in NumPy as the standard has it, of that which every step calls.
+# The functions of a step that NumPy has exactly as the standard does.
 STANDARD = (
     *("argmax", "asarray", "broadcast_to", "concat", "exp", "finfo", "int32", "log", "ones", "sqrt", "take"),
     *("tanh", "where", "zeros"),
@@ -37,9 +37,9 @@ STANDARD = (
 
 
 class NumPy(SimpleNamespace):
-    """NumPy's namespace. Functions that it was not given come from array_api_compat, when they are asked for.
+    """NumPy's namespace. A function that it was not given is imported from array_api_compat on first use.
 
-    That loads every corner of NumPy, its Fortran compiler too, which takes longer than NumPy itself.
+    Importing array_api_compat loads all of NumPy's submodules, which takes longer than NumPy itself.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +49,7 @@ class NumPy(SimpleNamespace):
 
 
 class NumPyBackend(Backend):
-    """NumPy on the CPU; `threads` limits those of its BLAS while gpt-xp computes."""
+    """NumPy on the CPU. `threads` limits the threads of its BLAS while gpt-xp computes."""
 
     name, version, device = "numpy", np.__version__, "cpu"
     needs_quantized: ClassVar = {"numba": QUANTIZED_FIX}
@@ -70,7 +70,7 @@ class NumPyBackend(Backend):
         return BackendInfo(cls.name, np.__version__, (device,))
 
     def asarray(self, array: Any, dtype: str | None = None) -> Any:
-        """Return the array itself, where it is one of NumPy in that dtype."""
+        """Return a NumPy array in `dtype`; the array itself if it is one already."""
         return np.asarray(array, dtype=dtype)
 
     def to_numpy(self, array: Any) -> "np.ndarray[Any, Any]":
@@ -80,22 +80,22 @@ class NumPyBackend(Backend):
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Return the function with the backend's threads: NumPy compiles nothing."""
+        """Return the function, which runs with the backend's threads. NumPy compiles nothing."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            # BLAS may raise flags for lanes of a register that hold no result. The logits are checked instead.
+            # BLAS may raise floating-point flags for unused lanes of a register. The logits are checked instead.
             with np.errstate(all="ignore"), self._scope():
                 return function(*args, **kwargs)
 
         return call
 
     def chunk_tokens(self, batch: int) -> int:
-        """Return how many rows a product in prefill has, over all prompts, for each prompt."""
-        return max(ROWS // batch, 16)
+        """Return `PREFILL_ROWS` divided among the prompts, at least 16."""
+        return max(PREFILL_ROWS // batch, 16)
 
     def quantized(self) -> Backend:
-        """Return the backend with products by Numba. Raises `BackendError` where that is not installed."""
+        """Return the backend with products compiled by Numba. Raises `BackendError` if Numba is not installed."""
         if self.dtype != "float32":
             return super().quantized()
         numba = import_library("numba", QUANTIZED_FIX)
@@ -105,7 +105,7 @@ class NumPyBackend(Backend):
 
         @contextlib.contextmanager
         def scope() -> Iterator[None]:
-            """One pool of threads: those of Numba and of BLAS would wait for each other, a hundred times as long."""
+            """Use Numba's threads alone. Threads of Numba and BLAS that wait for each other are 100 times as slow."""
             before = numba.get_num_threads()
             numba.set_num_threads(min(self._threads or before, numba.config.NUMBA_NUM_THREADS))
             try:
@@ -120,12 +120,13 @@ class NumPyBackend(Backend):
         plain = NumPy(**vars(namespace()) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
         xp = QuantizedNamespace(plain, self.dtype, functools.partial(numpy_quantized.product, threads_of_blas))
         quantized = self.replace(xp=ReplacedParts(xp, PARTS), _scope=scope)
-        vars(quantized)["quantized"] = lambda: quantized  # it takes such weights by now
+        vars(quantized)["quantized"] = lambda: quantized  # It already takes quantized weights.
         return quantized
 
     def settings(self) -> dict[str, str]:
-        """Return what is known of NumPy's BLAS: other libraries may have brought one of their own into the process."""
+        """Return what is known about NumPy's BLAS."""
         found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+        # Other libraries may have loaded another BLAS into the process, so NumPy's own is preferred.
         bundled = [pool for pool in found if {"numpy", "numpy.libs"} & {*Path(pool["filepath"]).parts}]
         for pool in bundled or found:
             known = {
@@ -135,28 +136,28 @@ class NumPyBackend(Backend):
                 "cpu": pool.get("architecture"),
             }
             return {key: str(value) for key, value in known.items() if value is not None}
-        # Apple's Accelerate, for one, tells nothing.
+        # Some libraries, such as Apple's Accelerate, report nothing.
         built_with = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         return {"blas": f"{built_with['name']} {built_with['version']}"}
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next arrays of a step, instead of giving it back to the system.
+    """Make glibc keep freed memory for the next arrays of a step, instead of returning it to the system.
 
-    glibc gives back what is larger than the largest block that was ever freed, up to 32 MB, and the system clears every
-    page anew: 7% of the time of a prompt of 512 tokens, where it was measured. Others take no notice of this.
+    glibc returns blocks larger than any block freed before, up to 32 MB. The system then clears each page again, which
+    takes 7% of the time of a prompt of 512 tokens. On other C libraries this has no effect.
     """
-    np.empty(2**25 - 2**16, np.uint8)  # freed at once, and never touched
+    np.empty(2**25 - 2**16, np.uint8)  # It is freed at once, and its pages are never used.
 
 
 def namespace() -> NumPy:
-    """Return NumPy as the standard has it, with the shortest way into the functions that every step calls.
+    """Return NumPy as a namespace of the standard, with short functions for everything that a step calls.
 
-    Each weight matrix that a step reads pushes the interpreter's own code and data out of the processor's caches, so
-    that every line of Python between two products costs several times what it does elsewhere.
+    Each weight matrix that a step reads evicts the interpreter's code and data from the processor's caches. Every line
+    of Python between two products then takes several times as long as usual.
     """
     shorter = {
-        "float32": np.dtype("float32"),  # compared with an array's dtype, a class is made into one first
+        "float32": np.dtype("float32"),  # Comparing an array's dtype with the class np.float32 is slower.
         "float64": np.dtype("float64"),
         "matmul": _matmul,
         "max": _reduction(np.maximum),
@@ -171,29 +172,29 @@ def namespace() -> NumPy:
         "clip": lambda x, min, max: np.minimum(np.maximum(x, min), max),
         "take_along_axis": _take_along_last_axis,
         "sort": _sort,
-        # NumPy 2.0 has no other.
+        # NumPy 2.0 has no `cumulative_sum`.
         "cumulative_sum": lambda x, axis=None, dtype=None: np.cumsum(x, axis=axis, dtype=dtype),
     }
     return NumPy(**{name: getattr(np, name) for name in STANDARD} | shorter)
 
 
 def _matmul(x: Any, w: Any) -> Any:
-    if x.ndim != 2 or not 1 < len(x) <= SEVERAL:
+    if x.ndim != 2 or not 1 < len(x) <= MAX_ROWS_IN_PARTS:
         return np.matmul(x, w)
-    if len(x) <= FEW:  # BLAS would first copy the matrix into another order
-        return np.matmul(x[:, None, :], w)[:, 0, :]  # [rows, 1, n_in] @ [n_in, n_out], vector by vector
-    if w.shape[1] <= PART or not w.flags.f_contiguous:
+    if len(x) <= MAX_ROWS_ONE_BY_ONE:  # For several rows, BLAS would first copy the matrix into another order.
+        return np.matmul(x[:, None, :], w)[:, 0, :]  # [rows, 1, n_in] @ [n_in, n_out], row by row
+    if w.shape[1] <= PART_COLUMNS or not w.flags.f_contiguous:
         return np.matmul(x, w)
     out = np.empty((len(x), w.shape[1]), np.result_type(x, w))
-    for first in range(0, w.shape[1], PART):
-        np.matmul(x, w[:, first : first + PART], out=out[:, first : first + PART])
+    for first in range(0, w.shape[1], PART_COLUMNS):
+        np.matmul(x, w[:, first : first + PART_COLUMNS], out=out[:, first : first + PART_COLUMNS])
     return out
 
 
 def _attention_by_heads(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
     """Compute `attention` for a few heads at a time, so that their scores stay in the processor's cache."""
     are_heads = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and mask.shape[-3:-2] in ((), (1,))
-    n_heads = max(1, SCORES // max(1, len(q) * q.shape[-2] * k.shape[-2]))
+    n_heads = max(1, MAX_SCORES // max(1, len(q) * q.shape[-2] * k.shape[-2]))
     if not are_heads or q.shape[1] <= n_heads:
         return attention(q, k, v, mask, xp)
     mixed = np.empty((*q.shape[:3], v.shape[-1]), v.dtype)
@@ -234,19 +235,19 @@ Scope: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Limits:
-    """Limits BLAS threads. Where limits overlap, the latest holds, and the last one to end restores the original value.
+    """Limits BLAS threads. If limits overlap, the latest is in effect, and the last to end restores the original value.
 
-    Two models that run on two of Python's threads would otherwise each restore the limit of the other, and leave it.
+    Otherwise two models on two Python threads would each restore the limit of the other, and leave it in effect.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._before: dict[str, tuple[Any, int]] = {}  # by file: a library, and its threads outside of all limits
-        self._inside: dict[object, tuple[Any, int]] = {}  # controller and threads of each limit, in their order
+        self._before: dict[str, tuple[Any, int]] = {}  # by file: a library, and its threads without limits
+        self._inside: dict[object, tuple[Any, int]] = {}  # controller and threads of each open limit, in order
 
     @contextlib.contextmanager
     def __call__(self, controller: Any, threads: int) -> Iterator[None]:
-        """Limit what the controller controls while the context is open."""
+        """Limit the threads of the controller's libraries while the context is open."""
         key = object()
         with self._lock:
             for library in controller.lib_controllers:
@@ -271,14 +272,14 @@ class Limits:
             _set_threads(library, n)
 
     def without(self, blas: Any) -> int:
-        """Return how many threads BLAS has outside of all limits."""
+        """Return the number of threads of BLAS without limits."""
         with self._lock:
             libraries = [self._before.get(each.filepath, (each, None)) for each in blas.lib_controllers]
             return max((before or each.num_threads for each, before in libraries), default=1)
 
 
 def _set_threads(library: Any, threads: int) -> None:
-    """Set the threads of a library: threadpoolctl 3.8 lets only the thread that set OpenBLAS's set them again."""
+    """Set the threads of a library. In threadpoolctl 3.8 only the thread that set them before may do so."""
     clear = getattr(library, "clear_controlling_thread", lambda **_: None)
     clear(force=True)
     library.set_num_threads(threads)
@@ -289,7 +290,7 @@ LIMITS = Limits()
 
 
 def _limited(threads: int | None) -> Scope:
-    """Return a scope in which BLAS has so many threads."""
+    """Return a context in which BLAS has this number of threads; None changes nothing."""
     if threads is None:
         return contextlib.nullcontext
     controller = threadpoolctl.ThreadpoolController()

@@ -1,14 +1,14 @@
-"""Products with quantized weights, compiled by Numba: NumPy has no function for them.
+"""Products with quantized weights, compiled by Numba, because NumPy has no function for them.
 
-Reading the weights takes the time, so each is read once, 8 or 4 bits of it, and widened in a register or in the
-processor's first cache. In int8, and in the cache, a thread reads at four places far apart, because the processor
-fetches ahead at each of them. The number of rows decides how a product is computed:
+Reading the weights takes most of the time. So each weight is read once, in 8 or 4 bits, and dequantized in a register
+or in the processor's first cache. For int8 and for the KV cache, a thread reads at four places far apart, because the
+processor prefetches at each of them. The number of rows decides how a product is computed:
 
-- up to `FEW`, as in decoding: read a row of the weight, and multiply it by each row of x;
-- fewer than `MANY`: widen a tile of the weight, and use each number of it and of x 4 times;
-- more, as in prefill: widen some columns of the weight, and let BLAS multiply by them on its own threads.
+- up to `MAX_ROWS_ONE_BY_ONE`, as in decoding: read a row of the weight, and multiply it by each row of x;
+- fewer than `MIN_ROWS_FOR_BLAS`: dequantize a tile of the weight, and use each number of it and of x 4 times;
+- more, as in prefill: dequantize some columns of the weight, and multiply by them with BLAS on its own threads.
 
-Importing this takes a second, and compiles once per machine.
+Importing this takes a second. The kernels are compiled once per machine.
 """
 
 import functools
@@ -26,38 +26,38 @@ from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 NumPyArray: TypeAlias = np.ndarray[Any, Any]
 Scope: TypeAlias = Callable[[], AbstractContextManager[None]]
 
-TILE = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
-DEPTH = 1024  # numbers of a row that are multiplied at a time: a tile of x and one of the weight fit the first cache
-PLACES = 4  # of a matrix, at which a thread reads in turn: 1.4 times as fast as at one, where it was measured
-FEW = 4  # rows of x up to which the first kind of kernel is the faster
-MANY = 96  # rows of x from which widening for BLAS is faster than the second kind of kernel
-COLUMNS = 4096  # of a weight that are widened at a time: of the token table, not all at once
-LONG = 256  # slots of a cache from which on two threads gain more than it costs to start them
-LINE = 64  # bytes of a cache line: operands that begin at one are loaded in half the time
+TILE_ROWS = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
+TILE_DEPTH = 1024  # numbers of a row of a tile; a tile of x and one of the weight fit the first cache
+PLACES = 4  # places of a matrix at which a thread reads in turn; 1.4 times as fast as reading at one place
+MAX_ROWS_ONE_BY_ONE = 4  # Up to so many rows of x, the first kind of kernel is the fastest.
+MIN_ROWS_FOR_BLAS = 96  # From so many rows of x on, dequantizing for BLAS is the fastest.
+MAX_DEQUANTIZED_COLUMNS = 4096  # columns that are dequantized for BLAS at a time; the token table has more
+MIN_SLOTS_FOR_THREADS = 256  # From so many slots of a cache on, threads save more time than starting them takes.
+CACHE_LINE = 64  # bytes; operands that begin at a cache line are loaded in half the time
 
-_lock = threading.Lock()  # one of Numba's threading layers ends the process where two threads use it at once
+_lock = threading.Lock()  # One of Numba's threading layers ends the process if two threads use it at once.
 
 
 def product(threads_of_blas: Scope, x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
     """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out].
 
-    Numba computes it by the threads that it is set to, or BLAS by those that it has in `threads_of_blas()`.
+    Numba computes it with its own number of threads, or BLAS with the threads that it has in `threads_of_blas()`.
     """
     rows, n_out, kind = len(x), len(weight.q), kind_of(weight)
     out = np.empty((rows, n_out), np.float32)
-    if rows <= FEW:
+    if rows <= MAX_ROWS_ONE_BY_ONE:
         x = np.ascontiguousarray(x if kind == "int8" else _halves(x))
         _run(_kernel(kind, "few"), x, weight.q, weight.scale, out)
         return out
-    if rows < MANY:
+    if rows < MIN_ROWS_FOR_BLAS:
         sums = np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)
         _run(_kernel(kind, "many"), _padded(x), weight.q, weight.scale, sums)
         return sums[:rows, :n_out]
-    wide = np.empty((min(COLUMNS, n_out), x.shape[1]), np.float32)
+    wide = np.empty((min(MAX_DEQUANTIZED_COLUMNS, n_out), x.shape[1]), np.float32)
     with threads_of_blas():
-        for first in range(0, n_out, COLUMNS):
-            columns, part = slice(first, first + COLUMNS), wide[: n_out - first]
-            _kernel(kind, "widen")(weight.q[columns], weight.scale[columns], part)
+        for first in range(0, n_out, MAX_DEQUANTIZED_COLUMNS):
+            columns, part = slice(first, first + MAX_DEQUANTIZED_COLUMNS), wide[: n_out - first]
+            _kernel(kind, "dequantize")(weight.q[columns], weight.scale[columns], part)
             np.matmul(x, part.T, out=out[:, columns])
     return out
 
@@ -68,13 +68,13 @@ def _run(kernel: Callable[..., None], *arguments: Any) -> None:
 
 
 def matmul(threads_of_blas: Scope, x: NumPyArray, w: NumPyArray) -> NumPyArray:
-    """Return the product of two arrays, such as queries with keys, or their weights with values.
+    """Return the product of two arrays, such as queries with cached keys, or attention's weights with cached values.
 
-    For one query of each head, Numba's threads read a long cache: BLAS, which has one thread then, takes longer.
+    For one query of each head, Numba's threads read a long cache, because BLAS has one thread then and is slower.
     """
-    is_many = x.ndim == 4 and len(x) * x.shape[2] >= MANY
+    is_many = x.ndim == 4 and len(x) * x.shape[2] >= MIN_ROWS_FOR_BLAS
     is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.shape[:2] == w.shape[:2]
-    if is_query and not is_many and max(w.shape[2:]) >= LONG:
+    if is_query and not is_many and max(w.shape[2:]) >= MIN_SLOTS_FOR_THREADS:
         x = np.ascontiguousarray(x)
         for rows, is_keys in ((w.mT, True), (w, False)):
             if (cached := _heads(rows)) is not None:
@@ -87,9 +87,9 @@ def matmul(threads_of_blas: Scope, x: NumPyArray, w: NumPyArray) -> NumPyArray:
 
 
 def _heads(rows: NumPyArray) -> NumPyArray | None:
-    """Return rows [batch, n_head, window, d_head] as [batch * n_head, n_slots, d_head], as they lie in a cache.
+    """Return rows [batch, n_head, n, d_head] as [batch * n_head, n_slots, d_head], without a copy.
 
-    Beyond the window lies what is not looked at. None if these are no rows of a cache.
+    The rows may be the first n of the n_slots slots of a cache. Return None if the memory has another layout.
     """
     batch, n_head, _, d_head = rows.shape
     outer, inner, slot, number = rows.strides
@@ -100,26 +100,26 @@ def _heads(rows: NumPyArray) -> NumPyArray | None:
 
 
 def _whole_tiles(n: int) -> int:
-    return -(-n // TILE) * TILE
+    return -(-n // TILE_ROWS) * TILE_ROWS
 
 
 def _halves(x: NumPyArray) -> NumPyArray:
-    """Return x with the first halves of all groups before the second ones: the low bits of the codes, then the high."""
+    """Return x with the first halves of all groups before the second halves, in the order of low and high bits."""
     return x.reshape(len(x), -1, 2, GROUP // 2).swapaxes(1, 2).reshape(x.shape)
 
 
 def _padded(x: NumPyArray) -> NumPyArray:
-    """Return x with rows of zeros up to a whole number of tiles, from the beginning of a cache line on."""
+    """Return x padded with rows of zeros to a whole number of tiles, at the beginning of a cache line."""
     rows, n_in = _whole_tiles(len(x)), x.shape[1]
-    memory = np.empty(rows * n_in + LINE // 4, np.float32)
-    begin = -memory.ctypes.data % LINE // 4
+    memory = np.empty(rows * n_in + CACHE_LINE // 4, np.float32)
+    begin = -memory.ctypes.data % CACHE_LINE // 4
     padded = memory[begin : begin + rows * n_in].reshape(rows, n_in)
     padded[: len(x)] = x
     padded[len(x) :] = 0
     return padded
 
 
-_FAST = {"fastmath": True, "boundscheck": False, "nogil": True}  # fastmath: sums in any order, in vector registers
+_FAST = {"fastmath": True, "boundscheck": False, "nogil": True}  # fastmath allows sums in vector registers.
 
 
 def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,20 +128,20 @@ def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_inline
 def _aligned(rows: int, columns: int) -> Any:
-    memory = np.empty(rows * columns + LINE // 4, np.float32)
-    begin = -memory.ctypes.data % LINE // 4
+    memory = np.empty(rows * columns + CACHE_LINE // 4, np.float32)
+    begin = -memory.ctypes.data % CACHE_LINE // 4
     return memory[begin : begin + rows * columns].reshape(rows, columns)
 
 
 @_inline
-def _widen_int8(codes: Any, scale: Any, wide: Any) -> None:
-    """Write one row of a weight, or a part of it, in float32."""
+def _dequantize_int8(codes: Any, scale: Any, wide: Any) -> None:
+    """Write a row of a weight, or a part of a row, in float32."""
     for k in range(codes.size):
         wide[k] = np.float32(codes[k]) * scale
 
 
 @_inline
-def _widen_int4(codes: Any, scales: Any, wide: Any) -> None:
+def _dequantize_int4(codes: Any, scales: Any, wide: Any) -> None:
     for group in range(scales.size):
         pairs = codes[group * GROUP // 2 : (group + 1) * GROUP // 2]
         low = wide[group * GROUP : group * GROUP + GROUP // 2]
@@ -173,7 +173,7 @@ def _dots(x: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
 
 @_inline
 def _spread(scales: Any, each: Any) -> None:
-    """Write the scale of each group once for each of its bytes."""
+    """Write the scale of each group for each of its bytes."""
     for group in range(scales.size):
         part = each[group * GROUP // 2 : (group + 1) * GROUP // 2]
         for k in range(part.size):
@@ -182,9 +182,9 @@ def _spread(scales: Any, each: Any) -> None:
 
 @_inline
 def _dot_int4(low: Any, high: Any, codes: Any, scale: Any) -> Any:
-    """Multiply the two halves of a row of x with codes, of which each byte has a scale here."""
+    """Return the dot product of a row of x, given as two halves, with codes; each byte of codes has a scale."""
     total = np.float32(0)
-    for k in range(codes.size):  # int32: Numba counts in int64, and that becomes float32 number by number
+    for k in range(codes.size):  # int32, because Numba converts int64 to float32 one by one.
         first, second = np.int32((codes[k] & 15) - 8), np.int32((codes[k] >> 4) - 8)
         total += (low[k] * np.float32(first) + high[k] * np.float32(second)) * scale[k]
     return total
@@ -192,8 +192,8 @@ def _dot_int4(low: Any, high: Any, codes: Any, scale: Any) -> Any:
 
 @_inline
 def _add_tile(x: Any, row: int, first: int, depth: int, wide: Any, out: Any, column: int) -> None:
-    """Add to a tile of out the products of 4 rows of x, from their number `first` on, with 4 of a widened weight."""
-    last = first + depth  # each row a slice of its own: one of a 2-D slice would not be known to be contiguous
+    """Add to a tile of out the products of 4 rows of x, from column `first` on, with 4 dequantized rows."""
+    last = first + depth  # Each row is sliced separately, because Numba knows then that it is contiguous.
     x0, x1, x2, x3 = x[row, first:last], x[row + 1, first:last], x[row + 2, first:last], x[row + 3, first:last]
     w0, w1, w2, w3 = wide[0], wide[1], wide[2], wide[3]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
@@ -246,40 +246,40 @@ def _few_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
 
 def _many_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
     n_out, n_in = q.shape
-    n_tiles = out.shape[1] // TILE
+    n_tiles = out.shape[1] // TILE_ROWS
     for thread in prange(n_threads):
-        wide = _aligned(TILE, DEPTH)
+        wide = _aligned(TILE_ROWS, TILE_DEPTH)
         for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
-            j = tile * TILE
-            for first in range(0, n_in, DEPTH):
-                depth = min(DEPTH, n_in - first)
-                for i in range(min(TILE, n_out - j)):  # of padding nothing is looked at
-                    _widen_int8(q[j + i, first : first + depth], scale[j + i], wide[i])
-                for row in range(0, len(x), TILE):
+            j = tile * TILE_ROWS
+            for first in range(0, n_in, TILE_DEPTH):
+                depth = min(TILE_DEPTH, n_in - first)
+                for i in range(min(TILE_ROWS, n_out - j)):  # The sums of padding are not used.
+                    _dequantize_int8(q[j + i, first : first + depth], scale[j + i], wide[i])
+                for row in range(0, len(x), TILE_ROWS):
                     _add_tile(x, row, first, depth, wide, out, j)
 
 
 def _many_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
     n_out, n_in = len(q), x.shape[1]
-    n_tiles = out.shape[1] // TILE
+    n_tiles = out.shape[1] // TILE_ROWS
     for thread in prange(n_threads):
-        wide = _aligned(TILE, DEPTH)
+        wide = _aligned(TILE_ROWS, TILE_DEPTH)
         for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
-            j = tile * TILE
-            for first in range(0, n_in, DEPTH):
-                depth = min(DEPTH, n_in - first)
-                for i in range(min(TILE, n_out - j)):  # of padding nothing is looked at
-                    _widen_int4(
+            j = tile * TILE_ROWS
+            for first in range(0, n_in, TILE_DEPTH):
+                depth = min(TILE_DEPTH, n_in - first)
+                for i in range(min(TILE_ROWS, n_out - j)):  # The sums of padding are not used.
+                    _dequantize_int4(
                         q[j + i, first // 2 : (first + depth) // 2],
                         scale[j + i, first // GROUP : (first + depth) // GROUP],
                         wide[i],
                     )
-                for row in range(0, len(x), TILE):
+                for row in range(0, len(x), TILE_ROWS):
                     _add_tile(x, row, first, depth, wide, out, j)
 
 
 def _keys(q: Any, k: Any, n: int, out: Any, n_threads: int) -> None:
-    """Multiply each q with the first n keys of its head."""
+    """Multiply each query with the first n keys of its head."""
     n_heads = len(k)
     for thread in prange(n_threads):
         for head in range(n_heads * thread // n_threads, n_heads * (thread + 1) // n_threads):
@@ -293,7 +293,7 @@ def _keys(q: Any, k: Any, n: int, out: Any, n_threads: int) -> None:
 
 
 def _values(weights: Any, v: Any, n: int, out: Any, n_threads: int) -> None:
-    """Add up the first n values of each head by their weights, 4 at a time: the sums are then in registers longer."""
+    """Sum the first n values of each head by their weights, 4 at a time, so that sums stay in registers longer."""
     n_heads = len(v)
     for thread in prange(n_threads):
         for head in range(n_heads * thread // n_threads, n_heads * (thread + 1) // n_threads):
@@ -312,12 +312,12 @@ def _values(weights: Any, v: Any, n: int, out: Any, n_threads: int) -> None:
 
 def _rows_int8(q: Any, scale: Any, wide: Any) -> None:
     for j in range(len(q)):
-        _widen_int8(q[j], scale[j], wide[j])
+        _dequantize_int8(q[j], scale[j], wide[j])
 
 
 def _rows_int4(q: Any, scale: Any, wide: Any) -> None:
     for j in range(len(q)):
-        _widen_int4(q[j], scale[j], wide[j])
+        _dequantize_int4(q[j], scale[j], wide[j])
 
 
 @functools.cache
@@ -328,22 +328,22 @@ def _attention_kernel(is_keys: bool) -> Callable[..., None]:
 
 @functools.cache
 def _kernel(kind: str, way: str) -> Callable[..., None]:
-    """Return the kernel that multiplies "few" or "many" rows by a weight of that kind, or widens ("widen") one."""
-    int8: dict[str, Callable[..., None]] = {"few": _few_int8, "many": _many_int8, "widen": _rows_int8}
-    int4: dict[str, Callable[..., None]] = {"few": _few_int4, "many": _many_int4, "widen": _rows_int4}
+    """Return the kernel that multiplies "few" or "many" rows by a weight of that kind, or does "dequantize" it."""
+    int8: dict[str, Callable[..., None]] = {"few": _few_int8, "many": _many_int8, "dequantize": _rows_int8}
+    int4: dict[str, Callable[..., None]] = {"few": _few_int4, "many": _many_int4, "dequantize": _rows_int4}
     function = (int8 if kind == "int8" else int4)[way]
-    # Weights that are mapped from a file are read-only; writable ones fit too.
+    # Weights that are mapped from a file are read-only. A read-only signature takes writable arrays too.
     codes, n_axes = (types.int8, 1) if kind == "int8" else (types.uint8, 2)
     weight = types.Array(codes, 2, "C", readonly=True), types.Array(types.float32, n_axes, "C", readonly=True)
     rows = types.Array(types.float32, 2, "C")
-    if way == "widen":
+    if way == "dequantize":
         return _compiled(types.void(*weight, rows), function, parallel=False)
     return _compiled(types.void(rows, *weight, rows, types.intp), function)
 
 
 def _compiled(signature: Any, function: Callable[..., None], parallel: bool = True) -> Callable[..., None]:
-    """Compile a kernel, or find it on disk from the last time."""
+    """Compile a kernel, or load it from disk if it was compiled before."""
     try:
         return cast(Callable[..., None], njit(signature, parallel=parallel, cache=True, **_FAST)(function))
-    except RuntimeError:  # there is no folder that Numba may write to
+    except RuntimeError:  # Numba has no folder that it may write to.
         return cast(Callable[..., None], njit(signature, parallel=parallel, **_FAST)(function))

@@ -1,7 +1,7 @@
-"""array-api-strict, for developers: NumPy that refuses whatever the array API standard does not promise.
+"""array-api-strict, for developers: NumPy that refuses everything outside the array API standard.
 
-It refuses operations between its devices too, so that "device1" finds the commonest bug on GPUs without one. "device2"
-makes float32 where no dtype is given, as PyTorch does, and "no_float64" of newer versions is like a GPU of Apple.
+It refuses operations between its devices too, so "device1" finds the most common bug on GPUs without a GPU. "device2"
+makes float32 arrays by default, as PyTorch does. "no_float64" of newer versions resembles Apple's GPUs.
 """
 
 import os
@@ -48,11 +48,11 @@ class StrictBackend(Backend):
         return self.xp.asarray(np.array(array, dtype=dtype), device=self._device)
 
     def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
-        """Return an array of array-api-strict as one of NumPy."""
-        return np.from_dlpack(array.to_device(self._host))  # the one way that every version has
+        """Return an array of array-api-strict as a NumPy array."""
+        return np.from_dlpack(array.to_device(self._host))  # Only this way works in every version.
 
     def compile(self, function: Any, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()) -> Any:
-        """Return the function, without the floating-point flags of NumPy, which computes: the logits are checked."""
+        """Return the function, which runs without NumPy's floating-point warnings; the logits are checked instead."""
         return np.errstate(all="ignore")(function)
 
     def settings(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class StrictBackend(Backend):
 
 
 def _devices(xp: Any) -> dict[str, Any]:
-    """Return the devices under the names that `Device` takes, which they show and have no attribute for."""
+    """Return the devices by name. Only their text shows the name; they have no attribute for it."""
     found = {str(device).split("'")[1]: device for device in xp.__array_namespace_info__().devices()}
-    found.pop("no_x64", None)  # its argmax fails (2.6.1): NumPy gives int64, which that device refuses
+    found.pop("no_x64", None)  # Its argmax fails (2.6.1), because NumPy returns int64, which that device refuses.
     return found

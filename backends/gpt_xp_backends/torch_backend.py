@@ -1,10 +1,10 @@
-"""PyTorch, on CPUs, on GPUs of NVIDIA and AMD (cuda) and of Apple (mps). Run on CPUs only so far: see README.
+"""PyTorch on CPUs, and on GPUs of NVIDIA and AMD (cuda) and of Apple (mps). It was run on CPUs only so far.
 
-On the CPU, params that are mapped from a file stay mapped. PyTorch knows no read-only memory, and the process dies
-where one of these is written to in place: clone it first.
+On the CPU, params that are mapped from a file stay mapped. PyTorch has no read-only memory, and the process crashes if
+such a tensor is written to in place: clone it first.
 
-`GPT_XP_TORCH_COMPILE=1` compiles every step by `torch.compile`, which wants a C++ compiler (on CUDA, Triton) and takes
-half a minute or more at the start of each process; the statistics count that as prefill and decode.
+`GPT_XP_TORCH_COMPILE=1` compiles every step with `torch.compile`. That needs a C++ compiler (on CUDA, Triton) and half
+a minute or more at the start of each process, which the statistics count as prefill and decode.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class TorchBackend(Backend):
         self._scope = functools.partial(_scope, torch, kind, threads)
         self.version, self.device, self.dtype, self.xp = torch.__version__, where.name, dtype, _namespace(torch)
         self.device_memory = where.memory
-        self.samples_on_host = kind == "cpu"  # PyTorch sorts a vocabulary there in 4 to 8 ms, NumPy in 0.3
+        self.samples_on_host = kind == "cpu"  # There, PyTorch sorts a vocabulary in 4 to 8 ms, and NumPy in 0.3 ms.
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -63,14 +63,14 @@ class TorchBackend(Backend):
         return tensor.to(device=self.device, dtype=getattr(self._torch, dtype) if dtype else None)
 
     def to_numpy(self, array: Array) -> "np.ndarray[Any, Any]":
-        """Return a tensor as an array of NumPy."""
+        """Return a tensor as a NumPy array."""
         found: np.ndarray[Any, Any] = array.numpy(force=True)
         return found
 
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
     ) -> Callable[..., Any]:
-        """Return the function inside the backend's settings, compiled by PyTorch where that is asked for."""
+        """Return the function, which runs under the backend's settings, compiled by PyTorch if the user wants it."""
         faster = self._torch.compile(function) if self._is_compiled else function
 
         @functools.wraps(function)
@@ -81,22 +81,22 @@ class TorchBackend(Backend):
         return call
 
     def synchronize(self, array: Array) -> None:
-        """Wait for the GPU."""
+        """Wait until the GPU has finished."""
         if self._kind != "cpu":
             getattr(self._torch, self._kind).synchronize()
 
     def chunk_tokens(self, batch: int) -> int:
-        """Return more tokens on a GPU."""
+        """Return the default on a CPU, and more tokens on a GPU."""
         return super().chunk_tokens(batch) if self._kind == "cpu" else chunk_tokens_on_gpu(batch)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Return whether PyTorch says so, by a class or by a message."""
-        messages = ("DefaultCPUAllocator:", "MPS backend out of memory")  # where there is no class of its own
+        """Return whether PyTorch reports a lack of memory, by the error's class or message."""
+        messages = ("DefaultCPUAllocator:", "MPS backend out of memory")  # These errors have no special class.
         of_a_kind = isinstance(error, self._torch.OutOfMemoryError | MemoryError)
         return of_a_kind or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
 
     def peak_memory(self) -> int | None:
-        """Return the peak of the process, or of the GPU; PyTorch does not count it on mps."""
+        """Return the peak memory of the process or the GPU. PyTorch does not count it on mps."""
         if self._kind == "mps":
             return None
         return super().peak_memory() if self._kind == "cpu" else self._torch.cuda.max_memory_allocated(self.device)
@@ -130,7 +130,7 @@ def _devices(torch: Any) -> tuple[DeviceInfo, ...]:
 
 
 def _find_device(torch: Any, name: str | None) -> DeviceInfo:
-    """Return the device called "cuda:1"; "cuda" is the first of its kind, and "gpu" the first of any kind."""
+    """Return the device called `name`; "cuda" is the first CUDA device, and "gpu" the first GPU of any kind."""
     devices = {device.name: device for device in _devices(torch)}
     gpus = [each for each in devices if each != "cpu"]
     aliases = {"cuda": "cuda:0", "mps:0": "mps", "gpu": gpus[0] if gpus else "gpu"}
@@ -142,7 +142,7 @@ def _find_device(torch: Any, name: str | None) -> DeviceInfo:
 
 
 def _unmarked(array: Any) -> "np.ndarray[Any, Any]":
-    """Return the same memory without the mark that it is read-only, which PyTorch would warn of."""
+    """Return the same memory as a writable array, because PyTorch warns about read-only ones."""
     array = np.asarray(array, order="C")
     interface = array.__array_interface__
     unmarked = SimpleNamespace(__array_interface__=interface | {"data": (interface["data"][0], False)}, owner=array)
@@ -150,7 +150,7 @@ def _unmarked(array: Any) -> "np.ndarray[Any, Any]":
 
 
 def _namespace(torch: Any) -> SimpleNamespace:
-    """Return array-api-compat's PyTorch, in which indices must be int64 where the standard allows any integers."""
+    """Return array-api-compat's PyTorch with a `take_along_axis` that takes any integers; PyTorch needs int64."""
     import array_api_compat.torch as compat
 
     def take_along_axis(x: Array, indices: Array, /, *, axis: int = -1) -> Array:
@@ -161,7 +161,10 @@ def _namespace(torch: Any) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def _scope(torch: Any, kind: str, threads: int | None) -> Iterator[None]:
-    """No gradients, `threads`, and float32 products in float32, even where the user allows TF32 or bfloat16."""
+    """Set the number of threads, turn off gradients, and compute float32 products in float32.
+
+    The user's settings, which may allow TF32 or bfloat16, are restored at the end.
+    """
     matmul, n_threads = _matmul(torch, kind), torch.get_num_threads()
     precision = matmul.fp32_precision
     try:
@@ -177,5 +180,5 @@ def _scope(torch: Any, kind: str, threads: int | None) -> Iterator[None]:
 
 
 def _matmul(torch: Any, kind: str) -> Any:
-    """Return the object whose `fp32_precision` says how float32 products are computed."""
+    """Return the object whose `fp32_precision` sets how float32 products are computed."""
     return torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn.matmul

@@ -78,7 +78,7 @@ DESC, WISH = cublasLt.MatmulDescAttribute, cublasLt.MatmulPreferenceAttribute
 
 
 def _layout(matrix: Any) -> tuple[int, int]:
-    """Whether cuBLAS is to transpose it (it lies column by column), and how far its rows or columns are apart."""
+    """Return cuBLAS's operation (transposed for column-major memory), and the distance of rows or columns."""
     (rows, columns), (row, column) = matrix.shape, (stride // matrix.itemsize for stride in matrix.strides)
     if (column == 1 or columns == 1) and (rows == 1 or row >= columns):
         return int(cublas.Operation.N), row if rows > 1 else columns

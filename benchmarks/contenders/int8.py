@@ -51,17 +51,17 @@ class Contender:
         """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
-        """Return the seconds of prefill, in pieces as long as those of gpt-xp, and of each later token."""
+        """Return the seconds of prefill, in chunks as long as gpt-xp's, and of each later token."""
         (prompt,) = prompts
         length = self.backend.chunk_tokens(1)
-        pieces = [min(length, len(prompt) - begin) for begin in range(0, len(prompt), length)]
+        chunks = [min(length, len(prompt) - begin) for begin in range(0, len(prompt), length)]
         layers = [self.layer(len(prompt) + n_tokens) for _ in range(self.config.n_layer)]
         times = [time.perf_counter()]
         for step in range(n_tokens):
             n_slots = len(prompt) + step
             cache = [(query, k[:, :, :n_slots], weights[..., :n_slots], v[:, :, :n_slots])
                      for query, k, weights, v in layers]  # fmt: skip
-            for rows in [1] if step else pieces:
+            for rows in [1] if step else chunks:
                 self.products(self.params, np.zeros(rows, dtype=np.int32), cache, xp=self.backend.xp)
             times.append(time.perf_counter())
         return np.diff(times).tolist()

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_xp_backends.jax_backend import LONG, few_sizes
+from gpt_xp_backends.jax_backend import CHUNK_TOKENS
 
+from gpt_xp.backend import few_sizes
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.weights import read_params
 
@@ -55,16 +56,16 @@ class Contender:
         """Return None, because it computes no logits."""
 
     def run(self, prompts: list[list[int]], n_tokens: int) -> list[float]:
-        """Return the seconds of prefill, in pieces as long as those of gpt-xp on JAX, and of each later token."""
+        """Return the seconds of prefill, in chunks as long as those of gpt-xp on JAX, and of each later token."""
         (prompt,) = prompts
-        sizes = [min(LONG, len(prompt) - begin) for begin in range(0, len(prompt), LONG)]
-        pieces = [(self.full(rows, self.config.n_embd), ()) for rows in sizes]
+        sizes = [min(CHUNK_TOKENS, len(prompt) - begin) for begin in range(0, len(prompt), CHUNK_TOKENS)]
+        chunks = [(self.full(rows, self.config.n_embd), ()) for rows in sizes]
         token = self.full(1, self.config.n_embd)
         caches = {n: self.cache(n) for n in {few_sizes(len(prompt) + step) for step in range(1, n_tokens)}}
         with jax.default_matmul_precision("highest"):
             times = [time.perf_counter()]
             for step in range(n_tokens):
-                for x, cache in [(token, caches[few_sizes(len(prompt) + step)])] if step else pieces:
+                for x, cache in [(token, caches[few_sizes(len(prompt) + step)])] if step else chunks:
                     jax.block_until_ready(products(self.blocks, self.wte, x, cache))
                 times.append(time.perf_counter())
         return np.diff(times).tolist()

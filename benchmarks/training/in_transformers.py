@@ -10,7 +10,7 @@ from training import in_torch
 
 
 class Trainer:
-    """With the attention that transformers chooses (`sdpa`)."""
+    """Trains with the attention that transformers chooses (`sdpa`)."""
 
     attention: str | None = None
 
@@ -36,6 +36,6 @@ class Trainer:
 
 
 class Eager(Trainer):
-    """With attention written out in torch."""
+    """Trains with attention written out in torch."""
 
     attention = "eager"

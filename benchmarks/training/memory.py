@@ -1,6 +1,6 @@
 """The peak memory of whole processes that fine-tune a model of a published shape, with random weights.
 
-All take steps of the same number of rows, `ROWS` or one batch, in pieces of a batch each, whose gradients they add.
+All take steps of the same number of rows, `STEP_ROWS` or one batch. A step adds the gradients of several batches.
 """
 
 import re
@@ -16,7 +16,7 @@ from shapes import write_published
 import gpt_xp
 
 SEQ_LEN = 256
-ROWS = 16
+STEP_ROWS = 16
 LIMIT = 8e9  # bytes
 TEXT = 200_000  # characters: of a tenth of them, even 16 rows of 256 tokens can be made to validate on
 CHILD = """
@@ -42,7 +42,7 @@ def measure(batches: Sequence[int], freezes: Sequence[int], name: str) -> list[t
         ]
         for freeze in freezes:
             for batch in batches:
-                settings = {"batch-size": batch, "accumulate": max(ROWS // batch, 1), "freeze": freeze}
+                settings = {"batch-size": batch, "accumulate": max(STEP_ROWS // batch, 1), "freeze": freeze}
                 peak = peak_of(folder, text, settings)
                 found = ("killed", "no") if peak is None else (f"{peak / 1e9:.2f}", "yes" if peak <= LIMIT else "no")
                 table.append((*map(str, settings.values()), *found))

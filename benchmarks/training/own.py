@@ -57,7 +57,7 @@ class OwnMax(Trainer):
 
 
 class Accumulate4(Trainer):
-    """The same step in four pieces, whose gradients are added: a quarter of the memory is taken, and taken anew."""
+    """Trains with the same step in four parts, whose gradients are added, in a quarter of the memory."""
 
     accumulate = 4
 

@@ -78,7 +78,7 @@ class GptXp:
 
     @property
     def _come_together(self) -> bool:
-        """Whether several tokens appear at once, so that the time between two of them means nothing."""
+        """True if several tokens appear at once, so that the time between two tokens has no meaning."""
         return bool(self._sampling.get("speculate") or self._model.backend.decode_block)
 
     def _steps(self, n_later: int) -> int:

@@ -27,12 +27,12 @@ class Contestant:
 
     @property
     def is_in(self) -> bool:
-        """Whether it still takes part."""
+        """True if the contestant still takes part."""
         return self.skipped is None and self.failed is None
 
     @property
     def is_precise(self) -> bool:
-        """Whether its logits are precise enough to compare others with."""
+        """True if the logits are precise enough as a reference for others."""
         return self.logits is not None and self.description["dtype"] in ("float32", "float64")
 
     def describe(self) -> None:

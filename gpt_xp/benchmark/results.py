@@ -59,7 +59,7 @@ class Benchmark:
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing failed, and at least one contender was measured."""
+        """True if no contender failed, and at least one was measured."""
         measured = [each for each in self.standings if each.figures and not each.is_floor]
         return bool(measured) and not any(each.failed for each in self.standings)
 

@@ -24,7 +24,7 @@ from gpt_xp.types import Params
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a model's directory says.
+    """The contents of a model's directory.
 
     `params` are read-only NumPy arrays (see `weights.read_params`), `quantization` is "int8", "int4" or None, and
     `carried` the entries and files that `save` writes again.

@@ -54,7 +54,7 @@ class LayerFigures:
 
     @property
     def is_out_of_line(self) -> bool:
-        """Whether the difference is more than rounding."""
+        """True if the difference is larger than rounding explains."""
         return not self.difference.relative <= self.allowed
 
 
@@ -136,7 +136,7 @@ def compare_tokens(
 
 @dataclass(frozen=True)
 class ComparisonFigures:
-    """All figures of one backend. `tokens` has an entry for each mode, unless nothing could be generated."""
+    """The figures of one backend. `tokens` has an entry for each mode, or none if generation failed."""
 
     layers: tuple[LayerFigures, ...]
     logits: LogitFigures

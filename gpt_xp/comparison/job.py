@@ -1,4 +1,4 @@
-"""What a comparison computes where nothing else is asked for: prompts, and how they are continued."""
+"""The default job of a comparison: its prompts, and the settings that continue them."""
 
 from typing import Any
 

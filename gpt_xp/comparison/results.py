@@ -31,7 +31,7 @@ class BackendResult:
 
     @property
     def is_ok(self) -> bool:
-        """Whether all figures are within the tolerance of the dtype."""
+        """True if all figures are within the tolerance of the dtype."""
         return not self.problems
 
 
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def is_ok(self) -> bool:
-        """Whether each backend is within the tolerance of its dtype, and at least one was not skipped."""
+        """True if every backend is within the tolerance of its dtype, and at least one was not skipped."""
         return all(run.is_ok for run in self.runs) and any(run.figures for run in self.runs)
 
     def as_dict(self) -> dict[str, Any]:

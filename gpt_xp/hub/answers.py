@@ -1,4 +1,4 @@
-"""What a server's answer to a range request says (RFC 9110): its status, where its bytes lie, when to try again."""
+"""Reads a server's answer to a range request (RFC 9110): its status, its range of bytes, the time of a retry."""
 
 import re
 import time

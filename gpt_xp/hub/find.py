@@ -1,4 +1,4 @@
-"""From the name of a model to a directory on disk, fetching it if need be."""
+"""Finds the directory of a model by name, and fetches the model if needed."""
 
 import os
 from pathlib import Path

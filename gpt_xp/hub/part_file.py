@@ -56,7 +56,7 @@ class PartFile:
 
     @property
     def has_state(self) -> bool:
-        """Whether it is known which file the bytes belong to."""
+        """True if it is known which file the bytes belong to."""
         return self._state is not None
 
     @property
@@ -66,7 +66,7 @@ class PartFile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all bytes are here, and it is known what their digest must be."""
+        """True if all bytes have arrived, and their expected digest is known."""
         return self.n_bytes is not None and self.offset == self.n_bytes and self.digest is not None
 
     def begin(self, etag: str | None) -> None:

@@ -1,4 +1,4 @@
-"""What the plots of `compare` and `bench` share; only here is matplotlib imported."""
+"""Helpers for the plots of `compare`, `bench` and `train`. Only this module imports matplotlib."""
 
 import os
 from pathlib import Path

@@ -30,7 +30,7 @@ RUN, STATE, START, FOLDER = "run.json", "state.safetensors", "start", "training"
 
 @dataclass
 class RunCounters:
-    """How far a run has come. Random numbers depend on the step's number alone, so they need no state."""
+    """The progress of a run. Random numbers depend only on the step's number, so they need no state."""
 
     step: int = 0  # steps taken
     loss_sum: float = 0.0  # over the steps since the last evaluation

@@ -1,4 +1,4 @@
-"""Backends: how they are found and chosen, what they refuse, and that a wrong one is caught."""
+"""Backends: finding and choosing one, refused arguments, and the detection of a wrong one."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ from gpt_xp.installation import install_command
 from gpt_xp.registry import check_installed, get_backend
 from gpt_xp.reporting.text import closest_first
 
-# Nothing is imported on spec.
+# Modules are imported only when they are needed.
 
 
 def test_generating_imports_no_other_command() -> None:
@@ -67,7 +67,7 @@ def test_a_numpy_model_imports_no_other_array_library() -> None:
 
 
 def test_generating_on_numpy_imports_a_part_of_numpy() -> None:
-    """All of it takes longer to import than the rest of a start; an array function in a hot path can bring it back."""
+    """Importing all of NumPy takes longer than the rest of a start. A function used in each step can cause it."""
     code = """
 import gpt_xp, sys, json
 model = gpt_xp.load("shakespeare", backend="numpy")
@@ -160,7 +160,7 @@ def test_what_a_backend_refuses(name: str, options: dict[str, Any], message: str
 
 
 def fake_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An MLX with a GPU, which computes nothing: as far as `create` asks for anything."""
+    """A fake MLX with a GPU, with what `MLXBackend.__init__` uses. It cannot compute."""
     mx = SimpleNamespace(
         __version__="0.32", cpu="cpu", gpu="gpu", Device=lambda kind, index=0: (kind, index), device_count=lambda _: 1,
         is_available=lambda kind: True, default_device=lambda: ("gpu", 0), get_peak_memory=lambda: 0,
@@ -229,7 +229,7 @@ def test_how_to_get_what_is_missing(name: str, module: str, extra: str, monkeypa
 
 @pytest.mark.parametrize("device", ["device2", "no_float64"])
 def test_other_devices_of_the_strict_library(device: str) -> None:
-    """Like PyTorch, whose floats are float32 unless one asks; like a GPU of Apple, which has no float64."""
+    """One device has float32 as its default dtype, like PyTorch; one has no float64, like a GPU of Apple."""
     xp = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
     if device == "no_float64" and all(device not in str(each) for each in xp.__array_namespace_info__().devices()):
         pytest.skip(f"array-api-strict {xp.__version__} has no such device")
@@ -309,11 +309,11 @@ def test_cupy_without_a_gpu_says_so() -> None:
     assert "driver" in str(info.fix)
 
 
-# A wrong backend is caught. Each of these has NumPy's functions but one, and the suite's comparison must fail on it.
+# A wrong backend is caught. Each of these has one wrong function, and the suite's comparison must fail on it.
 
 
 def gelu_by_erf(x: Any) -> Any:
-    """What `tanh` would have to be for GELU's other form to come out: the model's tanh argument is inverted."""
+    """Return the values of `tanh` with which the model's formula computes GELU's other form."""
     erf = np.vectorize(__import__("math").erf)
     grid = np.linspace(-20, 20, 200_001)
     inner = np.sqrt(2 / np.pi) * (grid + 0.044715 * grid**3)
@@ -334,7 +334,7 @@ PLANTED: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 
 def rounded(x: Any) -> Any:
-    """Float32 with the 10 bits of TF32."""
+    """Round float32 to the 10 bits of TF32."""
     return (x.view("u4") & np.uint32(0xFFFFE000)).view("f4")
 
 

@@ -1,4 +1,4 @@
-"""Flags that BLAS raises without a reason: no warning reaches the user, and nothing of NumPy's settings is changed.
+"""Floating-point flags that BLAS raises without a reason: the user sees no warning, and NumPy's settings stay.
 
 OpenBLAS 0.3.31 computes products by a matrix of five columns on lanes that nobody reads, with what lies on the stack.
 Where that is no number, the processor's flag "invalid" is raised, and NumPy warns. The results are right: of 10,800
@@ -18,7 +18,7 @@ from gpt_xp.errors import NumericalError
 
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every product raises all flags, as far as NumPy is set to look at them; the list counts the products."""
+    """Let every product raise all flags that NumPy is set to check; the list counts the products."""
     found: list[str] = []
     original = np.matmul
 

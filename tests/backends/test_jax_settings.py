@@ -1,4 +1,4 @@
-"""JAX as a program has set it up: arrays on several devices, rank promotion, 64 bits."""
+"""JAX with the settings of a user's program: arrays on several devices, rank promotion, 64 bits."""
 
 import os
 import subprocess

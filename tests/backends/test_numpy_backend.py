@@ -1,4 +1,4 @@
-"""The NumPy backend: the logits of the naive model for any number of rows, and a process that stays the user's."""
+"""The NumPy backend: the logits of the naive model for any number of rows, and unchanged settings of the process."""
 
 import functools
 import threading
@@ -29,7 +29,7 @@ ROWS = (1, 2, 3, 5, 7, 8, 12)
 
 
 def make(kind: str | None = None, **settings: Any) -> Model:
-    """A small model, in float32 or float64, or of quantized weights."""
+    """Return a small model in float32 or float64, or with quantized weights."""
     backend = get_backend("numpy", **settings)
     if kind:
         params, config = small(kind)
@@ -39,12 +39,12 @@ def make(kind: str | None = None, **settings: Any) -> Model:
 
 
 def naive(model: Model) -> Callable[[Any], "np.ndarray[Any, Any]"]:
-    """The naive model in float64: from tokens [n_seq] to logits [n_seq, n_vocab]."""
+    """Return the naive model in float64, a function of tokens [n_seq] to logits [n_seq, n_vocab]."""
     return functools.partial(naive_gpt2, **float64_of(model.params), n_head=model.config.n_head)
 
 
 def blas_threads() -> int:
-    """How many threads NumPy's BLAS has."""
+    """Return the number of threads of NumPy's BLAS."""
     found = [each for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"]
     bundled = [each for each in found if "numpy.libs" in each["filepath"]]  # SciPy, which Numba imports, has its own
     return max(each["num_threads"] for each in bundled or found)
@@ -55,9 +55,9 @@ def blas_threads() -> int:
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models reach every way to compute a product, and attention by heads."""
-    monkeypatch.setattr(numpy_backend, "PART", 5)
-    monkeypatch.setattr(numpy_backend, "SCORES", 64)
+    """Lower the limits, so that small models reach every way to compute a product, and attention by heads."""
+    monkeypatch.setattr(numpy_backend, "PART_COLUMNS", 5)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 64)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
@@ -93,7 +93,7 @@ def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: Non
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [*ROWS, 29, 32, 33])
 def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, transposed: bool) -> None:
-    monkeypatch.setattr(numpy_backend, "PART", 5)
+    monkeypatch.setattr(numpy_backend, "PART_COLUMNS", 5)
     multiplied: list[int] = []
     original = np.matmul
 
@@ -121,7 +121,7 @@ def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, tr
 def test_attention_by_heads_is_attention(
     monkeypatch: pytest.MonkeyPatch, scores: int, mask_shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(numpy_backend, "SCORES", scores)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", scores)
     random = np.random.RandomState(scores % 97)
     q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
     mask = np.where(random.standard_normal(mask_shape) > 0, 0, np.finfo(np.float32).min).astype(np.float32)
@@ -129,7 +129,7 @@ def test_attention_by_heads_is_attention(
     found = transformer.attention(q, k, v, mask, BY_HEADS)
     assert (found.shape, found.dtype) == ((2, 7, 11, 3), np.float32)
     assert_values(found, transformer.attention(*wide, PLAIN), TOLERANCE["same", "float32"])
-    # Of other shapes, all is computed at once: one head for all, and no heads.
+    # Other shapes are computed at once: one head for all, and no heads.
     for arrays in ((q, k[:, :1], v[:, :1], mask), (q[0, 0], k[0, 0], v[0, 0], mask[..., :, :].reshape(-1, 11, 13)[0])):
         wide = [array.astype(np.float64) for array in arrays]
         expected = transformer.attention(*wide, PLAIN)
@@ -145,7 +145,7 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
         return original(x, xp)
 
     monkeypatch.setattr(transformer, "softmax", spy)
-    monkeypatch.setattr(numpy_backend, "SCORES", 2 * 5 * 37)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 2 * 5 * 37)
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
@@ -175,12 +175,12 @@ def test_another_namespace_is_used_as_it_is(dtype: str) -> None:
     assert np.abs(wrong.logits(tokens) - plain.logits(tokens)).max() > 0.1
 
 
-# Threads: `threads` of them while gpt-xp computes, and the user's before and after.
+# Threads. BLAS has `threads` threads while gpt-xp computes, and the user's number before and after.
 
 
 @pytest.fixture
 def three() -> Iterator[None]:
-    """A BLAS of three threads, which no thread of Python's has for itself."""
+    """Give BLAS three threads, which no Python thread controls."""
     libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
     before = [each.num_threads for each in libraries]
     for each in libraries:
@@ -192,7 +192,7 @@ def three() -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many threads BLAS has in each product of NumPy's."""
+    """Return the number of threads of BLAS in each product of NumPy."""
     found: list[int] = []
     original = np.matmul
 
@@ -222,7 +222,7 @@ def test_blas_has_so_many_threads_while_gpt_xp_computes(
 def test_beside_quantized_weights_blas_has_threads_for_many_rows_alone(
     three: None, seen: list[int], kind: str, threads: int | None, expected: int
 ) -> None:
-    """Threads of Numba and of BLAS that run in turns would wait for each other."""
+    """Threads of Numba and BLAS that take turns would wait for each other."""
     model = make(kind, threads=threads)
     for rows, n_blas in ((1, 1), (8, 1), (9, expected)):  # 9 x 11 rows are many
         seen.clear()

@@ -1,4 +1,4 @@
-"""PyTorch's adapter: what it leaves alone, what it refuses, its devices. What it computes is tested with all others."""
+"""PyTorch's adapter: the user's settings, refused arguments, devices. Its results are tested with all backends."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def torch() -> Any:
 
 @pytest.fixture
 def rounding(torch: Any) -> Iterator[None]:
-    """A user who lets float32 products be rounded to bfloat16 on the CPU, and to TF32 on a GPU."""
+    """Set PyTorch to round float32 products to bfloat16 on the CPU, and to TF32 on a GPU."""
     places = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = [place.fp32_precision for place in places]
     torch.set_float32_matmul_precision("medium")
@@ -118,7 +118,7 @@ def test_no_gradients_are_recorded_and_the_users_are_left_alone(torch: Any) -> N
 
 
 def test_gradients_on_the_functions_as_they_stand(torch: Any) -> None:
-    """Outside the adapter, PyTorch's users have them: here against float64 transformers."""
+    """Gradients work outside the adapter. The oracle is transformers in float64."""
     xp = get_backend("torch").xp
     params = gpt_xp.tree.tree_map(lambda leaf: torch.tensor(leaf, dtype=torch.float32), small_params("prime"))
     weight = params["blocks"][0]["attn"]["c_attn"]["w"].requires_grad_()

@@ -410,10 +410,10 @@ def test_backends_lists_what_is_here_and_what_is_missing(call, monkeypatch):
 
 
 def test_backends_goes_on_where_a_library_cannot_start(call, monkeypatch):
-    def fail() -> None:
+    def fail(cls: type) -> None:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr("gpt_xp_backends.numpy_backend.info", fail)
+    monkeypatch.setattr("gpt_xp_backends.numpy_backend.NumPyBackend.info", classmethod(fail))
     result = call("backends")
     assert result.code == 0
     assert "it fails to start: RuntimeError: no driver" in result.out

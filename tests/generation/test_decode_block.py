@@ -1,6 +1,6 @@
-"""Decoding in blocks on the device: the text of the plain loop, whatever ends it, from few programs.
+"""Decoding in blocks on the device: the same text as the plain loop, whatever ends it, and few compiled programs.
 
-JAX does on its CPU what it does on accelerators, in their layout of the cache; on other libraries a loop stands in.
+JAX runs on its CPU as it does on accelerators. For other libraries, a loop replaces the block.
 """
 
 from dataclasses import replace
@@ -40,18 +40,18 @@ def small(backend: Backend, name: str = "prime", **changes: Any) -> Model:
 
 
 def same(actual: Generation, expected: Generation) -> None:
-    """Equal tokens with equal logprobs and margins, and the same end; none of the texts here holds a tie."""
+    """Check for equal tokens, logprobs, margins and ends. None of the texts here has a tie."""
     assert min(expected.margins, default=1) > 1e-4
     assert actual.token_ids == expected.token_ids
     assert (actual.text, actual.finish_reason) == (expected.text, expected.finish_reason)
-    # Logits are of the order of 10, and a logprob or margin is a difference of two.
+    # Logits are around 10, and a logprob or margin is a difference of two.
     np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=20 * TOLERANCE["same", "float32"])
     np.testing.assert_allclose(actual.margins, expected.margins, atol=20 * TOLERANCE["same", "float32"])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_blocks_give_the_text_of_the_plain_loop(backend: Backend, options: dict[str, Any]) -> None:
-    # 30 tokens are one, five blocks of 5 and a part of one; two rows end at the context before, amid a block.
+    # 30 tokens are one token, five blocks of 5 and part of a block. Two rows reach the context earlier, within a block.
     expected = small(plain(backend)).generate(UNEVEN, max_tokens=30, **options)
     actual = small(in_blocks(backend)).generate(UNEVEN, max_tokens=30, **options)
     assert [out.finish_reason for out in expected] == ["max_tokens", "context", "max_tokens", "context"]
@@ -61,7 +61,7 @@ def test_blocks_give_the_text_of_the_plain_loop(backend: Backend, options: dict[
 
 def test_the_ring_begins_again_amid_a_block(backend: Backend) -> None:
     prompts = [TOKENS[:16], TOKENS[20:23]]
-    exact = {"slots": lambda n, n_ctx: n}  # JAX has slots to spare otherwise
+    exact = {"cache_slots": lambda n, n_ctx: n_ctx}  # By default, the cache of JAX is longer than the context.
     expected = small(plain(backend)).generate(prompts, max_tokens=None)
     actual = small(in_blocks(backend, **exact)).generate(prompts, max_tokens=None)
     assert [len(out.token_ids) for out in expected] == [22, 35]  # 16 + 35 > 37 slots

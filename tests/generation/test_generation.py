@@ -1,4 +1,4 @@
-"""Generation, on every backend: against transformers' greedy text, and a batch against each of its rows alone."""
+"""Generation on every backend: transformers' greedy text, and batches compared with each of their rows alone."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ def small(backend: Backend, name: str = "prime") -> Model:
 
 
 def same_tokens(actual: Generation, expected: Generation) -> None:
-    """Equal tokens, up to the first place where the two best choices were all but tied."""
+    """Check for equal tokens, up to the first place where the two best choices are almost tied."""
     for ours, theirs, margin in zip(actual.token_ids, expected.token_ids, expected.margins, strict=False):
         if ours != theirs:
             assert margin < 1e-4, "more than a tie"
@@ -43,14 +43,14 @@ def test_greedy_text_is_that_of_transformers(backend: Backend) -> None:
     model = gpt_xp.load("shakespeare", backend=backend)
     assert model.tokenizer.encode(GOLDEN["prompt"]) == GOLDEN["prompt_ids"]
     out = model.generate(GOLDEN["prompt"], max_tokens=100)
-    assert min(out.margins) > 1e-4  # no tie among them, so every backend must give these
+    assert min(out.margins) > 1e-4  # There is no tie, so every backend must choose these tokens.
     assert out.token_ids == GOLDEN["token_ids"]
     assert out.text == GOLDEN["text"]
     assert out.finish_reason == "max_tokens"
 
 
 def test_all_logits(backend: Backend) -> None:
-    for name in ("prime", "long"):  # in one piece, and in three
+    for name in ("prime", "long"):  # in one chunk, and in three
         tokens = small_tokens(name)
         expected = gpt_xp.gpt2(small_params(name), tokens, CONFIGS[name])
         model = small(backend, name)
@@ -144,7 +144,7 @@ def test_jax_compiles_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         decode = [each for each in traced if each[0] == (rows, 1)]
         prefill = [each for each in traced if each[0] != (rows, 1)]
         assert 0 < len(decode) <= sizes
-        # One prompt's pieces of 16, of 1 to 4 times 128, and those after the first 512; of several, of 128 alone.
+        # One prompt has chunks of 16, of 1 to 4 times 128, and those after the first 512; several have chunks of 128.
         assert 0 < len(prefill) <= (9 if rows == 1 else 1 + sizes)
         traced.clear()
         everything(rows)
@@ -173,11 +173,11 @@ def plain_params(config: GPT2Config) -> Any:
     return tables | {"blocks": [block() for _ in range(config.n_layer)], "ln_f": norm()}
 
 
-# Text: a model that says what it is told to. Its logits are given, so that only the loop around it is tested.
+# Text. The logits of the model are given, so that only the loop around it is tested.
 
 
 class Parrot(Model):
-    """A model whose next tokens are those of `said`, whatever the prompt."""
+    """A model that generates the tokens of `said` after any prompt."""
 
     def __init__(self, said: list[int], tokenizer: Tokenizer | None, config: GPT2Config) -> None:
         super().__init__(small_params_of(config), config, tokenizer, backend="numpy")
@@ -230,7 +230,7 @@ def test_the_end_token_ends(words: Tokenizer) -> None:
 
 
 def ended(model: Parrot, prompt: Any = (7,)) -> list[int]:
-    """The tokens up to the end token that stops the model; all of them where none does."""
+    """Return the tokens up to the end token that stops the model; all of them if none does."""
     out = model.generate(list(prompt), max_tokens=4)
     assert out.finish_reason == ("eos" if len(out.token_ids) < 4 else "max_tokens")
     return out.token_ids
@@ -283,7 +283,7 @@ def test_ids_without_a_token_are_never_sampled() -> None:
     tokenizer = Tokenizer({character: id for id, character in enumerate(characters)}, [])
     config = GPT2Config(n_vocab=263, n_ctx=64, n_embd=2, n_head=1, n_layer=1)
     params = small_params_of(config)
-    params["wte"][256:] *= 100  # the padding of the vocabulary is what the model likes best
+    params["wte"][256:] *= 100  # The model prefers the padding of the vocabulary.
     backends = [make_backend("numpy"), make_backend("array-api-strict")]
     for backend, temperature in itertools.product(backends, (0.0, 1.0)):
         free = Model(params, config, backend=backend).generate([7], max_tokens=40, temperature=temperature, seed=1)
@@ -334,7 +334,7 @@ def test_only_whole_characters_are_shown(words: Tokenizer) -> None:
 @settings(deadline=None, max_examples=150)
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data())
 def test_streamed_text_is_the_text(words: Tokenizer, text: str, stops: list[str], data: st.DataObject) -> None:
-    """With stops made of the text's own parts, as often as not."""
+    """Many of the stop strings are parts of the text."""
     if text:
         begin = data.draw(st.integers(0, len(text) - 1))
         stops = [*stops, text[begin : begin + data.draw(st.integers(1, 4))]]
@@ -394,7 +394,7 @@ def test_compiling_is_counted_apart() -> None:
     assert stats.time_to_first_token > stats.prefill_seconds
 
 
-# What is refused, before anything is computed.
+# Arguments that are refused before anything is computed.
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_compiling_is_counted_apart() -> None:
 def test_what_generate_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = small(make_backend("numpy"))
     with pytest.raises(error, match=message):
-        model.stream(**arguments)  # on the call itself, not on the first piece
+        model.stream(**arguments)  # The call itself raises, not the first piece.
 
 
 @pytest.mark.parametrize("ids", [[101], [-1], [], [[]], [1.0], ["a"], [[[1]]], [0] * 38])
@@ -436,7 +436,7 @@ def test_what_logits_refuses(backend: Backend, ids: Any) -> None:
 
 
 def test_ids_beyond_the_table_fail_when_they_are_used() -> None:
-    # The commonest way to add a token: [PAD] in the tokenizer, and the table not resized.
+    # This is the most common way to add a token: [PAD] in the tokenizer, and a table that is not resized.
     encoder = {character: id for id, character in enumerate(gpt_xp.tokenizer.bpe.CHARACTER_OF_BYTE)}
     tokenizer = Tokenizer(encoder | {"[PAD]": 256, EOS: 257}, [], ["[PAD]"])
     config = GPT2Config(n_vocab=256, n_ctx=11, n_embd=6, n_head=3, n_layer=1)

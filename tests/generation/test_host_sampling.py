@@ -1,4 +1,4 @@
-"""Choosing among the few tokens that top-k leaves: the same as among all, to the last bit."""
+"""Choosing among the few tokens that top-k leaves: the same result as choosing among all, to the last bit."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ filters = st.fixed_dictionaries(
 def test_the_same_as_among_all(
     values: list[list[int]], n_vocab: int, options: dict[str, Any], dtype: str, gaps: bool, seed: int
 ) -> None:
-    """With many ties, also those that only the division by a large temperature makes."""
+    """The scores have many ties, some of them caused by dividing by a large temperature."""
     logits = (np.array(values) / 4 + np.linspace(0, 1e-6, 53)).astype(dtype)[:, :n_vocab]
     random = np.random.RandomState(seed % 2**32)
     options["seen"] = random.rand(*logits.shape) < 0.3
@@ -91,7 +91,7 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
 
 
 def test_a_wrong_threshold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of those that top-k keeps is left out."""
+    """A threshold that drops the last token that top-k keeps is found."""
     original = np.partition
 
     def above(*args: Any, **kwargs: Any) -> np.ndarray:

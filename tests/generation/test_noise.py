@@ -1,4 +1,4 @@
-"""The noise of sampling: an independent Philox, and the distribution it should have."""
+"""The noise of sampling, compared with an independent Philox and with the Gumbel distribution."""
 
 import math
 
@@ -11,7 +11,7 @@ MASK = 2**64 - 1
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox 4x64 with 10 rounds, in Python's integers, from the constants of the paper (Salmon et al. 2011)."""
+    """Compute Philox 4x64 with 10 rounds in Python's integers, with the constants of the paper (Salmon et al. 2011)."""
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * counter[0], 0xCA5A826395121157 * counter[2]
         counter = [
@@ -25,7 +25,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_philox_is_the_published_one() -> None:
-    # The known answers that come with the authors' Random123.
+    # These are the known answers of the authors' library Random123.
     assert philox([0] * 4, [0] * 2) == [
         0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B,
     ]  # fmt: skip
@@ -63,7 +63,7 @@ def test_noise_has_the_gumbel_distribution() -> None:
     noise = np.sort(np.concatenate([gumbel_noise(5, 0, step, 50257) for step in range(4)]))
     assert abs(noise.mean() - 0.5772156649) < 0.01  # Euler's constant
     assert abs(noise.var() - math.pi**2 / 6) < 0.03
-    # Kolmogorov-Smirnov: the largest distance from exp(-exp(-x)), below its 0.1% point.
+    # Kolmogorov-Smirnov test: the largest distance from exp(-exp(-x)) is below its 0.1% point.
     expected = np.exp(-np.exp(-noise.astype(np.float64)))
     distance = np.abs(expected - np.arange(1, noise.size + 1) / noise.size).max()
     assert distance < 1.95 / math.sqrt(noise.size)

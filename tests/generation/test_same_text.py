@@ -1,7 +1,7 @@
 """Same seed, same text: on NumPy, JAX (jitted) and array-api-strict, over GPT-2's whole vocabulary.
 
-The reference is NumPy in float64. It has all but no rounding error, so the margins by which its tokens won are the
-true ones; and two backends in float32 may share an error, as NumPy and array-api-strict share their BLAS.
+The reference is NumPy in float64. It has almost no rounding error, so its margins are the true ones. Two backends in
+float32 may share an error, as NumPy and array-api-strict share their BLAS.
 """
 
 import functools
@@ -24,18 +24,18 @@ CONFIG = GPT2Config(n_vocab=50257, n_ctx=199, n_embd=28, n_head=4, n_layer=2)
 NAMES = ("numpy:float64", "numpy:float32", "jax:float32", "array-api-strict:float32")
 MAX_TOKENS = 37
 
-# The largest error of a logit that is allowed here; float32 keeps seven digits of logits up to 19, and loses one
-# (measured: 2e-5). A margin is the difference of two logits, so below twice the error rounding may turn a choice round.
+# The largest allowed error of a logit. float32 has seven digits of logits up to 19, and loses one (measured: 2e-5). A
+# margin is the difference of two logits. If it is below twice the error, rounding may change the choice.
 ERROR = 5e-5
 TIE = 2 * ERROR
-# Margins are spread about evenly near zero, so of 1,400 tokens a sixth of one is expected to be below TIE. (A token
-# on the edge of a filter may come or go by rounding too, whatever its margin. That is far rarer, and not allowed for.)
+# Margins are distributed about evenly near zero, so 1/6 of one of 1,400 tokens is expected to be below TIE. Rounding
+# may also move a token across the edge of a filter. That is much rarer, and is not allowed for.
 MOST_TIES = 2
 LEAST_TOKENS = 1200
 
 
 class Case(NamedTuple):
-    """Prompts of these lengths, generated in one batch."""
+    """Prompts of these lengths, continued in one batch."""
 
     name: str
     lengths: tuple[int, ...]
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("unfiltered", (2, 3, 5, 7), {"temperature": 1.0, "seed": 0}),
-    Case("unfiltered, in two pieces", (131,), {"temperature": 1.0, "seed": 1}),
+    Case("unfiltered, in two chunks", (131,), {"temperature": 1.0, "seed": 1}),
     Case("unfiltered, cooler", (11, 13), {"temperature": 0.7, "seed": 2**64 - 1, "num_samples": 2}),
     Case("unfiltered, hotter", (17,), {"temperature": 1.5, "seed": 2**32, "num_samples": 4}),
     Case("unfiltered, cold", (19,), {"temperature": 0.3, "seed": 4}),
@@ -69,7 +69,7 @@ FAST = [case for case in CASES if "top_p" not in case.options]  # nothing to sor
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products this small are not worth the threads of NumPy's BLAS, which wait in a loop on a busy machine."""
+    """Limit BLAS to one thread. For such small products, more threads only wait in a loop on a busy machine."""
     with threadpoolctl.threadpool_limits(1):
         yield
 
@@ -79,7 +79,7 @@ def params() -> Any:
     random, n = np.random.RandomState(7), CONFIG.n_embd
 
     def weight(*shape: int, scale: float = 0.3) -> np.ndarray:
-        # Rounded to float32, so that every dtype begins with the same weights.
+        # The weights are rounded to float32, so that every dtype has the same ones.
         return (random.standard_normal(shape) * scale).astype(np.float32)
 
     def linear(n_in: int, n_out: int) -> Any:
@@ -125,7 +125,7 @@ def continuations_on(name: str) -> dict[str, Generation]:
 
 
 class Difference(NamedTuple):
-    """The first token of a continuation that is another one, and by how much the expected token had won."""
+    """The first different token of a continuation, and the margin of the expected token."""
 
     where: str
     step: int
@@ -135,20 +135,20 @@ class Difference(NamedTuple):
 
 
 def compare(actual: dict[str, Generation], expected: dict[str, Generation]) -> tuple[int, list[Difference]]:
-    """Return how many tokens could be compared, and the first difference of each continuation that has one."""
+    """Return the number of compared tokens, and the first difference of each continuation that has one."""
     compared, differences = 0, []
     for where, ours in actual.items():
         theirs = expected[where]
         for step, pair in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
             compared += 1
-            if pair[0] != pair[1]:  # what follows continues another text
+            if pair[0] != pair[1]:  # The tokens after it continue another text.
                 differences.append(Difference(where, step, *pair, theirs.margins[step]))
                 break
     return compared, differences
 
 
 def assert_same(actual: dict[str, Generation], expected: dict[str, Generation]) -> int:
-    """Check that the tokens are equal but for a few ties; return how many were compared."""
+    """Check that the tokens are equal except for a few ties; return the number of compared tokens."""
     compared, differences = compare(actual, expected)
     worse = [each for each in differences if each.margin >= TIE]
     log = f"{len(differences)} differences in {compared} tokens: {differences}"
@@ -199,7 +199,7 @@ def test_ties_end_what_can_be_compared_and_are_few() -> None:
         assert_same({"row 0": made_up([5, 2, 3, 4], [1.0] * 4)}, expected)
 
 
-# It can fail. Each of these is NumPy with one thing off, and is more than a few ties away.
+# The test can fail. Each of these is NumPy with one mistake, and differs by more than a few ties.
 
 
 def assert_caught(actual: dict[str, Generation], expected: dict[str, Generation]) -> None:
@@ -226,12 +226,12 @@ def test_noise_that_is_off_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def rounded_to_10_bits(a: Any, b: Any) -> Any:
-    """A product as TF32 has it: its factors are off by up to 1e-3, relatively."""
+    """Multiply as TF32 does: the factors have relative errors of up to 1e-3."""
     return np.matmul(*((x.view("u4") & np.uint32(0xFFFFE000)).view("f4") for x in map(np.ascontiguousarray, (a, b))))
 
 
 def off_by_a_thousandth(a: Any, b: Any) -> Any:
-    """A product of which each second column, and so each second logit, is 1e-3 too large."""
+    """Multiply with every second column, and so every second logit, 1e-3 too large."""
     product = np.matmul(a, b)
     product[..., ::2] *= 1.001
     return product

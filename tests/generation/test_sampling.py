@@ -1,4 +1,4 @@
-"""Choosing the next token, on every backend. Oracles: float64 arithmetic, and transformers in test_oracle.py."""
+"""Choosing the next token on every backend. The oracles are float64 arithmetic, and transformers in test_oracle.py."""
 
 import math
 from typing import Any
@@ -79,7 +79,7 @@ def test_ids_without_a_token_are_never_chosen(backend: Backend) -> None:
 def test_rows_without_a_token_are_as_if_they_were_not_there(
     backend: Backend, filters: dict[str, Any], temperature: float | None, penalty: float | None
 ) -> None:
-    # nanoGPT's table has 50304 rows for 50257 tokens. Warnings are errors here: nothing may overflow on the way.
+    # nanoGPT's table has 50304 rows for 50257 tokens. Warnings are errors here, so nothing may overflow.
     padded = np.concatenate([LOGITS, np.full((3, 2), 9), np.full((3, 4), -9)], axis=1).astype(np.float32)
     options = {"temperature": temperature, "repetition_penalty": penalty, **filters}
     noise, seen = np.stack([gumbel_noise(1, row, 3, 107) for row in range(3)]), np.arange(107)[None] % 7 < [[3]] * 3
@@ -130,7 +130,7 @@ def test_repetition_penalty(backend: Backend) -> None:
     logits = np.array([[3.0, 2.5, -1.0, -2.0]], dtype=np.float32)
     seen = np.array([[True, False, False, False]])
     assert chosen(backend, logits, seen=seen, repetition_penalty=2.0).token.tolist() == [1]
-    below = np.array([[-1.0, -1.5]], dtype=np.float32)  # a negative score is multiplied, or it would rise
+    below = np.array([[-1.0, -1.5]], dtype=np.float32)  # Negative scores are multiplied, because division raises them.
     assert chosen(backend, below, seen=np.array([[True, False]]), repetition_penalty=2.0).token.tolist() == [1]
 
 
@@ -199,7 +199,7 @@ filters = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(-40, 40), min_size=2, max_size=53), filters, st.integers(0, 2**64 - 1))
 def test_every_draw_is_one_that_the_filters_keep(values: list[int], options: dict[str, Any], seed: int) -> None:
-    """With many ties, and against filters written anew in float64."""
+    """The scores have many ties. The oracle is a second implementation of the filters in float64."""
     logits = np.array([values], dtype=np.float32) / 4
     options = {"temperature": 1.0} | options
     choice = choose(logits, noise=gumbel_noise(seed, 0, 0, len(values))[None], **options)

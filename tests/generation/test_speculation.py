@@ -34,11 +34,11 @@ OPTIONS = {
 }
 
 
-# What is proposed.
+# Proposals.
 
 
 def looked_up(text: list[int], count: int) -> list[int] | None:
-    """The definition of a proposal, by looking through the whole text."""
+    """Propose by searching the whole text, as a proposal is defined."""
     for n in range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1):
         for begin in range(len(text) - n - 1, -1, -1):
             if len(text) > n and text[begin : begin + n] == text[-n:]:
@@ -69,7 +69,7 @@ def test_proposals_of_a_known_text() -> None:
 def test_all_rows_that_go_on_must_have_a_proposal() -> None:
     guesses = speculation.Speculation([[1, 2, 3, 1], [4, 5, 6, 7]])
     guesses.append(np.array([2, 8]), [True, True])
-    assert guesses.propose([True, False]) is None  # a plain step must show first what it costs
+    assert guesses.propose([True, False]) is None  # A plain step must be measured first.
     guesses.account.add_step(1.0)
     proposed = guesses.propose([True, False])
     assert proposed is not None
@@ -78,13 +78,13 @@ def test_all_rows_that_go_on_must_have_a_proposal() -> None:
     assert guesses.propose([True, True]) is None
 
 
-# When it pays: costs are given, so nothing is timed.
+# The account. The costs are given, so nothing is timed.
 
 
 def decode(accepted: Callable[[int], int], price: float, n_tokens: int = 2000) -> tuple[float, int]:
-    """Decode with steps of one second and passes of `price`; return the seconds of all, and the number of passes.
+    """Decode with steps of one second and passes of `price` seconds; return all seconds and the number of passes.
 
-    `accepted` says how many proposed tokens are right at a place in the text.
+    `accepted` returns how many proposed tokens are right at a place in the text.
     """
     account, place, seconds, passes = Account(), 0, 0.0, 0
     while place < n_tokens:
@@ -110,7 +110,7 @@ def test_a_step_is_measured_before_anything_is_proposed() -> None:
 
 def test_it_goes_on_where_it_pays() -> None:
     seconds, passes = decode(lambda place: PASS_TOKENS - 1, price=2.5, n_tokens=80 * PASS_TOKENS)
-    assert passes == 79  # the first step is a plain one
+    assert passes == 79  # The first step is a plain one.
     assert seconds == PASS_TOKENS + 2.5 * 79
 
 
@@ -133,14 +133,14 @@ def test_an_old_gain_pays_for_no_long_loss() -> None:
 
 @given(st.floats(0, 1), st.floats(0.5, 9), st.integers(0, 2**32))
 def test_it_loses_little_and_gains_most_of_what_there_is(chance: float, price: float, seed: int) -> None:
-    """Each proposed token is right by `chance` if those before it are."""
+    """Each proposed token is right with probability `chance` if those before it are right."""
     draw = random.Random(seed)
 
     def accepted(place: int) -> int:
         return next((n for n in range(PASS_TOKENS - 1) if draw.random() >= chance), PASS_TOKENS - 1)
 
     seconds, _ = decode(accepted, price, n_tokens=1000)
-    always = 1000 * price / sum(chance**n for n in range(PASS_TOKENS))  # if every proposal were taken up
+    always = 1000 * price / sum(chance**n for n in range(PASS_TOKENS))  # the seconds if every proposal were used
     assert seconds <= 1.25 * min(1000, always) + 2 * price + PASS_TOKENS
 
 
@@ -164,7 +164,7 @@ def test_proposals_are_watched_while_it_is_off() -> None:
     while guesses.propose([True]) is None:
         guesses.append(np.array([next(said)]), [True])
         appended += 1
-    # The first proposal comes after the second "1 2", and is borne out by all its tokens and one more.
+    # The first proposal comes after the second "1 2". All its tokens are right, and one more.
     assert appended == 2 + PASS_TOKENS
 
 
@@ -176,13 +176,13 @@ def test_one_slow_step_decides_nothing() -> None:
     assert not account.is_open
 
 
-# The text is that of plain decoding.
+# The text is the same as that of plain decoding.
 
 
 class Prophet:
-    """Proposes what really follows, with the tokens at some places replaced by others."""
+    """Proposes the tokens that really follow, with wrong tokens at some places."""
 
-    rows: Iterator[tuple[list[int], set[int]]]  # of each: what follows, and where to err
+    rows: Iterator[tuple[list[int], set[int]]]  # of each row: the tokens that follow, and the places of wrong tokens
 
     def __init__(self, prompt: Iterable[int]) -> None:
         (self.future, self.errs), self.place = next(self.rows), 0
@@ -198,14 +198,14 @@ class Prophet:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speculate whether it pays or not."""
+    """Speculate even if it does not save time."""
     monkeypatch.setattr(Account, "is_open", True)
     monkeypatch.setattr(Account, "add_pass", lambda *_: None)
 
 
 @pytest.fixture
 def prophesy(monkeypatch: pytest.MonkeyPatch, always: None) -> Callable[..., None]:
-    """Let a prophet guess these continuations; each row errs a token later than the one before."""
+    """Let a prophet propose these continuations; the wrong tokens of each row come one later than in the row before."""
 
     def prophesy(*plain: Generation, errs: Iterable[int] = ()) -> None:
         rows = [(out.token_ids, {place + row for place in errs}) for row, out in enumerate(plain)]
@@ -220,13 +220,13 @@ def small(backend: Backend, name: str = "prime", **changes: Any) -> Model:
 
 
 def error_of(model: Model) -> float:
-    """By how much two computations of one logit may differ."""
+    """Return the allowed difference of two computations of the same logit."""
     tokens = small_tokens(next(name for name, config in CONFIGS.items() if config.n_vocab == model.config.n_vocab))
     return float(TOLERANCE["same", "float32"] * np.abs(model.logits(tokens)).max())
 
 
 def assert_same(actual: list[Generation], expected: list[Generation], model: Model) -> None:
-    """Equal tokens, log probabilities and ends, up to a tie in the row, if there is one."""
+    """Check for equal tokens, log-probabilities and ends, up to the first tie of the row."""
     error = error_of(model)
     for ours, theirs in zip(actual, expected, strict=True):
         pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
@@ -301,7 +301,7 @@ def test_wrong_guesses_cost_time_and_no_more(errs: Iterable[int], prophesy: Call
 
 
 class Agreeable(np.ndarray):
-    """Token ids that claim to be equal to all others."""
+    """Token ids that are equal to every other id."""
 
     def __eq__(self, other: object) -> Any:
         return np.ones(self.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""The forward pass with a cache, piece by piece."""
+"""Runs the forward pass with a cache, chunk by chunk."""
 
 import functools
 from itertools import pairwise
@@ -21,7 +21,7 @@ TOKENS = small_tokens("prime")
 
 
 def forward(backend: Backend) -> Any:
-    """`gpt2` as the backend runs it: jitted on JAX."""
+    """Return `gpt2` compiled by the backend."""
     return functools.partial(backend.compile(gpt_xp.gpt2, static=("config", "xp")), xp=xp_of(backend))
 
 
@@ -38,9 +38,9 @@ def setup(backend: Backend, n_slots: int = 37, start: tuple[int, ...] = (0, 0, 0
 def run(
     backend: Backend, params: Any, cache: KVCache, tokens: np.ndarray, cuts: list[int], grow: bool = False
 ) -> tuple[np.ndarray, KVCache]:
-    """Feed tokens [batch, n_seq] in pieces that end at `cuts`; return all logits and the last cache.
+    """Run tokens [batch, n_seq] in chunks that end at `cuts`; return all logits and the last cache.
 
-    The cache has its slots from the beginning, or it grows with each piece.
+    With `grow`, the cache grows with each chunk.
     """
     found = []
     for begin, end in pairwise([0, *cuts]):

@@ -1,6 +1,6 @@
-"""Checkpoints made by hand for tests: the bytes of safetensors files, right and wrong ones, without the library.
+"""Checkpoints made by hand for tests: the bytes of safetensors files, right and wrong, without the library.
 
-The tables of names are written out here on purpose, apart from those of `gpt_xp.checkpoint.checkpoint`.
+The names are written out here on purpose, independent of those in `gpt_xp.checkpoint.tensors`.
 """
 
 import json
@@ -13,12 +13,12 @@ from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
 
-# Odd and distinct sizes, so that swapped axes show.
+# Sizes are odd and distinct, so that swapped axes are found.
 CONFIG = GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2, eos_token_id=5, bos_token_id=3)
 TINY = GPT2Config(n_vocab=7, n_ctx=5, n_embd=3, n_head=1, n_layer=1, eos_token_id=None)
 
 CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "uint16": "BF16", "int32": "I32", "bool": "BOOL"}
-PUBLISHED_HEADER = 14283  # bytes, of the header in the published gpt2: data begins at 14291, which no float can use
+PUBLISHED_HEADER = 14283  # bytes of the header of the published gpt2; its data begins at 14291, which is misaligned
 
 
 def shapes(config):
@@ -43,13 +43,13 @@ def shapes(config):
 
 
 def make_tensors(config, dtype="float32", seed=0):
-    """Every tensor of a GPT-2 by its name without prefix, with values that all differ."""
+    """Return every tensor of a GPT-2 by its name without prefix; all values differ."""
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes(config).items()}
 
 
 def nested(tensors):
-    """The params tree that the tensors should become."""
+    """Return the params that the tensors should become."""
 
     def affine(name, weight):
         return {weight: tensors[f"{name}.weight"], "b": tensors[f"{name}.bias"]}
@@ -75,7 +75,7 @@ def nested(tensors):
 
 
 def leaves(tree):
-    """The arrays of a params tree, in a fixed order."""
+    """Return the arrays of params, in a fixed order."""
     if isinstance(tree, dict):
         return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
     if isinstance(tree, list):
@@ -84,7 +84,7 @@ def leaves(tree):
 
 
 def assert_same(params, tensors, dtype=None):
-    """Equal bits, equal dtypes (or `dtype`), equal shapes, equal structure."""
+    """Check for equal bits, dtypes (or `dtype`), shapes and structure."""
 
     def structure(tree):
         if isinstance(tree, dict):
@@ -101,7 +101,7 @@ def assert_same(params, tensors, dtype=None):
 
 
 def header_of(tensors):
-    """The entries of a safetensors header for tensors that lie one after the other; uint16 stands for bfloat16."""
+    """Return the entries of a safetensors header for contiguous tensors; uint16 stands for bfloat16."""
     header, end = {}, 0
     for name, array in tensors.items():
         start, end = end, end + array.nbytes
@@ -110,7 +110,7 @@ def header_of(tensors):
 
 
 def file_bytes(tensors, header=None, header_length=None):
-    """A safetensors file: `header` (entries, or bytes) in place of the right one, padded by spaces."""
+    """Return a safetensors file. `header` (entries, or bytes) replaces the right one; it is padded by spaces."""
     header = header_of(tensors) if header is None else header
     text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(header_length or -(-len(text) // 8) * 8)
@@ -119,7 +119,7 @@ def file_bytes(tensors, header=None, header_length=None):
 
 
 def config_entries(config, **changes):
-    """What transformers writes into config.json, as far as it matters; None removes nothing, it is null."""
+    """Return the relevant entries of a config.json of transformers. A change to None is written as null."""
     return {
         "activation_function": "gelu_new",
         "bos_token_id": config.bos_token_id,
@@ -151,7 +151,7 @@ def prefixed(tensors):
 
 
 def only_the_head(tensors):
-    """What safetensors.torch.save_model leaves: of two names of one matrix the first."""
+    """Return the tensors that safetensors.torch.save_model writes: only the first of two names of a matrix."""
     return {{"wte.weight": "lm_head.weight"}.get(name, f"transformer.{name}"): tensors[name] for name in tensors}
 
 
@@ -174,7 +174,7 @@ def config_of(directory, **changes):
 
 
 class TwoFiles:
-    """A tokenizer, as far as saving goes."""
+    """A tokenizer that can only be saved."""
 
     def check_place(self, directory):
         if os.path.exists(os.path.join(directory, "tokenizer.json")):

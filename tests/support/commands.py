@@ -1,4 +1,4 @@
-"""Running the command in processes of their own, where terminals, pipes, signals and exit codes decide."""
+"""Runs the command in new processes, to test terminals, pipes, signals and exit codes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-PATIENCE = 600  # seconds until something counts as hung: far more than it takes, on however busy a machine
+PATIENCE = 600  # seconds until a process counts as hung; a busy machine needs much less
 COMMAND = [sys.executable, "-m", "gpt_xp"]
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, pipes and terminals")
 
@@ -21,7 +21,7 @@ class Result(NamedTuple):
 
 
 def process(*args: str, command: list[str] = COMMAND, **settings: object) -> Result:
-    """Run the command in a process of its own."""
+    """Run the command in a new process."""
     settings = {"stdin": subprocess.DEVNULL, **settings}
     done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=PATIENCE, check=False, **settings)
     return Result(done.returncode, done.stdout, done.stderr)
@@ -48,14 +48,14 @@ class Terminal:
         self.seen = ""
 
     def read(self, until: str | None = None) -> str:
-        """Return all that was seen, when `until` is there or the process has ended."""
+        """Wait until the output contains `until`, or the process has ended; return all output so far."""
         while until is None or until not in self.seen:
             if not select.select([self.mine], [], [], PATIENCE)[0]:
                 self.process.kill()
                 pytest.fail(f"no more output, after {self.seen!r}")
             try:
                 data = os.read(self.mine, 4096)
-            except OSError:  # so Linux says that the other end is closed
+            except OSError:  # On Linux, this means that the other end is closed.
                 break
             if not data:
                 break

@@ -1,4 +1,4 @@
-"""One helper that compares everything there is to compare, within the tolerances that gpt-xp has itself."""
+"""Compares arrays of any backend with expected values, within gpt-xp's own tolerances."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from gpt_xp.tolerances import TOLERANCE
 def assert_close(actual: Any, expected: Any, backend: Backend, kind: str, dtype: str | None = None) -> None:
     """Check that `actual`, an array of `backend`, has the right dtype, shape, device and values.
 
-    `expected` is a NumPy array; `kind` is a row of `TOLERANCE`; `dtype` is the one expected (default: the backend's).
+    `expected` is a NumPy array, `kind` a row of `TOLERANCE`, and `dtype` the expected dtype (default: the backend's).
     """
     dtype = dtype or backend.dtype
     assert actual.dtype == getattr(backend.xp, dtype), f"dtype {actual.dtype}, expected {dtype}"
@@ -22,9 +22,9 @@ def assert_close(actual: Any, expected: Any, backend: Backend, kind: str, dtype:
 
 
 def xp_of(backend: Backend) -> Any:
-    """Return the `xp` to pass to a function of arrays: None where it can be inferred from them.
+    """Return the `xp` to pass to a function of arrays: None if the function can infer it.
 
-    The namespace that an MLX array tells lacks some of the standard's arguments.
+    The namespace that is inferred from MLX arrays lacks some of the standard's arguments.
     """
     return backend.xp if backend.name == "mlx" else None
 

@@ -1,4 +1,4 @@
-"""Downloads of one file for tests: their pins, what they told, and the part that a broken one leaves."""
+"""Downloads of one file for tests: pins, recorded progress, and the part file of a failed download."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and limits"
 
 
 class Recorder:
-    """The progress as it was told."""
+    """A progress that records its calls."""
 
     def __init__(self) -> None:
         self.starts: list[tuple[str, int | None, int]] = []
@@ -68,7 +68,7 @@ def state_of(target: Path) -> Path:
 
 
 def fetch(remote: RemoteFile, target: Path, content: bytes = CONTENT) -> Recorder:
-    """Download, and see that the file is right, that nothing is left over, and that the progress was told of it."""
+    """Download, and check the file, the folder and the progress."""
     progress = Recorder()
     digest = download(remote, target, progress)
     assert target.read_bytes() == content
@@ -79,21 +79,21 @@ def fetch(remote: RemoteFile, target: Path, content: bytes = CONTENT) -> Recorde
 
 
 def fails(remote: RemoteFile, target: Path, match: str) -> str:
-    """Fail with one clear line, and leave nothing under the final name."""
+    """Check that the download fails with one clear line, and leaves no file under the final name."""
     progress = Recorder()
     with pytest.raises(DownloadError, match=match) as caught:
         download(remote, target, progress)
     assert not target.exists()
     assert progress.ends == 1
     text = "\n".join([str(caught.value), *progress.notes])
-    assert str(caught.value).isprintable()  # one line, and no colours that a server has thought of
+    assert str(caught.value).isprintable()  # It is one line, without escape sequences from the server.
     for secret in ("Signature", "?", TOKEN, "\x1b"):
         assert secret not in text
     return str(caught.value)
 
 
 def leave_part(server: FileServer, target: Path, after: int = 40_009, **pins: object) -> None:
-    """Break a download off after so many bytes, and forget the requests: now comes another process."""
+    """Interrupt a download after this number of bytes, and forget the requests."""
     server.faults[PATH] = [reset(after), status(404)]
     fails(remote(server, **pins), target, "404")
     assert part_of(target).read_bytes() == CONTENT[:after]
@@ -102,7 +102,7 @@ def leave_part(server: FileServer, target: Path, after: int = 40_009, **pins: ob
 
 
 def starts(server: FileServer, path: str = PATH) -> list[int | None]:
-    """Where each request for the file began."""
+    """Return the first byte of each request for the file."""
     return [request.start for request in server.requests if request.path == path]
 
 

@@ -1,7 +1,7 @@
-"""A contender whose times are made up: python fake_contender.py BEHAVIOUR SCALE LOG.
+"""A contender with invented times: python fake_contender.py BEHAVIOUR SCALE LOG.
 
-Its run number k (from 1 on) has taken k * SCALE seconds of prefill, and 2, 3 and 7 thousandths of that for every later
-token in turn. Each run is a line of LOG.
+Its run number k (from 1 on) reports k * SCALE seconds of prefill. The later tokens take 2, 3 and 7 thousandths of that
+in turn. Each run writes a line to LOG.
 """
 
 import json

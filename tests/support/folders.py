@@ -1,4 +1,4 @@
-"""Where the tests find files of this repository."""
+"""The folders of this repository that the tests use."""
 
 from pathlib import Path
 

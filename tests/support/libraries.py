@@ -1,4 +1,4 @@
-"""Which array libraries the tests run on, and which of them must be there."""
+"""The array libraries that the tests run on, and those that must be installed."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-stric
 ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")
 
 
-# CI names here what must not be skipped: a skip looks too much like a pass.
+# CI names here the libraries that must not be skipped, because a skip is easily taken for a pass.
 REQUIRED = os.environ.get("GPT_XP_TEST_REQUIRE", "numpy").split(",")
 
 
 def make_backend(name: str, dtype: str = "float32") -> Backend:
-    """Return the backend called "name" or "name:device"; skip the test, with the reason, where it cannot be had."""
+    """Return the backend called "name" or "name:device". Skip the test, with the reason, if it cannot be used."""
     library, _, device = name.partition(":")
     with skipping_what_is_missing(library):
         return get_backend(library, device=device or None, dtype=dtype)
@@ -33,7 +33,7 @@ def make_backend(name: str, dtype: str = "float32") -> Backend:
 
 @contextlib.contextmanager
 def skipping_what_is_missing(library: str) -> Iterator[None]:
-    """Skip the test, with the reason, where the library cannot be had; fail it where that is required."""
+    """Skip the test, with the reason, if the library cannot be used; fail the test if the library is required."""
     try:
         yield
     except (BackendError, ModuleNotFoundError) as error:
@@ -43,7 +43,7 @@ def skipping_what_is_missing(library: str) -> Iterator[None]:
 
 
 def quantized(backend: Backend) -> Backend:
-    """Return the backend that takes quantized weights; skip the test, with the reason, where numba is missing."""
+    """Return the backend that takes quantized weights. Skip the test, with the reason, if numba is missing."""
     with skipping_what_is_missing("numba" if backend.name == "numpy" else backend.name):
         return quantized_backend(backend)
 

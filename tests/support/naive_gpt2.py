@@ -1,6 +1,6 @@
-"""GPT-2 once more, as plainly as possible, in float64: one head and one position at a time, no mask, no batch.
+"""A second GPT-2, as simple as possible, in float64: one head and one position at a time, no mask, no batch.
 
-The functions are called as those of picoGPT are (`**block`, `**params`), and share no code with gpt-xp.
+The functions have picoGPT's arguments (`**block`, `**params`), and share no code with gpt-xp.
 """
 
 import math
@@ -50,7 +50,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
-    """Logits [n_seq, n_vocab] of token ids [n_seq]."""
+    """Return the logits [n_seq, n_vocab] of token ids [n_seq]."""
     wte, wpe = np.float64(wte), np.float64(wpe)
     x = np.array([wte[token] + wpe[place] for place, token in enumerate(inputs)])
     for block in blocks:

@@ -1,4 +1,4 @@
-"""OpenAI's own layout made by hand for tests: names, shapes and texts, apart from gpt-xp's tables and TensorFlow."""
+"""OpenAI's layout made by hand for tests: names, shapes and texts, independent of gpt-xp and TensorFlow."""
 
 import json
 
@@ -13,19 +13,19 @@ from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError
 
-# n_vocab: 256 bytes, 6 merges and <|endoftext|>. Odd and distinct sizes, so that swapped axes show.
+# n_vocab is 256 bytes, 6 merges and <|endoftext|>. Sizes are odd and distinct, so that swapped axes are found.
 CONFIG = GPT2Config(n_vocab=263, n_ctx=11, n_embd=15, n_head=3, n_layer=2, eos_token_id=262, bos_token_id=262)
 MERGES = ["t h", "th e", "Ġ the", "i n", "e r", "Ġ a"]
 
 
 def make_tensors(config=CONFIG, seed=0, dtype="float32"):
-    """Every tensor by the Hub's name without prefix; the numbers are the same in every version of NumPy."""
+    """Return every tensor by the Hub's name without prefix; the numbers are the same in every version of NumPy."""
     random = np.random.RandomState(seed)
     return {name: random.standard_normal(shape).astype(dtype) for name, shape in shapes(config).items()}
 
 
 def variables(tensors):
-    """The same tensors by OpenAI's names, the linear layers as convolutions of width 1: [1, n_in, n_out]."""
+    """Return the same tensors by OpenAI's names; linear layers are convolutions of width 1: [1, n_in, n_out]."""
     found = {"model/wte": tensors["wte.weight"], "model/wpe": tensors["wpe.weight"]}
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     norms = {"model/ln_f": "ln_f"}
@@ -42,7 +42,7 @@ def variables(tensors):
 
 
 def write_texts(directory, config=CONFIG):
-    """Write hparams.json, encoder.json and vocab.bpe, laid out as OpenAI's are."""
+    """Write hparams.json, encoder.json and vocab.bpe in OpenAI's layout."""
     directory.mkdir(exist_ok=True)
     sizes = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
     (directory / "hparams.json").write_text(json.dumps(sizes, indent=2) + "\n")
@@ -55,7 +55,7 @@ def write_texts(directory, config=CONFIG):
 
 
 class FakeReader:
-    """What gpt-xp uses of TensorFlow's reader, on variables in memory. NumPy's dtypes have names like TensorFlow's."""
+    """A reader with the interface of TensorFlow's, for variables in memory. NumPy's dtype names equal TensorFlow's."""
 
     def __init__(self, found):
         self.found = found
@@ -80,7 +80,7 @@ def converted(directory, dtype=None):
 
 
 def as_bfloat16(tensors):
-    """The same tensors in bfloat16, and what those are in float32."""
+    """Return the same tensors in bfloat16, and the rounded values in float32."""
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed; it comes with JAX")
 
     rounded = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}

@@ -33,7 +33,7 @@ BLOCK = 1 << 16
 
 @dataclass
 class Request:
-    """One request as it came, and what was sent for it."""
+    """One request, and the bytes that were sent for it."""
 
     path: str
     query: str
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What is sent for a request, and how."""
+    """The answer to a request, and the way in which it is sent."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class FileServer:
 
     @property
     def requests(self) -> list[Request]:
-        """All requests so far, when none is being answered any more."""
+        """The requests so far; it waits until all of them are answered."""
         with self._changed:
             assert self._changed.wait_for(lambda: not self._running, 10), "a request is still being answered"
             return list(self._requests)
@@ -102,7 +102,7 @@ class FileServer:
         return sum(request.sent for request in self.requests if request.path == path and request.status in (200, 206))
 
     def sees(self, text: str) -> bool:
-        """Whether any request held `text` in its address or headers."""
+        """Return whether any request had `text` in its address or headers."""
         return any(text in f"{request.path}?{request.query}\n{request.headers}" for request in self.requests)
 
     # What a kind of server answers
@@ -114,7 +114,7 @@ class FileServer:
         return {}
 
     def refuse(self, request: Request) -> Answer | None:
-        """Return the answer to somebody who may not have what he asks for."""
+        """Return the answer to a request that is not allowed."""
 
     def answer(self, request: Request) -> Answer:
         """Return the answer of a server in good health."""
@@ -283,7 +283,7 @@ def redirect(url: str, code: int = 302) -> Fault:
 
 
 def headers(changes: dict[str, str | None]) -> Fault:
-    """Other headers than are due; None takes one away."""
+    """Answer with changed headers; None removes a header."""
 
     def fault(server: FileServer, request: Request, answer: Answer) -> Answer:
         changed = {name: value for name, value in (answer.headers | changes).items() if value is not None}
@@ -297,12 +297,12 @@ def reset(after: int) -> Fault:
 
 
 def truncate(after: int) -> Fault:
-    """The connection is closed in good order, too early."""
+    """Close the connection normally, but too early."""
     return lambda server, request, answer: replace(answer, stop=after, ending="close")
 
 
 def stall(after: int, seconds: float = 60) -> Fault:
-    """The bytes stop coming, for so long; then the rest comes."""
+    """Pause for some seconds within the body, and then send the rest."""
     return lambda server, request, answer: replace(answer, stop=after, ending="stall", seconds=seconds)
 
 
@@ -311,7 +311,7 @@ def late(seconds: float = 60) -> Fault:
 
 
 def no_ranges() -> Fault:
-    """The whole file, whatever was asked for."""
+    """Answer every request with the whole file."""
 
     def fault(server: FileServer, request: Request, answer: Answer) -> Answer:
         whole = server.answer(replace(request, start=None))
@@ -321,12 +321,12 @@ def no_ranges() -> Fault:
 
 
 def garbage() -> Fault:
-    """As many bytes as are due, all of them wrong."""
+    """Answer with the right number of bytes, all of them wrong."""
     return lambda server, request, answer: replace(answer, body=bytes(byte ^ 0x55 for byte in answer.body))
 
 
 def change(content: bytes) -> Fault:
-    """The file is another one from now on."""
+    """Replace the file by another one from now on."""
 
     def fault(server: FileServer, request: Request, answer: Answer) -> Answer:
         server.files[request.path] = content
@@ -336,7 +336,7 @@ def change(content: bytes) -> Fault:
 
 
 def compressed() -> Fault:
-    """Gzip, though nobody asked for it."""
+    """Answer with gzip, which was not requested."""
 
     def fault(server: FileServer, request: Request, answer: Answer) -> Answer:
         changed = {**answer.headers, "Content-Encoding": "gzip"}

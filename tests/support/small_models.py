@@ -7,32 +7,32 @@ from folders import GOLDEN_FILES
 
 from gpt_xp import GPT2Config
 
-# The logits, losses and gradients of transformers: written by `make_goldens.py`.
+# The logits, losses and gradients of transformers, written by `make_goldens.py`.
 GOLDENS = dict(np.load(GOLDEN_FILES / "logits.npz"))
 
-# Distinct primes wherever it is possible, so that swapped axes show.
+# Sizes are distinct primes where possible, so that swapped axes are found.
 CONFIGS = {
     "prime": GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2),
     "one-head": GPT2Config(n_vocab=67, n_ctx=53, n_embd=29, n_head=1, n_layer=3),
-    "long": GPT2Config(n_vocab=31, n_ctx=307, n_embd=21, n_head=7, n_layer=1),  # several pieces and windows
+    "long": GPT2Config(n_vocab=31, n_ctx=307, n_embd=21, n_head=7, n_layer=1),  # several chunks and sizes of the cache
     "124M-ratios": GPT2Config(n_vocab=211, n_ctx=64, n_embd=96, n_head=12, n_layer=12),
-    # Trained GPT-2s have a few dimensions of the residual stream at about 3000; random weights hide what then
-    # overflows or loses digits.
+    # Trained GPT-2s have a few dimensions of the residual stream at about 3000, where numbers overflow or lose digits.
+    # Random weights alone would not show this.
     "planted": GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=3),
-    # Attention scores above 100: a softmax that does not take off the maximum overflows.
+    # Attention scores are above 100, so a softmax that does not subtract the maximum overflows.
     "sharp": GPT2Config(n_vocab=101, n_ctx=37, n_embd=39, n_head=3, n_layer=2),
 }
 
 
 def small_params(name: str) -> dict[str, Any]:
-    """Return the float64 params of one of `CONFIGS`; float32 and float64 models round the same numbers."""
+    """Return the float64 params of one of `CONFIGS`, which float32 holds exactly."""
     config = CONFIGS[name]
-    # RandomState's stream is frozen for good, unlike that of default_rng.
+    # RandomState's stream never changes between versions, unlike that of default_rng.
     random = np.random.RandomState(sorted(CONFIGS).index(name) + 1)
     n = config.n_embd
 
     def weight(*shape: int, scale: float = 0.2) -> np.ndarray:
-        # Rounded to float32, so that every dtype begins with the same weights.
+        # The weights are rounded to float32, so that every dtype has the same ones.
         return (random.standard_normal(shape) * scale).astype(np.float32).astype(np.float64)
 
     def linear(n_in: int, n_out: int, scale: float = 0.2) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ def small_params(name: str) -> dict[str, Any]:
         "ln_f": norm(),
     }
     if name == "planted":
-        # The first block adds it, and the last takes most of it away again, as GPT-2's do.
+        # The first block adds large numbers, and the last subtracts most of them again, as in GPT-2.
         params["blocks"][0]["mlp"]["c_proj"]["b"][[5, 23]] += [3000.0, -2800.0]
         params["blocks"][-1]["mlp"]["c_proj"]["b"][[5, 23]] -= [2900.0, -2750.0]
         for each in params["blocks"]:

@@ -1,6 +1,6 @@
-"""Small models in place of the published ones: their files as the Hub and the bucket have them, and their pins.
+"""Small models in place of the published ones: their files, as on the Hub and in the bucket, and their pins.
 
-A process of its own takes them by `command(server)`, which gives what to run in place of `gpt-xp`.
+`command(...)` returns a command that runs gpt-xp with them in a new process.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from gpt_xp.hub import published
 from gpt_xp.hub.published import Pin, Published
 
 CONFIG = openai_files.CONFIG
-HEADER = 2 * 1511  # even, and yet no multiple of 4: no float32 lies where it can be mapped
+HEADER = 2 * 1511  # bytes; even, but not a multiple of 4, so no float32 tensor can be mapped
 GOLDEN = GOLDEN_FILES / "openai"  # the same model as TensorFlow wrote it
 
 
 def hub_files(seed: int = 0) -> dict[str, bytes]:
-    """The four files of a small model, the weights as they were published: misaligned, with masks."""
+    """Return the four files of a small model. Its weights are like the published ones: misaligned, with masks."""
     tensors = openai_files.make_tensors(seed=seed)
     tensors |= {f"h.{i}.attn.bias": np.tri(CONFIG.n_ctx, dtype=np.float32)[None, None] for i in range(CONFIG.n_layer)}
     encoder = (GOLDEN / "encoder.json").read_bytes()
@@ -39,12 +39,12 @@ def hub_files(seed: int = 0) -> dict[str, bytes]:
 
 
 def openai_layout() -> dict[str, bytes]:
-    """The seven files of the golden checkpoint."""
+    """Return the seven files of the golden checkpoint."""
     return {path.name: path.read_bytes() for path in GOLDEN.iterdir()}
 
 
 def small(name: str, seed: int = 0) -> Published:
-    """The published model of that name, with the size and the pins of a small one."""
+    """Return the published model of that name, with the size and pins of a small one."""
     weights = hub_files(seed)["model.safetensors"]
     data = (GOLDEN / published.OPENAI_WEIGHTS).read_bytes()
     return dataclasses.replace(
@@ -64,14 +64,14 @@ def vocabulary_pins() -> dict[str, Pin]:
 
 
 def on_hub(server: HubServer, model: Published, seed: int = 0) -> dict[str, str]:
-    """Let the server have the model; return the path of each file."""
+    """Put the model on the server; return the path of each file."""
     paths = {name: f"/{model.repo}/resolve/{model.revision}/{name}" for name in hub_files(seed)}
     server.files |= {paths[name]: content for name, content in hub_files(seed).items()}
     return paths
 
 
 def path_of(file: str) -> str:
-    """Where the Hub has a file of 124M."""
+    """Return the path of a file of 124M on the Hub."""
     model = published.MODELS["124M"]
     return f"/{model.repo}/resolve/{model.revision}/{file}"
 
@@ -83,7 +83,7 @@ def in_bucket(server: BucketServer, name: str) -> dict[str, str]:
 
 
 def install(patch: Any, *names: str, bucket: str | None = None) -> None:
-    """Put small models in place of the published ones, by a `pytest.MonkeyPatch`."""
+    """Replace published models by small ones, with a `pytest.MonkeyPatch`."""
     for name in names:
         patch.setitem(published.MODELS, name, small(name))
     patch.setattr(published, "_VOCABULARY", vocabulary_pins())
@@ -92,7 +92,7 @@ def install(patch: Any, *names: str, bucket: str | None = None) -> None:
 
 
 def command(*names: str, bucket: str | None = None, before: str = "") -> list[str]:
-    """What to run in place of `gpt-xp`, in a process of its own; `before` is Python to run first."""
+    """Return a command that runs gpt-xp with small models in a new process; `before` is Python code to run first."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import pytest, small_published
@@ -111,7 +111,7 @@ WEIGHTS = "model.safetensors"
 
 
 def snapshot(model: Published, repo: str | None = None) -> Path:
-    """The folder in which huggingface_hub keeps a model."""
+    """Make and return the folder in which huggingface_hub stores a model."""
     name = (repo or model.repo).replace("/", "--")
     folder = Path(os.environ["HF_HOME"], "hub", f"models--{name}", "snapshots", model.revision)
     folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def snapshot(model: Published, repo: str | None = None) -> Path:
 
 
 def fill(folder: Path, *names: str) -> None:
-    """Write files as huggingface_hub does: a blob, and a link to it."""
+    """Write files as huggingface_hub does: blobs, and links to them."""
     blobs = folder.parent.parent / "blobs"
     blobs.mkdir()
     for name, content in hub_files().items():

@@ -16,7 +16,7 @@ KINDS = ["int4", "int8"]
 
 def small(kind: str) -> tuple[Any, GPT2Config]:
     """Return quantized params and their config."""
-    name = {"int8": "prime", "int4": "124M-ratios"}[kind]  # int4 wants a width of whole groups
+    name = {"int8": "prime", "int4": "124M-ratios"}[kind]  # int4 needs a width of whole groups.
     params = float32_params(name)
     return gpt_xp.quantize(params | {"blocks": params["blocks"][:2]}, kind), replace(CONFIGS[name], n_layer=2)
 
@@ -26,7 +26,7 @@ def float32_params(name: str) -> Any:
 
 
 def float64_of(params: Any) -> Any:
-    """The weights that quantized params stand for."""
+    """Return the params with each quantized weight dequantized to float64."""
 
     def widen(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
@@ -38,7 +38,7 @@ def float64_of(params: Any) -> Any:
 
 
 def decode(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """One code at a time, from the description of the format."""
+    """Dequantize one code at a time, following the description of the format."""
     if q.dtype == np.int8:
         return np.array([[float(code) * s for code in row] for row, s in zip(q, scale, strict=True)])
     table = np.zeros((len(q), 2 * q.shape[1]))

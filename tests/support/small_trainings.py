@@ -1,4 +1,4 @@
-"""Trainings of a few steps, and what they leave on disk."""
+"""Settings of trainings of a few steps, and the files that they write."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ EVERYTHING = {**SMALL, "accumulate": 2, "weight_dropout": 0.1, "average": 0.9}
 
 
 def story(n_words: int, seed: int = 0) -> str:
-    """Some text that can be learned: few words, of which some often follow others."""
+    """Return text that can be learned: few words, in an order that often repeats."""
     words = ["the", "king", "queen", "said:", "O", "night,", "my", "lord!", "shall", "we", "not", "speak?\n", "é"]
     random = np.random.RandomState(seed)
     places = np.cumsum(random.randint(1, 4, size=n_words)) % len(words)
@@ -37,6 +37,6 @@ def bits(directory: Path) -> bytes:
 
 
 def log(directory: Path) -> list[dict[str, Any]]:
-    """The lines of train.jsonl, but for the times."""
+    """Return the lines of train.jsonl without the times."""
     lines = (directory / "train.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]

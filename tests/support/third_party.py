@@ -1,4 +1,4 @@
-"""Packages that are not part of gpt-xp, installed for one process; and a checkpoint that shows what one does wrong."""
+"""Packages that are not part of gpt-xp, installed for one process, and a checkpoint that shows their mistakes."""
 
 import copy
 import math
@@ -12,16 +12,16 @@ WRONG_BACKENDS = Path(__file__).with_name("wrong_backends")  # see its `wrong_ba
 
 
 def installed(*folders: Path) -> dict[str, str]:
-    """Return the variables with which a new process finds what is in these folders, before all else."""
+    """Return the variables that let a new process find the packages in these folders first."""
     rest = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *([rest] if rest else [])])}
 
 
 def with_large_scores(params: Any, config: GPT2Config, layer: int) -> Any:
-    """Return the model, in NumPy, with all of one layer's attention scores at about 120: e^120 overflows float32.
+    """Return NumPy params with all of one layer's attention scores at about 120; e^120 overflows float32.
 
-    Softmax takes off again nearly all that this adds, which is the same for every key. So the model stays as well
-    conditioned as it was, and a right backend as exact.
+    The added score is almost the same for every key, and softmax subtracts it again. So a right backend stays as exact
+    as before.
     """
     params = copy.deepcopy(params)
     d_head = config.n_embd // config.n_head

@@ -8,8 +8,8 @@ HEROES = "Not all heroes wear capes."
 HEROES_IDS = [3673, 477, 10281, 5806, 1451, 274, 13]
 
 
-# Whitespace of all kinds and what only looks like it, contractions and what only looks like them, digits of other
-# scripts, emoji with joiners and skin tones, combining marks, special tokens, characters of one to four bytes.
+# They contain whitespace, contractions and texts that look similar, digits of other scripts, emoji with joiners and
+# skin tones, combining marks, special tokens, and characters of one to four bytes.
 PIECES = [
     *" \t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u200b\u2028\u2029\u202f\u205f\u3000\ufeff\x00\x7f\xad",
     *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "’s", "'", "''", "'x", "don't", "I'LL", " the", "heroes"),
@@ -54,7 +54,7 @@ def write_pair(directory, encoder, merges_txt, names=("vocab.json", "merges.txt"
 
 
 def tokenizer_json(encoder, merges, added=(), **changes):
-    """What transformers 5 writes for GPT-2; a change is named as in "model__dropout"."""
+    """Return the tokenizer.json that transformers 5 writes for GPT-2; a change has a name such as "model__dropout"."""
     document = {
         "version": "1.0",
         "truncation": None,
