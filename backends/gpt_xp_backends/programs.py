@@ -1,6 +1,6 @@
 """Make programs of the expressions of a step: a graph of nodes, of which one call computes all that wait.
 
-When an expression is computed, nodes below it that are still referenced are stored, and not computed again later.
+When an expression is computed, nodes below it that are still referenced are stored, and not computed again.
 Arrays that nobody reads later may be written over.
 """
 
