@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeAlias
@@ -18,12 +18,14 @@ from gpt_xp.installation import install_command
 from gpt_xp.memory import physical_memory
 from gpt_xp.parts import ReplacedParts
 from gpt_xp.quantization import QuantizedNamespace
-from gpt_xp.transformer import attention
+from gpt_xp.transformer import attention, gelu
 
 QUANTIZED_FIX = install_command("quantize")
 
 PREFILL_ROWS = 256  # rows of a product in prefill; fewer are slower, more do not fit the processor's cache
-MAX_SCORES = 2**18  # of attention, computed at a time. Without the limit, a prompt of 960 takes 1.16 times as long.
+# In prefill, attention is computed for some queries and heads at a time, and GELU for some rows, so that the arrays
+# between two functions stay in the processor's cache. Otherwise a prompt of 930 takes 1.2 times as long.
+QUERIES, MAX_SCORES, MAX_GELU_NUMBERS = 128, 2**18, 2**17
 MAX_ROWS_ONE_BY_ONE = 3  # Up to so many rows are multiplied faster one by one.
 # Up to so many rows are multiplied by the token table in parts of some columns. BLAS copies the matrix, and a copy that
 # fits the processor's cache is read faster. 8 rows take 0.77 of the time.
@@ -59,15 +61,20 @@ class NumPyBackend(Backend):
         if device not in (None, "cpu"):
             raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
         check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
-        _keep_freed_memory()
-        self.dtype, self.xp, self.device_memory = dtype, ReplacedParts(namespace(), PARTS), physical_memory()
+        self.dtype, self.xp, self.device_memory = (
+            dtype,
+            ReplacedParts(namespace(), parts()),
+            physical_memory(),
+        )
         self._threads, self._scope = threads, _limited(threads)
+        # glibc returns blocks larger than any block freed before, up to 32 MB, to the system, which clears each page.
+        # That takes 7% of the time of a prompt of 512 tokens. So a block of this size is freed; its pages are not used.
+        np.empty(2**25 - 2**16, np.uint8)
 
     @classmethod
     def info(cls) -> BackendInfo:
         """Return NumPy's version and the CPU."""
-        device = DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory())
-        return BackendInfo(cls.name, np.__version__, (device,))
+        return BackendInfo(cls.name, cls.version, (DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory()),))
 
     def asarray(self, array: Any, dtype: str | None = None) -> Any:
         """Return a NumPy array in `dtype`; the array itself if it is one already."""
@@ -114,12 +121,9 @@ class NumPyBackend(Backend):
             finally:
                 numba.set_num_threads(before)
 
-        def threads_of_blas() -> contextlib.AbstractContextManager[None]:
-            return LIMITS(blas, self._threads or LIMITS.without(blas))
-
-        plain = NumPy(**vars(namespace()) | {"matmul": functools.partial(numpy_quantized.matmul, threads_of_blas)})
-        xp = QuantizedNamespace(plain, self.dtype, functools.partial(numpy_quantized.product, threads_of_blas))
-        quantized = self.replace(xp=ReplacedParts(xp, PARTS), _scope=scope)
+        plain = NumPy(**vars(namespace()) | {"matmul": numpy_quantized.matmul})
+        xp = QuantizedNamespace(plain, self.dtype, numpy_quantized.product)
+        quantized = self.replace(xp=ReplacedParts(xp, parts(numpy_quantized.share)), _scope=scope)
         vars(quantized)["quantized"] = lambda: quantized  # It already takes quantized weights.
         return quantized
 
@@ -139,15 +143,6 @@ class NumPyBackend(Backend):
         # Some libraries, such as Apple's Accelerate, report nothing.
         built_with = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         return {"blas": f"{built_with['name']} {built_with['version']}"}
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next arrays of a step, instead of returning it to the system.
-
-    glibc returns blocks larger than any block freed before, up to 32 MB. The system then clears each page again, which
-    takes 7% of the time of a prompt of 512 tokens. On other C libraries this has no effect.
-    """
-    np.empty(2**25 - 2**16, np.uint8)  # It is freed at once, and its pages are never used.
 
 
 def namespace() -> NumPy:
@@ -191,20 +186,44 @@ def _matmul(x: Any, w: Any) -> Any:
     return out
 
 
-def _attention_by_heads(q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
-    """Compute `attention` for a few heads at a time, so that their scores stay in the processor's cache."""
+def _attention(share: Callable[..., None], q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
+    """Compute `attention` for some queries and heads at a time, without the keys that these queries may not look at."""
     are_heads = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and mask.shape[-3:-2] in ((), (1,))
-    n_heads = max(1, MAX_SCORES // max(1, len(q) * q.shape[-2] * k.shape[-2]))
-    if not are_heads or q.shape[1] <= n_heads:
+    if not are_heads or q.shape[2] == 1 or q.size // q.shape[3] * k.shape[2] <= MAX_SCORES:
         return attention(q, k, v, mask, xp)
     mixed = np.empty((*q.shape[:3], v.shape[-1]), v.dtype)
-    for first in range(0, q.shape[1], n_heads):
-        heads = slice(first, first + n_heads)
-        mixed[:, heads] = attention(q[:, heads], k[:, heads], v[:, heads], mask, xp)
+
+    def mix(queries: slice, heads: slice, n_keys: int) -> None:
+        some = q[:, heads, queries], k[:, heads, :n_keys], v[:, heads, :n_keys], mask[..., queries, :n_keys]
+        mixed[:, heads, queries] = attention(*some, xp)
+
+    work = list[tuple[slice, slice, int]]()
+    for first in range(0, q.shape[2], QUERIES):
+        queries = slice(first, first + QUERIES)
+        is_visible = (mask[..., queries, :] == 0).reshape(-1, mask.shape[-1]).any(axis=0)
+        n_keys = mask.shape[-1] - int(is_visible[::-1].argmax())  # up to the last visible key
+        n_heads = max(1, MAX_SCORES // (len(q) * QUERIES * n_keys))
+        work += [(queries, slice(head, head + n_heads), n_keys) for head in range(0, q.shape[1], n_heads)]
+    share(mix, work)
     return mixed
 
 
-PARTS = {"attention": _attention_by_heads}
+def _gelu(x: Any, xp: Any) -> Any:
+    """Compute `gelu` for some rows at a time."""
+    n_rows = max(1, MAX_GELU_NUMBERS // max(1, x.shape[-1]))
+    if x.ndim != 2 or len(x) <= n_rows:
+        return gelu(x, xp)
+    return np.concatenate([gelu(x[first : first + n_rows], xp) for first in range(0, len(x), n_rows)])
+
+
+def parts(share: Callable[..., None] | None = None) -> dict[str, Callable[..., Any]]:
+    """Return the parts of the model that are computed in blocks. `share(function, work)` calls it for each block."""
+    return {"attention": functools.partial(_attention, share or _one_by_one), "gelu": _gelu}
+
+
+def _one_by_one(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
+    for each in work:
+        function(*each)
 
 
 def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
@@ -225,10 +244,7 @@ def _sort(x: Any, axis: int = -1, descending: bool = False, stable: bool = True)
 
 
 def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
-    def reduce(x: Any, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> Any:
-        return ufunc.reduce(x, axis=axis, dtype=dtype, keepdims=keepdims)
-
-    return reduce
+    return lambda x, axis=None, dtype=None, keepdims=False: ufunc.reduce(x, axis=axis, dtype=dtype, keepdims=keepdims)
 
 
 Scope: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -242,40 +258,24 @@ class Limits:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._n_open = 0
         self._before: dict[str, tuple[Any, int]] = {}  # by file: a library, and its threads without limits
-        self._inside: dict[object, tuple[Any, int]] = {}  # controller and threads of each open limit, in order
 
     @contextlib.contextmanager
     def __call__(self, controller: Any, threads: int) -> Iterator[None]:
         """Limit the threads of the controller's libraries while the context is open."""
-        key = object()
         with self._lock:
+            self._n_open += 1
             for library in controller.lib_controllers:
                 self._before.setdefault(library.filepath, (library, library.num_threads))
-            self._inside[key] = controller, threads
-            self._apply()
+                _set_threads(library, threads)
         try:
             yield
         finally:
             with self._lock:
-                del self._inside[key]
-                self._apply()
-                if not self._inside:
-                    self._before.clear()
-
-    def _apply(self) -> None:
-        threads = dict(self._before)
-        if self._inside:
-            controller, limit = next(reversed(self._inside.values()))
-            threads |= {library.filepath: (library, limit) for library in controller.lib_controllers}
-        for library, n in threads.values():
-            _set_threads(library, n)
-
-    def without(self, blas: Any) -> int:
-        """Return the number of threads of BLAS without limits."""
-        with self._lock:
-            libraries = [self._before.get(each.filepath, (each, None)) for each in blas.lib_controllers]
-            return max((before or each.num_threads for each, before in libraries), default=1)
+                self._n_open -= 1
+                while self._before and not self._n_open:
+                    _set_threads(*self._before.popitem()[1])
 
 
 def _set_threads(library: Any, threads: int) -> None:
@@ -293,5 +293,4 @@ def _limited(threads: int | None) -> Scope:
     """Return a context in which BLAS has this number of threads; None changes nothing."""
     if threads is None:
         return contextlib.nullcontext
-    controller = threadpoolctl.ThreadpoolController()
-    return lambda: LIMITS(controller, threads)
+    return functools.partial(LIMITS, threadpoolctl.ThreadpoolController(), threads)

@@ -6,15 +6,18 @@ processor prefetches at each of them. The number of rows decides how a product i
 
 - up to `MAX_ROWS_ONE_BY_ONE`, as in decoding: read a row of the weight, and multiply it by each row of x;
 - fewer than `MIN_ROWS_FOR_BLAS`: dequantize a tile of the weight, and use each number of it and of x 4 times;
-- more, as in prefill: dequantize some columns of the weight, and multiply by them with BLAS on its own threads.
+- more, as in prefill: dequantize some columns of the weight, and multiply by them with BLAS. Python threads share the
+  columns. BLAS's own threads would spin for a while after each product, and slow down the next step by Numba.
 
 Importing this takes a second. The kernels are compiled once per machine.
 """
 
+import contextvars
 import functools
+import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, cast
 
 import numba
@@ -24,25 +27,21 @@ from numba import njit, prange, types
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 
 NumPyArray: TypeAlias = np.ndarray[Any, Any]
-Scope: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 TILE_ROWS = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
 TILE_DEPTH = 1024  # numbers of a row of a tile; a tile of x and one of the weight fit the first cache
 PLACES = 4  # places of a matrix at which a thread reads in turn; 1.4 times as fast as reading at one place
 MAX_ROWS_ONE_BY_ONE = 4  # Up to so many rows of x, the first kind of kernel is the fastest.
 MIN_ROWS_FOR_BLAS = 96  # From so many rows of x on, dequantizing for BLAS is the fastest.
-MAX_DEQUANTIZED_COLUMNS = 4096  # columns that are dequantized for BLAS at a time; the token table has more
+MAX_DEQUANTIZED_COLUMNS = 512  # columns that are dequantized for BLAS at a time; fewer take a tenth longer
 MIN_SLOTS_FOR_THREADS = 256  # From so many slots of a cache on, threads save more time than starting them takes.
 CACHE_LINE = 64  # bytes; operands that begin at a cache line are loaded in half the time
 
 _lock = threading.Lock()  # One of Numba's threading layers ends the process if two threads use it at once.
 
 
-def product(threads_of_blas: Scope, x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
-    """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out].
-
-    Numba computes it with its own number of threads, or BLAS with the threads that it has in `threads_of_blas()`.
-    """
+def product(x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
+    """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], with Numba's number of threads."""
     rows, n_out, kind = len(x), len(weight.q), kind_of(weight)
     out = np.empty((rows, n_out), np.float32)
     if rows <= MAX_ROWS_ONE_BY_ONE:
@@ -53,13 +52,30 @@ def product(threads_of_blas: Scope, x: NumPyArray, weight: QuantizedWeight) -> N
         sums = np.zeros((_whole_tiles(rows), _whole_tiles(n_out)), np.float32)
         _run(_kernel(kind, "many"), _padded(x), weight.q, weight.scale, sums)
         return sums[:rows, :n_out]
-    wide = np.empty((min(MAX_DEQUANTIZED_COLUMNS, n_out), x.shape[1]), np.float32)
-    with threads_of_blas():
-        for first in range(0, n_out, MAX_DEQUANTIZED_COLUMNS):
-            columns, part = slice(first, first + MAX_DEQUANTIZED_COLUMNS), wide[: n_out - first]
-            _kernel(kind, "dequantize")(weight.q[columns], weight.scale[columns], part)
-            np.matmul(x, part.T, out=out[:, columns])
+    dequantize = _kernel(kind, "dequantize")  # It is compiled before threads use it.
+
+    def multiply(begin: int, end: int) -> None:
+        wide = np.empty((end - begin, x.shape[1]), np.float32)
+        dequantize(weight.q[begin:end], weight.scale[begin:end], wide)
+        np.matmul(x, wide.T, out=out[:, begin:end])
+
+    n_threads = numba.get_num_threads()
+    n = n_threads * -(-n_out // (n_threads * MAX_DEQUANTIZED_COLUMNS))  # equal parts for all threads
+    share(multiply, [(n_out * part // n, n_out * (part + 1) // n) for part in range(n)])
     return out
+
+
+def share(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
+    """Call the function with the arguments of each item of `work`, on as many Python threads as Numba has."""
+    run = _python_threads(numba.get_num_threads()).submit
+    # Each call has a copy of the caller's context, with its `np.errstate`.
+    for done in [run(contextvars.copy_context().run, function, *each) for each in work]:
+        done.result()
+
+
+_python_threads = functools.cache(ThreadPoolExecutor)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_python_threads.cache_clear)  # A fork has none of its parent's threads.
 
 
 def _run(kernel: Callable[..., None], *arguments: Any) -> None:
@@ -67,36 +83,21 @@ def _run(kernel: Callable[..., None], *arguments: Any) -> None:
         kernel(*arguments, numba.get_num_threads())
 
 
-def matmul(threads_of_blas: Scope, x: NumPyArray, w: NumPyArray) -> NumPyArray:
+def matmul(x: NumPyArray, w: NumPyArray) -> NumPyArray:
     """Return the product of two arrays, such as queries with cached keys, or attention's weights with cached values.
 
-    For one query of each head, Numba's threads read a long cache, because BLAS has one thread then and is slower.
+    For one query of each head, Numba's threads read a long cache, because BLAS has one thread and is slower.
     """
-    is_many = x.ndim == 4 and len(x) * x.shape[2] >= MIN_ROWS_FOR_BLAS
-    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == np.float32 and x.shape[:2] == w.shape[:2]
-    if is_query and not is_many and max(w.shape[2:]) >= MIN_SLOTS_FOR_THREADS:
-        x = np.ascontiguousarray(x)
-        for rows, is_keys in ((w.mT, True), (w, False)):
-            if (cached := _heads(rows)) is not None:
-                out = np.empty((*x.shape[:3], w.shape[3]), np.float32)
-                heads, of_out = x.reshape(len(cached), -1), out.reshape(len(cached), -1)
-                _run(_attention_kernel(is_keys), heads, cached, rows.shape[2], of_out)
-                return out
-    with threads_of_blas() if is_many else nullcontext():
-        return np.asarray(np.matmul(x, w))
-
-
-def _heads(rows: NumPyArray) -> NumPyArray | None:
-    """Return rows [batch, n_head, n, d_head] as [batch * n_head, n_slots, d_head], without a copy.
-
-    The rows may be the first n of the n_slots slots of a cache. Return None if the memory has another layout.
-    """
-    batch, n_head, _, d_head = rows.shape
-    outer, inner, slot, number = rows.strides
-    size = d_head * rows.itemsize
-    if (number, slot, outer) != (rows.itemsize, size, n_head * inner) or inner % size or rows.dtype != np.float32:
-        return None
-    return np.lib.stride_tricks.as_strided(rows, (batch * n_head, inner // size, d_head), (inner, slot, number))
+    is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == w.dtype == np.float32 and x.shape[:2] == w.shape[:2]
+    if is_query and max(w.shape[2:]) >= MIN_SLOTS_FOR_THREADS:
+        for rows, is_keys in ((w.mT, True), (w, False)):  # [batch, n_head, n_slots, d_head], as they lie in a cache
+            if rows.flags.c_contiguous:
+                heads = np.ascontiguousarray(x).reshape(-1, x.shape[3])  # [batch * n_head, d_head or n_slots]
+                out = np.empty((len(heads), w.shape[3]), np.float32)
+                cached = rows.reshape(len(heads), *rows.shape[2:])
+                _run(_attention_kernel(is_keys), heads, cached, rows.shape[2], out)
+                return out.reshape(*x.shape[:3], w.shape[3])
+    return np.asarray(np.matmul(x, w))
 
 
 def _whole_tiles(n: int) -> int:

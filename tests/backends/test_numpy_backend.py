@@ -1,6 +1,8 @@
 """The NumPy backend: the logits of the naive model for any number of rows, and unchanged settings of the process."""
 
 import functools
+import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import threadpoolctl
+from commands import in_a_new_process
 from comparison import assert_values
 from gpt_xp_backends import numpy_backend
-from libraries import quantized
+from libraries import quantized, skipping_what_is_missing
 from naive_gpt2 import gpt2 as naive_gpt2
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 from small_quantized import KINDS, float64_of, small
@@ -24,7 +27,7 @@ from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
 
 PLAIN = numpy_backend.namespace()
-BY_HEADS = get_backend("numpy").xp
+IN_BLOCKS = get_backend("numpy").xp
 ROWS = (1, 2, 3, 5, 7, 8, 12)
 
 
@@ -54,15 +57,15 @@ def blas_threads() -> int:
 
 
 @pytest.fixture
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lower the limits, so that small models reach every way to compute a product, and attention by heads."""
-    monkeypatch.setattr(numpy_backend, "PART_COLUMNS", 5)
-    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 64)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower the limits, so that small models reach every way to compute products, attention and GELU."""
+    for name, value in {"PART_COLUMNS": 5, "QUERIES": 3, "MAX_SCORES": 64, "MAX_GELU_NUMBERS": 500}.items():
+        monkeypatch.setattr(numpy_backend, name, value)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("rows", [*ROWS, 13])  # 13 x 11 rows of a quantized product are multiplied by BLAS
-def test_logits_of_a_batch_are_those_of_the_naive_model(small_limits: None, kind: str | None, rows: int) -> None:
+def test_logits_of_a_batch_are_those_of_the_naive_model(small_blocks: None, kind: str | None, rows: int) -> None:
     model = make(kind)
     tokens, expected_of = small_tokens("prime", 13)[13 - rows :, :11], naive(model)
     for found, row in zip(model.logits(tokens), tokens, strict=True):
@@ -71,7 +74,7 @@ def test_logits_of_a_batch_are_those_of_the_naive_model(small_limits: None, kind
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("rows", ROWS)
-def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_limits: None, kind: str | None, rows: int) -> None:
+def test_each_step_of_a_batch_has_the_logits_of_each_row_alone(small_blocks: None, kind: str | None, rows: int) -> None:
     model = make(kind)
     prompts = [small_tokens("prime", 12)[row][: 1 + row % 4].tolist() for row in range(rows)]
 
@@ -113,30 +116,41 @@ def test_products_of_several_rows(monkeypatch: pytest.MonkeyPatch, rows: int, tr
     assert multiplied == ([5, 5, 3] if transposed and 3 < rows < 33 else [13])
 
 
-# Attention by heads.
+# Attention and GELU, in blocks.
 
 
-@pytest.mark.parametrize("scores", [1, 2 * 11 * 13, 3 * 2 * 11 * 13, 2**18])
+@pytest.mark.parametrize("scores", [1, 2 * 3 * 13, 3 * 2 * 3 * 13, 2**18])
 @pytest.mark.parametrize("mask_shape", [(11, 13), (2, 1, 11, 13), (2, 7, 11, 13)])
-def test_attention_by_heads_is_attention(
-    monkeypatch: pytest.MonkeyPatch, scores: int, mask_shape: tuple[int, ...]
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_blocks_is_attention(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, mask_shape: tuple[int, ...], scores: int
 ) -> None:
     monkeypatch.setattr(numpy_backend, "MAX_SCORES", scores)
+    monkeypatch.setattr(numpy_backend, "QUERIES", 3)
     random = np.random.RandomState(scores % 97)
     q, k, v = (random.standard_normal((2, 7, n, d)).astype(np.float32) for n, d in ((11, 5), (13, 5), (13, 3)))
-    mask = np.where(random.standard_normal(mask_shape) > 0, 0, np.finfo(np.float32).min).astype(np.float32)
-    wide = [array.astype(np.float64) for array in (q, k, v, mask)]
-    found = transformer.attention(q, k, v, mask, BY_HEADS)
-    assert (found.shape, found.dtype) == ((2, 7, 11, 3), np.float32)
-    assert_values(found, transformer.attention(*wide, PLAIN), TOLERANCE["same", "float32"])
+    visible = random.standard_normal(mask_shape) > 0
+    visible[..., 0] = True
+    visible &= not causal or np.tri(11, 13, dtype=np.bool_)
+    mask = np.where(visible, 0, np.finfo(np.float32).min).astype(np.float32)
     # Other shapes are computed at once: one head for all, and no heads.
-    for arrays in ((q, k[:, :1], v[:, :1], mask), (q[0, 0], k[0, 0], v[0, 0], mask[..., :, :].reshape(-1, 11, 13)[0])):
-        wide = [array.astype(np.float64) for array in arrays]
-        expected = transformer.attention(*wide, PLAIN)
-        assert_values(transformer.attention(*arrays, BY_HEADS), expected, TOLERANCE["same", "float32"])
+    first = (q[0, 0], k[0, 0], v[0, 0], mask.reshape(-1, 11, 13)[0])
+    for arrays in ((q, k, v, mask), (q, k[:, :1], v[:, :1], mask), first):
+        expected = transformer.attention(*[array.astype(np.float64) for array in arrays], PLAIN)
+        found = transformer.attention(*arrays, IN_BLOCKS)
+        assert (found.shape, found.dtype) == (expected.shape, np.float32)
+        assert_values(found, expected, TOLERANCE["same", "float32"])
 
 
-def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_query_that_may_look_nowhere_stays_a_number() -> None:
+    """Padding is computed with the rest of the batch."""
+    q = np.ones((1, 3, 1024, 5), np.float32)
+    mask = np.full((1, 1, 1024, 1024), np.finfo(np.float32).min)
+    mask[..., 512:, 512:] = 0
+    assert np.isfinite(transformer.attention(q, q, q, mask, IN_BLOCKS)).all()
+
+
+def test_few_scores_are_there_at_a_time_and_none_that_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     original = transformer.softmax
 
@@ -145,11 +159,20 @@ def test_scores_of_few_heads_are_there_at_a_time(monkeypatch: pytest.MonkeyPatch
         return original(x, xp)
 
     monkeypatch.setattr(transformer, "softmax", spy)
-    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 2 * 5 * 37)
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 30)
+    monkeypatch.setattr(numpy_backend, "QUERIES", 3)
     model = make()
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
-    assert shapes == [(1, 2, 5, 37), (1, 1, 5, 37)] * layers + [(1, 3, 1, 37)] * layers
+    prefill = [(1, 3, 3, 3), (1, 2, 2, 5), (1, 1, 2, 5)]
+    assert shapes == prefill * layers + [(1, 3, 1, 37)] * layers
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (13, 7), (13, 130), (7,), (2, 3, 5), (0, 7)])
+def test_gelu_in_blocks_is_gelu(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    monkeypatch.setattr(numpy_backend, "MAX_GELU_NUMBERS", 30)
+    x = np.random.RandomState(3).standard_normal(shape).astype(np.float32)
+    np.testing.assert_array_equal(transformer.gelu(x, IN_BLOCKS), transformer.gelu(x, PLAIN))
 
 
 def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> None:
@@ -218,16 +241,16 @@ def test_blas_has_so_many_threads_while_gpt_xp_computes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("threads", "expected"), [(None, 3), (1, 1), (2, 2)])
-def test_beside_quantized_weights_blas_has_threads_for_many_rows_alone(
-    three: None, seen: list[int], kind: str, threads: int | None, expected: int
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_blas_has_one_thread_beside_quantized_weights(
+    three: None, seen: list[int], small_blocks: None, kind: str, threads: int | None
 ) -> None:
     """Threads of Numba and BLAS that take turns would wait for each other."""
     model = make(kind, threads=threads)
-    for rows, n_blas in ((1, 1), (8, 1), (9, expected)):  # 9 x 11 rows are many
+    for rows in (1, 8, 9):  # 9 x 11 rows are multiplied by BLAS
         seen.clear()
         model.logits([list(range(11))] * rows)
-        assert set(seen) == {n_blas}
+        assert set(seen) == {1}
         assert blas_threads() == 3
 
 
@@ -261,15 +284,6 @@ def test_limits_that_overlap_on_two_threads(three: None, same: bool) -> None:
     assert found == [3, 1, 2, 2, 3]
 
 
-def test_limits_inside_of_each_other(three: None) -> None:
-    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    with numpy_backend.LIMITS(controller, 1):
-        with numpy_backend.LIMITS(controller, numpy_backend.LIMITS.without(controller)):
-            assert blas_threads() == 3
-        assert blas_threads() == 1
-    assert blas_threads() == 3
-
-
 @pytest.mark.parametrize("settings", [({}, {}), ({"threads": 1}, {}), ({}, {"kind": "int8"})])
 def test_models_on_several_threads_leave_blas_its_threads(three: None, settings: Any) -> None:
     models = [make(**each) for each in settings]
@@ -293,7 +307,41 @@ def test_models_on_several_threads_leave_blas_its_threads(three: None, settings:
     assert blas_threads() == 3
 
 
-def test_numpy_starts_no_threads_in_python() -> None:
-    before = threading.active_count()
-    make(threads=3).logits([[5, 3, 17]] * 100)
+def test_float32_starts_no_python_threads(small_blocks: None) -> None:
+    model, before = make(threads=3), threading.active_count()
+    model.logits([[5, 3, 17]] * 100)
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def share() -> Callable[..., None]:
+    """Return the function that shares work among Python threads."""
+    with skipping_what_is_missing("numba"):
+        return importlib.import_module("gpt_xp_backends.numpy_quantized").share
+
+
+def test_work_that_is_shared_is_done_once_or_fails(share: Callable[..., None]) -> None:
+    done: list[int] = []
+    share(done.append, [(each,) for each in range(101)])
+    assert sorted(done) == list(range(101))
+    with pytest.raises(ZeroDivisionError):
+        share(lambda each: done.append(1 // each), [(1,), (0,), (2,)])
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):  # as the caller has set it
+        share(lambda each: done.append(each / np.zeros(1)), [(1,), (2,)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_process_has_threads_of_its_own(share: Callable[..., None]) -> None:
+    code = """
+import json, os, warnings
+from gpt_xp_backends.numpy_quantized import share
+warnings.simplefilter("ignore")  # of a fork beside threads
+done = []
+share(done.append, [(0,), (1,)])
+pid = os.fork()
+if not pid:
+    share(done.append, [(2,), (3,)])
+    os._exit(sorted(done) != [0, 1, 2, 3])
+print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+"""
+    assert in_a_new_process(code) == 0
