@@ -55,20 +55,20 @@ def product(x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
     dequantize = _kernel(kind, "dequantize")  # It is compiled before threads use it.
 
     def multiply(begin: int, end: int) -> None:
-        wide = np.empty((end - begin, x.shape[1]), np.float32)
-        dequantize(weight.q[begin:end], weight.scale[begin:end], wide)
-        np.matmul(x, wide.T, out=out[:, begin:end])
+        for first in range(begin, end, MAX_DEQUANTIZED_COLUMNS):
+            last = min(first + MAX_DEQUANTIZED_COLUMNS, end)
+            wide = np.empty((last - first, x.shape[1]), np.float32)
+            dequantize(weight.q[first:last], weight.scale[first:last], wide)
+            np.matmul(x, wide.T, out=out[:, first:last])
 
-    n_threads = numba.get_num_threads()
-    n = n_threads * -(-n_out // (n_threads * MAX_DEQUANTIZED_COLUMNS))  # equal parts for all threads
+    n = numba.get_num_threads()  # One part for each thread: with a call for each tile, a prompt of 930 took 1.2 times.
     share(multiply, [(n_out * part // n, n_out * (part + 1) // n) for part in range(n)])
     return out
 
 
 def share(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
     """Call the function with the arguments of each item of `work`, on as many Python threads as Numba has."""
-    run = _python_threads(numba.get_num_threads()).submit
-    # Each call has a copy of the caller's context, with its `np.errstate`.
+    run = _python_threads(numba.get_num_threads()).submit  # with the caller's context, and its `np.errstate`
     for done in [run(contextvars.copy_context().run, function, *each) for each in work]:
         done.result()
 
