@@ -118,7 +118,7 @@ def _written(query: Array, slots: Array) -> Array:
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
     """Return `buffer` with `new` [batch, n_head, n_seq, d_head] from slot `first` on, in place where possible."""
     if is_jax_array(buffer):
-        from jax.lax import dynamic_update_slice_in_dim  # Compiled, it writes in place, faster than `at` does.
+        from jax.lax import dynamic_update_slice_in_dim  # Compiled, it is faster than `at`.
 
         return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
     n_seq = new.shape[2]

@@ -209,6 +209,6 @@ class CapturedStep:
             return None
         finally:
             if before:
-                self._runner.wait()  # A recording, or a step that failed, may have had a stream of its own.
+                self._runner.wait()  # A recording or a failed step may still run on another stream.
             for (k, v), (old_k, old_v) in zip(cache.layers, before, strict=False):
                 k[...], v[...] = old_k, old_v

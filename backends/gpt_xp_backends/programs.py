@@ -1,7 +1,7 @@
 """Make programs of the expressions of a step: a graph of nodes, of which one call computes all that wait.
 
 When an expression is computed, nodes below it that are still referenced are stored, and not computed again.
-Arrays that nobody reads later may be written over.
+An array that no later operation reads may be overwritten.
 """
 
 import collections
@@ -30,7 +30,7 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]  # the numbers of the values that are stored
 
 
-# (program, given arrays, the shape that all broadcast to, places of the arrays that nobody reads later) -> outputs
+# (program, given arrays, the shape that all broadcast to, places of those that no later operation reads) -> outputs
 Compute: TypeAlias = Callable[[Program, list[Array], tuple[int, ...], frozenset[int]], list[Array]]
 
 
@@ -113,7 +113,7 @@ def _visit(node: Node, seen: set[int], given: list[Node], operations: list[Node]
 
 
 def _reusable_inputs(given: list[Node], operations: list[Node], outputs: list[Node]) -> frozenset[int]:
-    """Return the places of the given arrays that nobody reads after these operations: they may be written over."""
+    """Return the places of the given arrays that no later operation reads. They may be overwritten."""
     uses = collections.Counter(id(each) for node in operations for each in node.inputs if isinstance(each, Node))
 
     def is_done(node: Node) -> bool:

@@ -16,7 +16,7 @@ NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Work = Callable[[], None]
 
 LINEAR = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
-CHUNK_TOKENS = 128  # of prefill, for the floor
+CHUNK_TOKENS = 128  # tokens that the floor multiplies together in prefill
 TRIALS = 3  # runs of each way, to find the fastest way
 
 

@@ -119,7 +119,7 @@ class CuPyBackend(Backend):
             self._cupy.cuda.get_current_stream().synchronize()
 
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
-        """Return one of few sizes: each has a graph of its own."""
+        """Return one of few sizes, because each size needs another graph."""
         return super().cache_slots(n_tokens, n_ctx) if self._guard.problem else min(few_sizes(n_tokens), n_ctx)
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:

@@ -17,7 +17,7 @@ class CacheBuffers:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # Two generations that begin at once must not have the same arrays.
         self._kind: Any = None
-        self._kept: list[tuple[Array, Array]] = []  # of each layer
+        self._kept: list[tuple[Array, Array]] = []  # keys and values of each layer
         self._views: list[Callable[[], Array | None]] = []  # weak references to the views that were handed out last
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array, xp: Namespace) -> KVCache:

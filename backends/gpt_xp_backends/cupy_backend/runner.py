@@ -64,7 +64,7 @@ class CudaRunner:
     def __init__(self, cupy: Any, xp: Namespace, calls: Calls) -> None:
         self._cupy, self.xp, self.tracer = cupy, xp, Tracer(xp, calls)
         self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
-        self.peak_bytes = 0  # of the memory of all graphs
+        self.peak_bytes = 0  # the most memory that all graphs held
 
     def record(self, step: Callable[[], Array]) -> tuple[Array, CudaGraph]:
         """Run a step and capture it; return the output of the run, and the graph."""

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(256) table_product(
     }
 }
 """
-BLOCKS = 264  # of a product: two for each of the 132 multiprocessors of an H100
+BLOCKS = 264  # Two CUDA blocks for each of the 132 multiprocessors of an H100.
 
 
 def options(dtype: str, rows: int) -> tuple[str, ...]:
