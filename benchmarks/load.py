@@ -2,10 +2,10 @@
 
     python benchmarks/load.py --size 1558M
 
-A file of random weights is laid out like the published ones (a header of odd length, the mask buffers among the
-weights) and aligned, as gpt-xp does after a download; a conversion of OpenAI's files is laid out in the same way. Then
-several processes load it and compute the logits of 8 tokens. The first may find only a part of the file in the page
-cache. --cold removes it from there before each process.
+A file of random weights is written like the published ones: a header of odd length, and the mask buffers among the
+weights. Then it is aligned, as gpt-xp does after a download or a conversion. Several processes load it and compute the
+logits of 8 tokens. For the first, only a part of the file may be in the page cache. --cold removes the file from there
+before each process.
 """
 
 import argparse

@@ -3,12 +3,15 @@
     python benchmarks/memory.py --size 124M
 
 A model of that shape (random float32 weights, the real tokenizer) generates two tokens after prompts of 16 and of 960
-tokens, each in a process of its own. The figure is the peak resident set (VmHWM of Linux), of which there are three
-parts: the interpreter and its libraries (measured beside it, in a process that imports the array library and computes
-nothing); the weights' file, where it is mapped: its pages are clean page cache, which the system can take back and
-other processes share, and they count in full; and what the process allocates itself. `ratio` is the whole figure over
-the bytes of the weights and of the cache that it makes (on JAX for the whole context); `less base` is the same without
-the libraries.
+tokens, each in a new process. The figure is the peak resident set (VmHWM of Linux). It has three parts:
+
+- the interpreter and its libraries, also measured in a process that only imports the array library;
+- the file of weights, if it is mapped: its pages are clean page cache, which the system can take back and other
+  processes share, but they count in full;
+- the memory that the process allocates.
+
+`ratio` is the whole figure divided by the bytes of the weights and of the cache (on JAX a cache for the whole context).
+`less base` is the same without the libraries.
 """
 
 import argparse

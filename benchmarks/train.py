@@ -5,9 +5,9 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train.py --markdown    # memory in pages of 2 MB, for all
     python benchmarks/train.py --memory --markdown     # the peak memory of fine-tuning 124M, whole processes
 
-The shape is that of the bundled model, and so is the batch: 16 rows of 256 tokens. Float32, AdamW, clipping, no
-dropout. Before any timing, the losses of the first steps must agree, which shows that all compute the same forward and
-backward pass and the same update.
+The shape is that of the bundled model, and so is the batch: 16 rows of 256 tokens. All train in
+float32 with AdamW and clipping, without dropout. Before timing, the losses of the first steps must agree. This shows
+that all compute the same forward pass, backward pass and update.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from gpt_xp.reporting.text import size, wrapped
 
 CHECKED = 4  # steps whose losses are compared
 ALLOWED = 1e-4  # nats between the losses of two trainers
-PAUSE = 0.25  # seconds between turns, because the threads of the one before go on spinning for a while
+PAUSE = 0.25  # seconds between turns, because threads spin for a while after their turn
 TUNING = (*common.TUNING, "GLIBC_", "MALLOC_")  # variables that are printed
 REFERENCE, FLOOR = "gpt-xp", "floor"
 TRAINERS = {
@@ -54,7 +54,7 @@ WORKER = Path(__file__).parent / "training" / "worker.py"
 
 @dataclass
 class TimedTrainer:
-    """A trainer that takes part: its process, and the seconds and page faults of a step in each round."""
+    """A trainer, its process, and the seconds and page faults of a step in each round."""
 
     name: str
     worker: ContenderProcess
@@ -64,7 +64,7 @@ class TimedTrainer:
     page_faults: list[float] = field(default_factory=list)
 
     def train(self, seed: int, steps: int) -> dict[str, Any]:
-        """Take steps, all on the batch of that seed; return their seconds and losses."""
+        """Take steps on the batch of that seed, and return their seconds and losses."""
         try:
             return self.worker.ask("train", seed=seed, steps=steps)
         except ContenderError as error:
@@ -74,7 +74,7 @@ class TimedTrainer:
 def script() -> None:
     """Run the measurement that the options name."""
     options = parser().parse_args()
-    # For what is computed in this process too: JAX is not loaded yet.
+    # These apply to this process too, because JAX is not loaded yet.
     os.environ.update(thread_variables(options.threads))
     command = shlex.join(["python", "benchmarks/train.py", *sys.argv[1:]])
     print(f"    {command}\n\n{heading(options)}")

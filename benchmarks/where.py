@@ -2,10 +2,10 @@
 
     python benchmarks/where.py --threads 2 [--quantize int8]
 
-A model of 124M shape with random weights, float32 or quantized. Two tables, for prefill of a prompt and for a greedy
-step of decode after it: medians over several runs of the time inside each function, those that it calls included, so
-`attention` holds `softmax`. Looking at the clock some hundred times a step adds a few percent, which the first lines
-tell apart.
+It takes a model of 124M's shape with random weights, float32 or quantized. It prints two tables: for prefill of a
+prompt, and for a greedy step of decode after it. They show medians of the time inside each function. The time includes
+the functions that it calls, so `attention` includes `softmax`. Reading the clock some hundred times a step adds a few
+percent. The first lines show the time with and without that.
 """
 
 import argparse

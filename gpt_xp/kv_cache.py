@@ -117,7 +117,8 @@ def _written(query: Array, slots: Array) -> Array:
 
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
     """Return `buffer` with `new` [batch, n_head, n_seq, d_head] from slot `first` on, in place where possible."""
-    if is_jax_array(buffer):
+    is_writeable = is_writeable_array(buffer)
+    if not is_writeable and is_jax_array(buffer):
         from jax.lax import dynamic_update_slice_in_dim  # Compiled, it is faster than `at`.
 
         return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
@@ -127,7 +128,7 @@ def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
     else:  # It is an array: a step that is captured appends one token.
         slots = first[None] if n_seq == 1 else first + xp.arange(n_seq, dtype=xp.int32)
     index = (slice(None), slice(None), slots, slice(None))
-    if is_writeable_array(buffer):  # `at` does the same, but takes longer, twice in every layer.
+    if is_writeable:  # `at` does the same, but takes longer, twice in every layer.
         buffer[index] = new
         return buffer
     return xpx.at(buffer, index).set(new)

@@ -70,7 +70,7 @@ def test_the_ring_begins_again_amid_a_block(backend: Backend) -> None:
 
 
 def test_the_end_token_ends_amid_a_block() -> None:
-    backend, place = make_backend("jax"), 8  # amid the second block
+    backend, place = make_backend("jax"), 8  # in the second block
     free = small(plain(backend)).generate(UNEVEN, max_tokens=20, **FILTERS)
     text = free[0].token_ids
     assert text[place] not in text[:place]
@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_are_an_error_in_a_block() -> None:
         "mlp": {"c_fc": {"w": weight(6, 24), "b": weight(24)}, "c_proj": {"w": weight(24, 6), "b": weight(6)}},
     }
     params = {"wte": weight(31, 6), "wpe": weight(41, 6), "blocks": [block], "ln_f": norm}
-    params["wpe"][9] = np.nan  # reached amid the second block
+    params["wpe"][9] = np.nan  # The second block reaches it.
     model = Model(params, config, backend=in_blocks(make_backend("numpy")))
     pieces = model.stream([1, 2, 3], max_tokens=20)
     with pytest.raises(gpt_xp.errors.NumericalError, match="not finite"):

@@ -173,7 +173,7 @@ def plain_params(config: GPT2Config) -> Any:
     return tables | {"blocks": [block() for _ in range(config.n_layer)], "ln_f": norm()}
 
 
-# Text. The logits of the model are given, so that only the loop around it is tested.
+# Text. The tests choose the model's tokens, so that only the loop around it is tested.
 
 
 class Parrot(Model):
@@ -244,11 +244,11 @@ def test_the_end_tokens_are_the_configs_else_the_tokenizers(words: Tokenizer) ->
         return Parrot([40, end, 60, 70], tokenizer, config)
 
     assert ended(model(None, words)) == [40]
-    assert ended(model(60, words)) == [40, end]  # the tokenizer's own does not end it then
+    assert ended(model(60, words)) == [40, end]  # The tokenizer's end token does not end it then.
     assert ended(model((70, 60), words)) == [40, end]
     assert ended(model((70, 99), None)) == [40, end, 60]
     assert ended(model(None, None)) == [40, end, 60, 70]
-    assert ended(model(2000, words)) == [40]  # no model can choose it
+    assert ended(model(2000, words)) == [40]  # No model can choose this id.
 
 
 def test_the_first_token_is_the_configs_else_the_tokenizers(shakespeare: Model, words: Tokenizer) -> None:
@@ -388,7 +388,7 @@ def test_statistics(backend: Backend) -> None:
 
 def test_compiling_is_counted_apart() -> None:
     backend = make_backend("jax")
-    config = GPT2Config(n_vocab=29, n_ctx=23, n_embd=10, n_head=5, n_layer=1)  # of a shape that no other test has
+    config = GPT2Config(n_vocab=29, n_ctx=23, n_embd=10, n_head=5, n_layer=1)  # No other test has this shape.
     stats = Model(plain_params(config), config, backend=backend).generate([1], max_tokens=3).stats
     assert stats.compile_seconds > 0
     assert stats.time_to_first_token > stats.prefill_seconds
@@ -506,4 +506,4 @@ def test_running_out_of_memory_on_a_gpu(name: str) -> None:
     rows = int(backend.device_memory / (2 * config.n_ctx * config.n_embd * 4)) * 2  # a cache twice the memory
     with pytest.raises(DeviceMemoryError, match=rf"{backend.name} ran out of memory on .* the cache for {rows} rows"):
         model.generate([[1]] * rows, max_tokens=1024)
-    assert model.generate([1], max_tokens=3).token_ids  # it can go on
+    assert model.generate([1], max_tokens=3).token_ids  # The model can go on.

@@ -64,7 +64,7 @@ CASES = [
     Case("all filters, one row", (127,), {"temperature": 1.2, "top_k": 97, "top_p": 0.8, "min_p": 0.02, "seed": 14}),
 ]
 UNFILTERED = [case for case in CASES if case.name.startswith("unfiltered")]
-FAST = [case for case in CASES if "top_p" not in case.options]  # nothing to sort
+FAST = [case for case in CASES if "top_p" not in case.options]  # These sort nothing.
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +125,7 @@ def continuations_on(name: str) -> dict[str, Generation]:
 
 
 class Difference(NamedTuple):
-    """The first different token of a continuation, and the margin of the expected token."""
+    """Return the first different token of a continuation, and the margin of the expected token."""
 
     where: str
     step: int

@@ -180,7 +180,7 @@ def test_one_slow_step_decides_nothing() -> None:
 
 
 class Prophet:
-    """Proposes the tokens that really follow, with wrong tokens at some places."""
+    """Proposes the tokens that follow, with wrong tokens at some places."""
 
     rows: Iterator[tuple[list[int], set[int]]]  # of each row: the tokens that follow, and the places of wrong tokens
 
@@ -205,7 +205,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prophesy(monkeypatch: pytest.MonkeyPatch, always: None) -> Callable[..., None]:
-    """Let a prophet propose these continuations; the wrong tokens of each row come one later than in the row before."""
+    """Propose these continuations. The wrong tokens of each row come one token later than in the row before."""
 
     def prophesy(*plain: Generation, errs: Iterable[int] = ()) -> None:
         rows = [(out.token_ids, {place + row for place in errs}) for row, out in enumerate(plain)]
