@@ -24,7 +24,7 @@ QUANTIZED_FIX = install_command("quantize")
 
 PREFILL_ROWS = 256  # rows of a product in prefill; fewer are slower, more do not fit the processor's cache
 # In prefill, attention is computed for some queries and heads at a time, and GELU for some rows, so that the arrays
-# between two functions stay in the processor's cache. Otherwise a prompt of 930 takes 1.2 times as long.
+# between two functions stay in the processor's cache. benchmarks/results/plain-numpy.md says what each of them buys.
 QUERIES, MAX_SCORES, MAX_GELU_NUMBERS = 128, 2**18, 2**17
 MAX_ROWS_ONE_BY_ONE = 3  # Up to so many rows are multiplied faster one by one.
 # Up to so many rows are multiplied by the token table in parts of some columns. BLAS copies the matrix, and a copy that

@@ -4,34 +4,26 @@ Without a GPU, NumPy stands in for CuPy, and its graph is a call that is made ag
 `pytest -m gpu` runs the real one.
 """
 
-import contextlib
 import functools
 import gc
 import importlib
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_by_numpy import ByNumPy
+from fake_cupy import FakeCuPy, FakeGraph, arrays_of, replayed, same, small
 from folders import BENCHMARKS
 from gpt_xp_backends.captured_step import BoundStep
 from gpt_xp_backends.cupy_backend import CuPyBackend, adapter
-from gpt_xp_backends.numpy_backend import namespace
-from gpt_xp_backends.tracing import Tracer
 from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens
 
-from gpt_xp import Backend, Generation, Model, kv_cache
+from gpt_xp import Backend, Model
 from gpt_xp.errors import BackendError
-from gpt_xp.generation import decoder
-from gpt_xp.kv_cache import KVCache
 from gpt_xp.quantization import quantize
 from gpt_xp.tolerances import TOLERANCE
 
@@ -41,186 +33,6 @@ STEP, REPLAY = ["step"], ["launch"]
 CAPTURE = ["sync", "run", "wait", "begin", "end"]  # "run" is a step by the graph's kernels
 MISTRUSTED = [*CAPTURE, "sync", "step"]
 COMPARE = ["launch", "sync", "step"]
-
-
-class FakeCuPy:
-    """NumPy with CUDA's streams and graphs. `log` says what happened, and `break_at` what fails."""
-
-    def __init__(self, kernels: ByNumPy) -> None:
-        self.__version__, self.int32, self.RawKernel = "14", np.int32, kernels
-        self.full, self.empty, self.asarray, self.asnumpy = np.full, np.empty, np.asarray, np.asarray
-        self.log: list[str] = []
-        self.break_at: dict[str, Callable[[], None]] = {}
-        self.capturing, self.recorded = False, None
-        self.pools: list[Any] = []
-        self.freed = 0  # pools that have given their memory back
-        self.device = 0  # the current one
-        self.waited: list[int] = []  # devices whose stream was waited for
-        self.warm_up: Callable[[], Any] = lambda: None  # the logits of the latest run of a step by kernels
-        runtime = SimpleNamespace(
-            getDeviceCount=lambda: 2, getDeviceProperties=lambda index: {"name": b"none", "totalGlobalMem": 2**40},
-            driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000,
-            deviceSynchronize=lambda: self.happens("sync"),
-        )  # fmt: skip
-        self.cuda = SimpleNamespace(
-            runtime=runtime, Device=functools.partial(FakeDevice, self), Stream=functools.partial(FakeStream, self),
-            MemoryPool=functools.partial(FakePool, self), using_allocator=self.using_allocator,
-            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: self.waited.append(self.device)),
-        )  # fmt: skip
-        self.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 7)
-
-    def happens(self, what: str) -> None:
-        self.log.append(what)
-        if what in self.break_at:
-            self.break_at[what]()
-
-    @contextlib.contextmanager
-    def using_allocator(self, malloc: Any) -> Iterator[None]:
-        self.pools.append(malloc)
-        yield
-        self.pools.append(None)
-
-    def matmul(self, x: Any, w: Any) -> Any:
-        raise NotImplementedError("cuBLAS, in a capture")
-
-    def record(self, *arguments: Any) -> Callable[..., Any]:
-        return functools.partial(replayed, *arguments)
-
-    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A step as CUDA sees it: in a capture nothing is computed, and every array it made is yet to be filled."""
-
-        @functools.wraps(function)
-        def call(params: Any, tokens: Any, cache: Any, *rest: Any, xp: Any, **options: Any) -> Any:
-            by_kernel = isinstance(xp, Tracer)
-            assert by_kernel == isinstance(cache.position, np.ndarray), "the plain step is as it always was"
-            if tokens.shape[1] == 1 and not self.capturing:
-                self.happens("run" if by_kernel else "step")
-            if not self.capturing:
-                result = function(params, tokens, cache, *rest, xp=xp, **options)
-                if by_kernel:
-                    self.warm_up = weakref.ref(result[0])
-                return result
-            if "capture" in self.break_at:
-                self.break_at["capture"]()
-            before = [x.copy() for x in arrays_of(cache)]
-            logits, after = function(params, tokens, cache, *rest, xp=xp, **options)
-            for x, old in zip(arrays_of(cache), before, strict=True):
-                x[...] = old
-            logits[...] = np.nan
-            addresses, state = [Address(x) for x in (logits, *arrays_of(cache))], (*cache[1:], type(cache))
-            self.recorded = self.record(function, params, tokens, state, rest, xp, options), addresses
-            return logits, after
-
-        return call
-
-
-def replayed(function: Any, params: Any, tokens: Any, state: Any, rest: Any, xp: Any, options: Any, *kv: Any) -> Any:
-    *position_and_start, cache_type = state
-    layers = list(zip(kv[::2], kv[1::2], strict=True))
-    return function(params, tokens, cache_type(layers, *position_and_start), *rest, xp=xp, **options)[0]
-
-
-def arrays_of(cache: KVCache) -> list[np.ndarray]:
-    return [x for layer in cache.layers for x in layer]
-
-
-class Address:
-    """Where an array lies: a graph holds addresses, and keeps no array alive."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        whole = x if x.base is None else x.base
-        self.whole, self.offset = weakref.ref(whole), x.ctypes.data - whole.ctypes.data
-        self.layout = x.shape, x.strides
-
-    def array(self) -> np.ndarray:
-        shape, strides = self.layout
-        return np.ndarray(shape, self.whole().dtype, self.whole(), self.offset, strides)
-
-
-class FakeDevice:
-    """A device, the current one by default, and the current one while it is entered."""
-
-    def __init__(self, cupy: FakeCuPy, index: int | None = None) -> None:
-        self.cupy, self.index, self.before = cupy, cupy.device if index is None else index, []
-
-    def __enter__(self) -> None:
-        self.before.append(self.cupy.device)
-        self.cupy.device = self.index
-
-    def __exit__(self, *error: object) -> None:
-        self.cupy.device = self.before.pop()
-
-
-class FakePool:
-    """A pool gives back the memory of the current device alone."""
-
-    def __init__(self, cupy: FakeCuPy) -> None:
-        self.cupy, self.device, self.malloc, self.total_bytes = cupy, cupy.device, object(), lambda: 1000
-
-    def free_all_blocks(self) -> None:
-        self.cupy.freed += self.cupy.device == self.device
-
-
-class FakeStream:
-    def __init__(self, cupy: FakeCuPy, non_blocking: bool) -> None:
-        assert non_blocking, "the default stream would wait for it, and that cannot be captured"
-        self.cupy = cupy
-
-    def __enter__(self) -> "FakeStream":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        self.cupy.happens("wait")
-
-    def begin_capture(self) -> None:
-        self.cupy.happens("begin")
-        assert self.cupy.warm_up() is None, "the capture needs the memory of the run before it"
-        assert self.cupy.pools[-1] is not None, "arrays of the graph would be in the memory of all"
-        self.cupy.capturing = True
-
-    def end_capture(self) -> Any:
-        self.cupy.capturing = False
-        self.cupy.happens("end")
-        if self.cupy.recorded is None:
-            raise ValueError("the capture is invalidated")
-        return FakeGraph(self.cupy)
-
-
-class FakeGraph:
-    def __init__(self, cupy: FakeCuPy) -> None:
-        self.cupy = cupy
-        self.step, self.arrays = cupy.recorded
-
-    def launch(self) -> None:
-        logits, *kv = (each.array() for each in self.arrays)
-        logits[...] = self.step(*kv)
-        self.cupy.happens("launch")
-
-
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
-    fake = FakeCuPy(ByNumPy(monkeypatch))
-    monkeypatch.setattr(adapter, "import_library", lambda name, fix: fake)
-    monkeypatch.setattr(adapter, "_namespace", lambda cupy: namespace())
-    for name in ("next_token_logits", "candidate_logits"):
-        monkeypatch.setattr(decoder, name, fake.watched(getattr(decoder, name)))
-    monkeypatch.delenv("GPT_XP_CUPY_GRAPH", raising=False)
-    return fake
-
-
-def small(backend: Backend, name: str = "prime") -> Model:
-    return Model(small_params(name), CONFIGS[name], backend=backend)
-
-
-def same(actual: Any, expected: Any) -> None:
-    actual, expected = ([each] if isinstance(each, Generation) else each for each in (actual, expected))
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert min(theirs.margins) > 1e-4
-        assert ours.token_ids == theirs.token_ids
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=20 * TOLERANCE["same", "float32"])
 
 
 def graph_setting(model: Model) -> str:
@@ -326,88 +138,6 @@ def test_a_batch_of_another_size_takes_the_place_of_the_cache_that_is_kept(cupy:
     assert cupy.log == first + 8 * REPLAY + first + CAPTURE + 7 * REPLAY
 
 
-PRIME = CONFIGS["prime"], np.ones(1, dtype=np.float32)
-ONE_ROW = np.zeros(1, dtype=np.int32)
-
-
-def filled(cache: KVCache, value: float = np.nan) -> KVCache:
-    for x in arrays_of(cache):
-        x[...] = value
-    return cache
-
-
-def test_what_a_cache_held_before_changes_nothing(cupy: FakeCuPy) -> None:
-    backend = CuPyBackend()
-    cache = filled(backend.new_cache(*PRIME, 37, ONE_ROW))
-    address = cache.layers[0][0].ctypes.data
-    used = backend.new_cache(*PRIME, 37, ONE_ROW)
-    assert used.layers[0][0].ctypes.data != address, "it is in use"
-    filled(used)
-    address = used.layers[0][0].ctypes.data
-    del cache
-    del used
-    again = backend.new_cache(*PRIME, 11, ONE_ROW)
-    assert again.layers[0][0].ctypes.data == address
-    assert all((x == 0).all() for x in arrays_of(again))
-    filled(again, 3)
-    again = backend.grow_cache(again, 23)
-    for x in arrays_of(again):
-        assert x.shape[2] == 23
-        assert (x[:, :, :11] == 3).all()
-        assert (x[:, :, 11:] == 0).all()
-
-
-def test_a_longer_cache_is_made_when_the_kept_one_is_gone(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, original, alive = CuPyBackend(), kv_cache.new_cache, []
-    kept = [weakref.ref(x.base) for x in arrays_of(backend.new_cache(*PRIME, 11, ONE_ROW))]
-
-    def new_cache(*args: Any) -> KVCache:
-        alive.append(sum(each() is not None for each in kept))
-        return original(*args)
-
-    monkeypatch.setattr(kv_cache, "new_cache", new_cache)
-    backend.new_cache(*PRIME, 7, ONE_ROW)
-    assert alive == [], "it fits"
-    backend.new_cache(*PRIME, 23, ONE_ROW)
-    assert alive == [0]
-
-
-def test_a_cache_that_grows_is_never_there_twice(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    xp = namespace()
-    monkeypatch.setattr(adapter, "_namespace", lambda cupy: xp)
-    backend = CuPyBackend()
-    cache = filled(backend.new_cache(*PRIME, 11, ONE_ROW), 3)
-    old, alive, concat = [weakref.ref(x.base) for x in arrays_of(cache)], [], xp.concat
-
-    def watched(arrays: Any, axis: int) -> Any:
-        alive.append(sum(each() is not None for each in old))
-        return concat(arrays, axis=axis)
-
-    monkeypatch.setattr(xp, "concat", watched)
-    cache = backend.grow_cache(cache, 23)
-    assert alive == [4, 4, 2, 2], "each layer's arrays are freed when it has longer ones"
-    assert not any(each() is not None for each in old)
-    assert all((x[:, :, :11] == 3).all() and (x[:, :, 11:] == 0).all() for x in arrays_of(cache))
-    # The arrays are kept for the next, and grow in place as far as they go.
-    addresses = [x.ctypes.data for x in arrays_of(cache)]
-    del cache
-    cache = backend.grow_cache(backend.new_cache(*PRIME, 7, ONE_ROW), 23)
-    assert [x.ctypes.data for x in arrays_of(cache)] == addresses
-    assert len(alive) == 4
-
-
-def test_a_cache_whose_arrays_are_not_the_kept_ones_grows_by_itself(cupy: FakeCuPy) -> None:
-    backend = CuPyBackend()
-    first, second = (filled(backend.new_cache(*PRIME, 11, ONE_ROW), value) for value in (3, 5))
-    fork = second.copy(backend.xp)
-    for cache, value in ((first, 3), (fork, 5), (second, 5)):
-        grown = backend.grow_cache(cache, 23)
-        filled(backend.new_cache(*PRIME, 23, ONE_ROW))
-        for x in arrays_of(grown):
-            assert (x[:, :, :11] == value).all()
-            assert (x[:, :, 11:] == 0).all()
-
-
 def test_a_graph_gives_its_memory_back(cupy: FakeCuPy) -> None:
     model = small(CuPyBackend())
     for prompts in (TOKENS[:5], TOKENS[:7], UNEVEN):
@@ -430,45 +160,6 @@ def test_another_device_is_waited_for_and_gets_its_memory_back(cupy: FakeCuPy) -
     del model
     gc.collect()
     assert (cupy.freed, cupy.waited, cupy.device) == (1, [1], 0)
-
-
-class Full(np.ndarray):
-    """The array of a cache that fits the device once."""
-
-    def copy(self, order: Any = "C") -> Any:
-        raise MemoryError("out of memory")
-
-
-def with_arrays(cache: KVCache, kind: type[np.ndarray]) -> KVCache:
-    return cache._replace(layers=[(k.view(kind), v.view(kind)) for k, v in cache.layers])
-
-
-def test_where_a_copy_of_the_cache_does_not_fit_the_text_is_the_plain_one(cupy: FakeCuPy) -> None:
-    backend = CuPyBackend()
-    full = backend.replace(new_cache=lambda *args: with_arrays(CuPyBackend.new_cache(backend, *args), Full))
-    model = small(full)
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph, and slower: MemoryError: out of memory"):
-        out = model.generate(TOKENS[:5], max_tokens=9)
-    assert cupy.log == 8 * STEP
-    same(out, small(make_backend("numpy")).generate(TOKENS[:5], max_tokens=9))
-
-
-def test_generations_that_begin_at_once_have_a_cache_each(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, meeting = CuPyBackend(), threading.Barrier(2)
-
-    class Slow(np.ndarray):
-        def fill(self, value: Any) -> None:  # until the other thread has looked too
-            with contextlib.suppress(threading.BrokenBarrierError):
-                meeting.wait(0.2)
-            super().fill(value)
-
-    original = kv_cache.new_cache
-    monkeypatch.setattr(kv_cache, "new_cache", lambda *args: with_arrays(original(*args), Slow))
-    backend.new_cache(*PRIME, 37, ONE_ROW)  # kept, and free
-    with ThreadPoolExecutor(2) as threads:
-        one, other = threads.map(lambda _: backend.new_cache(*PRIME, 37, ONE_ROW), range(2))
-    pairs = zip(arrays_of(one), arrays_of(other), strict=True)
-    assert not any(np.may_share_memory(*pair) for pair in pairs)
 
 
 def test_speculation_goes_back_and_forth(cupy: FakeCuPy) -> None:
