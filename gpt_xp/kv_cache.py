@@ -22,18 +22,20 @@ from gpt_xp.types import Array, Namespace
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer, each [batch, n_head, n_slots, d_head], and the number of tokens written."""
+    """The keys and values of one layer, each [batch * n_head, n_slots, d_head], and the number of tokens written."""
 
     k: Array
     v: Array
     position: int | Array
 
-    def append(self, k: Array, v: Array, xp: Namespace) -> "LayerCache":
-        """Return the layer with the keys and values [batch, n_head, n_seq, d_head] of the next tokens in their slots.
+    def append(self, k: Array, v: Array, xp: Namespace) -> tuple["LayerCache", Array, Array]:
+        """Put the keys and values [batch, n_head, n_seq, d_head] of the next tokens into their slots.
 
-        Raises `PromptError` for more tokens than there are slots before the ring begins again.
+        Returns the layer, and the keys and values of all its slots, each [batch, n_head, n_slots, d_head]. Raises
+        `PromptError` for more tokens than there are slots before the ring begins again.
         """
-        n_seq, n_slots = k.shape[2], self.k.shape[2]
+        batch, n_head, n_seq, d_head = k.shape
+        n_slots = self.k.shape[1]
         first = self.position % n_slots
         room = n_slots - (first if isinstance(first, int) else 0)
         if n_seq > room:
@@ -41,7 +43,10 @@ class LayerCache(NamedTuple):
                 f"{n_seq} tokens were given, and the cache has room for {room} before its ring begins again: "
                 "make it larger, or pass fewer tokens at a time"
             )
-        return LayerCache(_put(self.k, first, k, xp), _put(self.v, first, v, xp), self.position)
+        new_k, new_v = (xp.reshape(x, (batch * n_head, n_seq, d_head)) for x in (k, v))
+        layer = LayerCache(_put(self.k, first, new_k, xp), _put(self.v, first, new_v, xp), self.position)
+        k, v = (xp.reshape(x, (batch, n_head, n_slots, d_head)) for x in (layer.k, layer.v))
+        return layer, k, v
 
 
 Past: TypeAlias = LayerCache | None  # It is None without a cache.
@@ -50,9 +55,12 @@ Past: TypeAlias = LayerCache | None  # It is None without a cache.
 class KVCache(NamedTuple):
     """The keys and values of every layer, and where the next token goes.
 
-    `layers` has (k, v) for each layer, each [batch, n_head, n_slots, d_head] in the dtype of the params. `position`
+    `layers` has (k, v) for each layer, each [batch * n_head, n_slots, d_head] in the dtype of the params. `position`
     counts the tokens written to each row, including padding. It is an int, or an int32 scalar computed by JAX.
     `start` is [batch] int32.
+
+    XLA's CPU compiler multiplies by arrays of three axes. Arrays of four are copied for each token: at 930 tokens of
+    context, a token then takes 1.9 times as long (benchmarks/before_after.py).
     """
 
     layers: list[tuple[Array, Array]]
@@ -62,7 +70,7 @@ class KVCache(NamedTuple):
     @property
     def n_slots(self) -> int:
         """The number of tokens that fit before the cache grows, or its ring begins again."""
-        return int(self.layers[0][0].shape[2])
+        return int(self.layers[0][0].shape[1])
 
     def layer(self, index: int) -> LayerCache:
         """Return the cache of one layer."""
@@ -116,18 +124,18 @@ def _written(query: Array, slots: Array) -> Array:
 
 
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
-    """Return `buffer` with `new` [batch, n_head, n_seq, d_head] from slot `first` on, in place where possible."""
+    """Return `buffer` with `new` [batch * n_head, n_seq, d_head] from slot `first` on, in place where possible."""
     is_writeable = is_writeable_array(buffer)
     if not is_writeable and is_jax_array(buffer):
         from jax.lax import dynamic_update_slice_in_dim  # Compiled, it is faster than `at`.
 
-        return dynamic_update_slice_in_dim(buffer, new, first, axis=2)
-    n_seq = new.shape[2]
+        return dynamic_update_slice_in_dim(buffer, new, first, axis=1)
+    n_seq = new.shape[1]
     if isinstance(first, int):
         slots = slice(first, first + n_seq)
     else:  # It is an array: a step that is captured appends one token.
         slots = first[None] if n_seq == 1 else first + xp.arange(n_seq, dtype=xp.int32)
-    index = (slice(None), slice(None), slots, slice(None))
+    index = (slice(None), slots, slice(None))
     if is_writeable:  # `at` does the same, but takes longer, twice in every layer.
         buffer[index] = new
         return buffer
@@ -145,7 +153,7 @@ def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: N
     start = xp.asarray(start, dtype=xp.int32, device=device_of(like))
     if len(start.shape) != 1:
         raise PromptError(f"start must have one whole number for each row, [batch], and its shape is {start.shape}")
-    shape = start.shape[0], config.n_head, n_slots, config.n_embd // config.n_head
+    shape = start.shape[0] * config.n_head, n_slots, config.n_embd // config.n_head
 
     def zeros() -> Array:
         return xp.zeros(shape, dtype=like.dtype, device=device_of(like))
@@ -161,9 +169,9 @@ def grow_cache(cache: KVCache, n_slots: int, xp: Namespace = None) -> KVCache:
     xp = xp or array_namespace(cache.layers[0][0])
 
     def longer(x: Array) -> Array:
-        batch, n_head, before, d_head = x.shape
-        more = xp.zeros((batch, n_head, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
-        return xp.concat([x, more], axis=2)
+        heads, before, d_head = x.shape
+        more = xp.zeros((heads, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
+        return xp.concat([x, more], axis=1)
 
     for i, (k, v) in enumerate(cache.layers):
         cache.layers[i] = longer(k), longer(v)

@@ -64,8 +64,7 @@ def mha(
     qkv = xp.permute_dims(qkv, (2, 0, 3, 1, 4))  # [3, batch, n_head, n_seq, d_head]
     q, k, v = qkv[0, ...], qkv[1, ...], qkv[2, ...]  # each [batch, n_head, n_seq, d_head]
     if past is not None:
-        past = past.append(k, v, xp)
-        k, v = past.k, past.v  # each [batch, n_head, n_slots, d_head]
+        past, k, v = past.append(k, v, xp)  # k and v: [batch, n_head, n_slots, d_head]
     heads = attention(q, k, v, mask, xp)  # [batch, n_head, n_seq, d_head]
     merged = xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), x.shape)  # [rows, n_embd]
     return linear(merged, **c_proj, xp=xp), past

@@ -17,6 +17,7 @@ import gpt_xp
 from gpt_xp import Backend, Model
 from gpt_xp.errors import ConfigError, PromptError
 from gpt_xp.generation.decoder import Decoder
+from gpt_xp.generation.step_functions import next_token_logits
 
 
 @pytest.mark.parametrize("grow", [False, True], ids=["all slots", "growing"])
@@ -26,7 +27,7 @@ def test_pieces_are_the_full_forward_pass(backend: Backend, grow: bool) -> None:
     chunked, after = run(backend, params, cache, TOKENS, [7, 8, 9, 20, 31], grow)
     assert_values(chunked, full, TOLERANCE["same", "float32"])
     assert int(after.position) == 31
-    assert [k.shape for k, _ in after.layers] == [(3, 3, 31 if grow else 37, 13)] * 2
+    assert [k.shape for k, _ in after.layers] == [(9, 31 if grow else 37, 13)] * 2
     assert [v.shape for _, v in after.layers] == [k.shape for k, _ in after.layers]
 
 
@@ -144,9 +145,9 @@ def test_a_planted_bug_of_growing_is_found(bug: str) -> None:
         if bug == "forgets":
             layers = [(k * 0, v) for k, v in after.layers]
         elif bug == "moves":
-            layers = [(np.roll(k, 1, axis=2), v) for k, v in after.layers]
+            layers = [(np.roll(k, 1, axis=1), v) for k, v in after.layers]
         else:
-            layers = [(k, np.roll(v, 1, axis=1)) for k, v in after.layers]
+            layers = [(k, np.roll(v, 1, axis=0)) for k, v in after.layers]
         return after._replace(layers=layers)
 
     with pytest.raises(AssertionError):
@@ -177,6 +178,17 @@ def test_a_copy_survives_a_compiled_step_that_may_reuse_the_cache() -> None:
     logits, _ = forward_with_cache(backend)(params, backend.asarray(TOKENS[:, 11:16]), CONFIG, cache=fork)
     full = backend.to_numpy(forward(backend)(params, backend.asarray(TOKENS[:, :16]), CONFIG))
     assert_values(backend.to_numpy(logits), full[:, 11:], TOLERANCE["same", "float32"])
+
+
+def test_a_compiled_step_does_not_copy_the_cache() -> None:
+    jax, config = pytest.importorskip("jax"), CONFIGS["124M-ratios"]
+    backend = make_backend("jax:cpu")
+    params = Model(small_params("124M-ratios"), config, backend=backend).params
+    cache = backend.new_cache(config, params["wpe"], 1024, backend.asarray(np.zeros(1, dtype=np.int32)))
+    jitted = jax.jit(next_token_logits, static_argnames=("config", "xp"), donate_argnames="cache")
+    token = backend.asarray(np.asarray([[3]], dtype=np.int32))
+    step = jitted.lower(params, token, cache, 1, config=config, xp=backend.xp).compile()
+    assert step.memory_analysis().temp_size_in_bytes < cache.layers[0][0].nbytes
 
 
 @pytest.mark.parametrize("speculate", [False, True])

@@ -73,9 +73,12 @@ class Runner(Protocol):
 class TracedLayer(LayerCache):
     """A layer of the cache in a step that is traced."""
 
-    def append(self, k: Any, v: Any, xp: Any) -> "LayerCache":
+    def append(self, k: Any, v: Any, xp: Any) -> tuple["LayerCache", Any, Any]:
         """Write keys and values [batch, n_head, n_seq, d_head]; those of one token by one call if the runner has it."""
-        return self if xp.append(self, k, v) else super().append(xp.computed(k), xp.computed(v), xp)
+        all_k, all_v = (x.reshape((*k.shape[:2], *x.shape[1:])) for x in (self.k, self.v))
+        if xp.append(all_k, all_v, self.position, k, v):
+            return self, all_k, all_v
+        return super().append(xp.computed(k), xp.computed(v), xp)
 
 
 class TracedCache(KVCache):

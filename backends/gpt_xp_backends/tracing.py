@@ -21,7 +21,6 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from gpt_xp.kv_cache import LayerCache
 from gpt_xp.types import Array, Namespace
 from gpt_xp_backends.programs import Compute, Node, run
 
@@ -179,21 +178,21 @@ class Tracer:
         x._node.buffer_is_private = False  # The caller may keep it, or a view of it.
         return array
 
-    def append(self, layer: LayerCache, k: Any, v: Any) -> bool:
-        """Write keys and values of one token into a layer by one call; return False where that is not possible.
+    def append(self, all_k: Array, all_v: Array, position: Array, k: Any, v: Any) -> bool:
+        """Write k and v of one token into those of a layer by one call; return False where that is not possible.
 
         It is possible where both are views of one expression: the queries, keys and values [rows, 3 * n_head * d_head].
         """
         whole, (batch, n_head, _, d_head) = _whole(k), k.shape
         if whole is None or whole is not _whole(v) or whole.shape != (batch, 3 * n_head * d_head):
             return False
-        if self._calls.append is None or not _can_append(layer, whole.dtype):
+        if self._calls.append is None or not _can_append(all_k, all_v, whole.dtype):
             return False
         places = np.arange(math.prod(whole.shape)).reshape(whole.shape)
         right = places.reshape(batch, 3, n_head, 1, d_head)
         if not all(np.array_equal(x._node.viewed(places), right[:, i]) for i, x in ((1, k), (2, v))):
             return False
-        self._run(whole, functools.partial(self._calls.append, *layer))
+        self._run(whole, functools.partial(self._calls.append, all_k, all_v, position))
         return True
 
     def _attention(self, weights: Node, v: Array) -> Array | None:
@@ -258,9 +257,8 @@ def _whole(x: Any) -> Node | None:
     return whole if whole.array is None and whole.function != "matmul" else None
 
 
-def _can_append(layer: LayerCache, dtype: Any) -> bool:
+def _can_append(k: Array, v: Array, dtype: Any) -> bool:
     """Return whether the tokens of each head lie side by side, in keys and values alike."""
-    k, v = layer.k, layer.v
     side_by_side = k.strides[2:] == (k.shape[3] * k.itemsize, k.itemsize)
     return bool(side_by_side and k.strides == v.strides and k.dtype == v.dtype == dtype)
 

@@ -191,9 +191,7 @@ def step(dtype: str, namespace: Any, n_layer: int = 2, kind: type = np.ndarray) 
     for begin, end in ((0, 20), (20, 23), (23, 25)):
         _, cache = next_token_logits(weights, tokens[:, begin:end], cache, end - begin, CONFIG, PLAIN)
     position = np.full((), 25, dtype=np.int32).view(kind)  # A graph has it on the device.
-    longer = [
-        [np.concatenate([x, np.full_like(x, np.nan)], axis=2)[:, :, :23] for x in layer] for layer in cache.layers
-    ]
+    longer = [[np.concatenate([x, np.full_like(x, np.nan)], axis=1)[:, :23] for x in layer] for layer in cache.layers]
     layers = [(k.view(kind), v.view(kind)) for k, v in longer]
     own = (TracedCache if isinstance(namespace, Tracer) else KVCache)(layers, position, cache.start)
     weights = tree_map(lambda leaf: leaf.view(kind), weights)

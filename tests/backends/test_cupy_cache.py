@@ -44,9 +44,9 @@ def test_what_a_cache_held_before_changes_nothing(cupy: FakeCuPy) -> None:
     filled(again, 3)
     again = backend.grow_cache(again, 23)
     for x in arrays_of(again):
-        assert x.shape[2] == 23
-        assert (x[:, :, :11] == 3).all()
-        assert (x[:, :, 11:] == 0).all()
+        assert x.shape[1] == 23
+        assert (x[:, :11] == 3).all()
+        assert (x[:, 11:] == 0).all()
 
 
 def test_a_longer_cache_is_made_when_the_kept_one_is_gone(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_cache_that_grows_is_never_there_twice(cupy: FakeCuPy, monkeypatch: py
     cache = backend.grow_cache(cache, 23)
     assert alive == [4, 4, 2, 2], "each layer's arrays are freed when it has longer ones"
     assert not any(each() is not None for each in old)
-    assert all((x[:, :, :11] == 3).all() and (x[:, :, 11:] == 0).all() for x in arrays_of(cache))
+    assert all((x[:, :11] == 3).all() and (x[:, 11:] == 0).all() for x in arrays_of(cache))
     # The arrays are kept for the next, and grow in place as far as they go.
     addresses = [x.ctypes.data for x in arrays_of(cache)]
     del cache
@@ -96,8 +96,8 @@ def test_a_cache_whose_arrays_are_not_the_kept_ones_grows_by_itself(cupy: FakeCu
         grown = backend.grow_cache(cache, 23)
         filled(backend.new_cache(*PRIME, 23, ONE_ROW))
         for x in arrays_of(grown):
-            assert (x[:, :, :11] == value).all()
-            assert (x[:, :, 11:] == 0).all()
+            assert (x[:, :11] == value).all()
+            assert (x[:, 11:] == 0).all()
 
 
 class Full(np.ndarray):

@@ -47,15 +47,15 @@ class CacheBuffers:
             return cache
 
     def _n_slots(self) -> int:
-        return int(self._kept[0][0].shape[2]) if self._kept else 0
+        return int(self._kept[0][0].shape[1]) if self._kept else 0
 
     def _clear(self, first: int, last: int) -> None:
         """Put zeros into some slots. Those that are masked are multiplied by 0, so NaN in them would show."""
         for layer in self._kept:
             for x in layer:
-                x[:, :, first:last].fill(0)
+                x[:, first:last].fill(0)
 
     def _hand_out(self, n_slots: int) -> list[tuple[Array, Array]]:
-        views = [(k[:, :, :n_slots], v[:, :, :n_slots]) for k, v in self._kept]
+        views = [(k[:, :n_slots], v[:, :n_slots]) for k, v in self._kept]
         self._views = [weakref.ref(x) for layer in views for x in layer]
         return views

@@ -20,7 +20,8 @@ class WrongCache(NumPyWith):
 
 def append(self: Any, k: Any, v: Any, xp: Any) -> Any:
     """Put keys and values [batch, n_head, n_seq, d_head] where the token after theirs belongs."""
-    slots = (self.position + 1 + np.arange(k.shape[2])) % self.k.shape[2]
-    self.k[:, :, slots] = k
-    self.v[:, :, slots] = v
-    return self
+    slots = (self.position + 1 + np.arange(k.shape[2])) % self.k.shape[1]
+    all_k, all_v = (x.reshape((*k.shape[:2], *x.shape[1:])) for x in (self.k, self.v))
+    all_k[:, :, slots] = k
+    all_v[:, :, slots] = v
+    return self, all_k, all_v
