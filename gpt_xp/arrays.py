@@ -31,7 +31,7 @@ def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> N
     """Return `xp`, or the namespace of the arrays if `xp` is None.
 
     Raises `ConfigError` for a config or params of the wrong type. Raises `PromptError` for tokens that are not an array
-    of whole numbers, or belong to another library.
+    of whole numbers, [n_seq] or [batch, n_seq], or belong to another library.
     """
     check_config(config)
     try:
@@ -43,6 +43,8 @@ def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> N
         ) from None
     if "int" not in str(getattr(tokens, "dtype", "")):  # Every library has "int" in the names of its integer dtypes.
         raise _not_tokens(_kind(tokens))
+    if len(tokens.shape) not in (1, 2):
+        raise _not_tokens(f"an array of the shape {tuple(tokens.shape)}")
     try:
         return xp or array_api_compat.array_namespace(tokens, wte)
     except TypeError:

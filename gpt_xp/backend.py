@@ -51,10 +51,10 @@ class BackendInfo:
 class Backend:
     """One array library, on one device, in one dtype.
 
-    A subclass must set the attributes `name` to `xp`, and define `__init__(device, dtype, threads)`, `info`, `asarray`
-    and `to_numpy`. With `device` None the library chooses; `threads` limits the threads of the CPU. `__init__` raises
-    `BackendError` for a device or dtype that the library lacks. Everything else has a default, which suits a library
-    that computes at once. Importing the module of the subclass must not import its library.
+    A subclass must set `name`, `version`, `device`, `dtype` and `xp`. It must define `info`, `asarray`, `to_numpy` and
+    `__init__(device, dtype, threads)`. With `device` None the library chooses; `threads` limits the threads of the CPU.
+    `__init__` raises `BackendError` for a device or dtype that the library lacks. Everything else has a default, which
+    suits a library that computes at once. Importing the module of the subclass must not import its library.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Backend:
     needs_quantized: ClassVar[dict[str, str]] = {}  # The modules that quantized weights need in addition.
 
     device_memory: int | None = None  # bytes in total
+    takes_quantized = False  # `quantized` returns a backend where this is True.
     # True if NumPy samples faster than the library: logits are then moved to the host.
     samples_on_host: bool = False
     # decode_block(step, state, k) runs step(state) -> (state, output) k times as one program. It returns the last state
@@ -123,7 +124,7 @@ class Backend:
         """
         from gpt_xp.quantization import QuantizedNamespace
 
-        return self.replace(xp=QuantizedNamespace(self.xp, self.dtype))
+        return self.replace(xp=QuantizedNamespace(self.xp, self.dtype), takes_quantized=True)
 
     # --- the cache, and how prompts are cut ---
 
@@ -209,7 +210,10 @@ def import_library(module: str, fix: str) -> ModuleType:
 
 
 def check_dtype(backend: str, device: str, dtype: str, known: Iterable[str], why: str = "") -> None:
-    """Raise `BackendError` unless the backend really computes in `dtype` on that device."""
+    """Raise `BackendError` unless the backend computes in `dtype` on that device. `why` is why 16 bits are missing."""
     names = list(known)
+    if not isinstance(dtype, str):
+        raise BackendError(f"dtype must be a name, one of {', '.join(names)}, not {dtype!r:.80}")
     if dtype not in names:
+        why = why if "16" in dtype else ""
         raise BackendError(f"{backend} does not compute in {dtype} on {device}, only in {', '.join(names)}{why}")

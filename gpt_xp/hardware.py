@@ -16,7 +16,7 @@ from gpt_xp.backend import Backend, BackendInfo, DeviceInfo
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.hub.published import MODELS
-from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.memory import ITEM_SIZE, cache_bytes
 from gpt_xp.registry import get_backend
 from gpt_xp.types import Array, Namespace
 
@@ -66,7 +66,7 @@ def report_on_backends(infos: Sequence[BackendInfo]) -> list[BackendReport]:
 def model_fit(model: str, config: GPT2Config, dtype: str, memory: int | None, bandwidth: float) -> ModelFit:
     """Compare the memory that a model needs with a device's `memory` in bytes; `bandwidth` is in bytes per second."""
     params = config.n_params * ITEM_SIZE[dtype]
-    cache = 2 * config.n_layer * config.n_ctx * config.n_embd * ITEM_SIZE[dtype]  # keys and values
+    cache = cache_bytes(config, rows=1, n_slots=config.n_ctx, dtype=dtype)
     fits = None if memory is None else params + cache <= memory
     return ModelFit(model, dtype, params + cache, fits, bandwidth / params)
 

@@ -10,14 +10,15 @@ back further than its context, so `n_ctx` slots are enough for any batch.
 """
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
 
 import array_api_extra as xpx
-from array_api_compat import array_namespace, is_jax_array, is_writeable_array
+from array_api_compat import array_namespace, is_jax_array, is_numpy_array, is_writeable_array
 
 from gpt_xp.arrays import device_of
 from gpt_xp.config import GPT2Config, check_config
-from gpt_xp.errors import PromptError
+from gpt_xp.errors import ConfigError, PromptError
 from gpt_xp.types import Array, Namespace
 
 
@@ -32,7 +33,8 @@ class LayerCache(NamedTuple):
         """Put the keys and values [batch, n_head, n_seq, d_head] of the next tokens into their slots.
 
         Returns the layer, and the keys and values of all its slots, each [batch, n_head, n_slots, d_head]. Raises
-        `PromptError` for more tokens than there are slots before the ring begins again.
+        `PromptError` for more tokens than there are slots before the ring begins again. Inside `jax.jit` the position
+        is not known, so only more tokens than all slots are an error there.
         """
         batch, n_head, n_seq, d_head = k.shape
         n_slots = self.k.shape[1]
@@ -56,7 +58,7 @@ class KVCache(NamedTuple):
     """The keys and values of every layer, and where the next token goes.
 
     `layers` has (k, v) for each layer, each [batch * n_head, n_slots, d_head] in the dtype of the params. `position`
-    counts the tokens written to each row, including padding. It is an int, or an int32 scalar computed by JAX.
+    counts the tokens written to each row, including padding. It is an int, or an int32 scalar in a compiled step.
     `start` is [batch] int32.
 
     XLA's CPU compiler multiplies by arrays of three axes. Arrays of four are copied for each token: at 930 tokens of
@@ -94,9 +96,15 @@ def positions_and_mask(tokens: Array, config: GPT2Config, cache: KVCache | None,
     """Return the position of each token [batch * n_seq], int32, and the mask of attention, float32.
 
     The mask is added to the scores: 0 for visible tokens, the smallest float32 for hidden ones. Without a cache it is
-    [n_seq, n_seq], and each token sees itself and all before it. With a cache it is [batch, 1, n_seq, n_slots].
+    [n_seq, n_seq], and each token sees itself and all before it. With a cache it is [batch, 1, n_seq, n_slots]. Raises
+    `PromptError` for tokens that do not fit the cache or the context.
     """
     n_seq = tokens.shape[-1]
+    if cache is not None and tokens.shape[:-1] != cache.start.shape:
+        raise PromptError(
+            f"tokens have the shape {tuple(tokens.shape)}, and with this cache it must be [batch, n_seq] "
+            f"of {cache.start.shape[0]} rows"
+        )
     n_slots = n_seq if cache is None else cache.n_slots
     numbers, slots = (xp.arange(n, dtype=xp.int32, device=device_of(tokens)) for n in (n_seq, n_slots))
     if cache is None:
@@ -146,19 +154,33 @@ def new_cache(config: GPT2Config, like: Array, n_slots: int, start: Array, xp: N
     """Return an empty cache of `n_slots` slots for rows whose left padding ends at `start` [batch], whole numbers.
 
     Its library, dtype and device are those of `like` (a weight of the model). `start` may be a list, or of any library.
-    Raises `ConfigError` for a config of the wrong type, and `PromptError` for a `start` of the wrong shape.
+    Raises `ConfigError` for a config, `like` or `n_slots` that cannot be, and `PromptError` for such a `start`.
     """
     check_config(config)
+    if not hasattr(like, "dtype"):
+        raise ConfigError(f"like must be an array of the model, such as params['wpe'], not {type(like).__name__}")
+    if not isinstance(n_slots, Integral) or n_slots < 1:
+        raise ConfigError(f"n_slots must be a whole number of at least 1, not {n_slots!r:.80}")
     xp = xp or array_namespace(like)
-    start = xp.asarray(start, dtype=xp.int32, device=device_of(like))
-    if len(start.shape) != 1:
-        raise PromptError(f"start must have one whole number for each row, [batch], and its shape is {start.shape}")
+    start = _checked_start(start, xp, device_of(like))
     shape = start.shape[0] * config.n_head, n_slots, config.n_embd // config.n_head
 
     def zeros() -> Array:
         return xp.zeros(shape, dtype=like.dtype, device=device_of(like))
 
     return KVCache([(zeros(), zeros()) for _ in range(config.n_layer)], 0, start)
+
+
+def _checked_start(start: Any, xp: Namespace, device: Any) -> Array:
+    """Return `start` as int32 [batch] on the device. Numbers of JAX and of GPUs are not checked: that would wait."""
+    values = start.tolist() if is_numpy_array(start) else start
+    if isinstance(values, list | tuple):
+        is_whole = all(isinstance(each, Real) and float(each) >= 0 and float(each) % 1 == 0 for each in values)
+    else:
+        is_whole = len(getattr(start, "shape", ())) == 1
+    if not is_whole:
+        raise PromptError(f"start must have one whole number for each row, [batch], of at least 0, not {start!r:.80}")
+    return xp.asarray(start, dtype=xp.int32, device=device)
 
 
 def grow_cache(cache: KVCache, n_slots: int, xp: Namespace = None) -> KVCache:

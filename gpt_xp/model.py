@@ -4,7 +4,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack, overload
@@ -23,7 +22,7 @@ from gpt_xp.generation.results import Generation, Piece
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.hub.find import find_model
 from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
-from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, is_one_prompt
+from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, is_one_prompt, token_array
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.registry import get_backend
@@ -31,7 +30,7 @@ from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokensDone, score_tokens
 from gpt_xp.scoring.windows import Windows
 from gpt_xp.settings import GenerationOptions as Options
-from gpt_xp.settings import GenerationSettings, StreamOptions
+from gpt_xp.settings import GenerationSettings, StreamOptions, merged
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Params
@@ -98,11 +97,7 @@ class Model:
         `token_ids` is [n_seq] or [batch, n_seq] of ints. The logits are float32, or float64 for a float64 model. Raises
         `PromptError` for ids outside the vocabulary, and for more than `n_ctx` of them.
         """
-        ids = np.asarray(token_ids)
-        if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise PromptError(
-                f"token_ids must be whole numbers in an array [n_seq] or [batch, n_seq], not {ids.dtype} {ids.shape}"
-            )
+        ids = token_array(token_ids)
         self._check_ids(ids)
         self.config.check_length(ids.shape[-1])
         rows = ids[None] if ids.ndim == 1 else ids
@@ -112,7 +107,7 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: OnePrompt, settings: Settings = None, *, num_samples: Literal[1] = 1, **options: Unpack[Options]
+        self, prompt: OnePrompt, settings: None = None, *, num_samples: Literal[1] = 1, **options: Unpack[Options]
     ) -> Generation: ...
 
     @overload
@@ -140,7 +135,7 @@ class Model:
         Raises `PromptError` for a prompt that does not fit the context or the vocabulary, `SettingError` for invalid
         options, and `DeviceMemoryError`.
         """
-        chosen = _settings(settings, options)
+        chosen = merged(settings, options)
         results = [piece.result for piece in self.stream(prompt, chosen) if piece.result is not None]
         return results[0] if is_one_prompt(prompt) and chosen.num_samples == 1 else results
 
@@ -153,7 +148,7 @@ class Model:
         Arguments are checked before this returns.
         """
         called = time.perf_counter()
-        chosen = _settings(settings, options).with_seed()
+        chosen = merged(settings, options).with_seed()
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
         texts: Any = [prompt] if is_one_prompt(prompt) else prompt
@@ -238,8 +233,9 @@ class Model:
                 raise PromptError("this model has no tokenizer: give token ids instead of text")
             ids: list[Any] = self.tokenizer.encode(prompt, special_tokens=special_tokens)
         else:
-            ids = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
-            if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+            is_list = isinstance(prompt, list | tuple | np.ndarray)
+            ids = list(prompt) if is_list else []
+            if not is_list or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
                 raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
         self._check_ids(np.asarray(ids))
         return ids
@@ -343,7 +339,3 @@ def save(model: Model, directory: str | Path) -> None:
         return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
 
     checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
-
-
-def _settings(settings: GenerationSettings | None, options: Any) -> GenerationSettings:
-    return replace(settings or GenerationSettings(), **options)

@@ -34,13 +34,16 @@ def part(function: F) -> F:
 
 
 class ReplacedParts:
-    """The namespace `xp`, in which parts of the model are replaced."""
+    """The namespace `xp`, in which parts of the model are replaced. Parts that `xp` replaces itself stay replaced."""
 
     def __init__(self, xp: Namespace, parts: dict[str, Callable[..., Any]]) -> None:
         for name, function in parts.items():
-            if name not in NAMES or not callable(function):
-                raise SettingError(f"{name}={function!r:.80} replaces no part; these are functions: {', '.join(NAMES)}")
-        self._xp, self.parts = xp, parts
+            if name not in NAMES:
+                raise SettingError(f"the model has no part {name!r}; its parts are: {', '.join(NAMES)}")
+            if not callable(function):
+                raise SettingError(f"the part {name} can be replaced by a function, not by {function!r:.80}")
+        self._xp, self._own = xp, parts
+        self.parts: dict[str, Callable[..., Any]] = {**xp.parts, **parts} if isinstance(xp, ReplacedParts) else parts
         self._without: dict[str, ReplacedParts] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -49,8 +52,8 @@ class ReplacedParts:
         return value
 
     def without(self, name: str) -> "ReplacedParts":
-        """Return the namespace with that part as it is in `transformer.py`."""
+        """Return the namespace with that part as it is in `xp`, or in `transformer.py` if `xp` itself replaces it."""
         if name not in self._without:
-            rest = {each: part for each, part in self.parts.items() if each != name}
-            self._without[name] = ReplacedParts(self._xp, rest)
+            rest = {each: part for each, part in self._own.items() if each != name}
+            self._without[name] = ReplacedParts(self._xp if name in self._own else self._xp.without(name), rest)
         return self._without[name]

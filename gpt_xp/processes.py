@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt_xp import json_text
-from gpt_xp.errors import SettingError
+from gpt_xp.errors import BackendError, SettingError
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
@@ -47,10 +47,13 @@ def failure_reason(stderr: str, code: int | None) -> str:
 def usable_backends() -> list[str]:
     """Return the names of the backends that can be used here.
 
-    Another process looks for them, because JAX reserves most of a GPU's memory when it looks for a GPU.
+    Another process looks for them, because JAX reserves most of a GPU's memory when it looks for a GPU. Raises
+    `BackendError` if that process fails.
     """
     command = own_command("backends", "--json")
     # With --verbose, the command would measure for seconds.
     variables = {name: value for name, value in os.environ.items() if name != "GPT_XP_VERBOSE"}
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, env=variables)
+    if done.returncode:
+        raise BackendError(f"the installed backends cannot be listed: {failure_reason(done.stderr, done.returncode)}")
     return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]

@@ -21,3 +21,16 @@ def is_one_prompt(prompt: Any) -> bool:
     if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
         raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
     return len(prompt) > 0 and isinstance(prompt[0], Number)
+
+
+def token_array(token_ids: Any) -> "np.ndarray[Any, Any]":
+    """Return token ids as an array of integers, [n_seq] or [batch, n_seq]. Raises `PromptError` if they are none."""
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError:  # The rows differ in length.
+        raise PromptError("token_ids must be rows of one length, [batch, n_seq]: ask for each row alone") from None
+    if ids.ndim not in (1, 2) or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(
+            f"token_ids must be whole numbers in an array [n_seq] or [batch, n_seq], not {ids.dtype} {ids.shape}"
+        )
+    return ids

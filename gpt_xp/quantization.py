@@ -179,7 +179,7 @@ def quantized_backend(backend: "Backend") -> "Backend":
 
     Raises `BackendError` if the backend needs a library for it that is not installed.
     """
-    return backend if isinstance(backend.xp, QuantizedNamespace) else backend.quantized()
+    return backend if backend.takes_quantized else backend.quantized()
 
 
 class QuantizedNamespace:

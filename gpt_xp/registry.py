@@ -4,6 +4,7 @@ An entry point of the group `gpt_xp.backends` maps a name to a class, such as "n
 `gpt_xp_backends.numpy_backend:NumPyBackend`.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -42,8 +43,8 @@ def get_backend(
             raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
         return name
     backend = backend_class(name or default_backend())
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads must be at least 1, not {threads}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise BackendError(f"threads must be a whole number of at least 1, not {threads!r:.80}")
     return backend(device=device, dtype=dtype, threads=threads)
 
 
@@ -56,6 +57,7 @@ def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]
 
     Raises `SettingError` for a name that is not a part, and `BackendError` as `get_backend` does.
     """
+    importlib.import_module("gpt_xp.transformer")  # It makes the list of parts.
     chosen = get_backend(backend)
     return chosen.replace(xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts))
 

@@ -1,12 +1,13 @@
 """The options of a generation, checked once and passed as one value."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from secrets import randbits
 from typing import Any, TypedDict
 
 from gpt_xp.errors import SettingError
+from gpt_xp.reporting.text import closest_first
 
 TINY, HUGE = 1e-30, 1e30  # float32 logits stay finite when they are divided by these.
 
@@ -121,3 +122,16 @@ def _check_number(name: str, value: object, fits: Callable[[Any], bool], expecte
         return
     if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
         raise SettingError(f"{name} must be {expected}, not {value!r}")
+
+
+def merged(settings: GenerationSettings | None, options: Any) -> GenerationSettings:
+    """Return the settings (None: the defaults) with these options in place of theirs.
+
+    Raises `SettingError` for settings of another type, and `TypeError` for an option that does not exist.
+    """
+    known = [field.name for field in fields(GenerationSettings)]
+    if settings is not None and not isinstance(settings, GenerationSettings):
+        raise SettingError(f"settings must be a gpt_xp.GenerationSettings, not {settings!r:.80}")
+    for name in options.keys() - {*known}:
+        raise TypeError(f"a generation has no option {name!r}; the nearest is {closest_first(name, known)[0]!r}")
+    return replace(settings or GenerationSettings(), **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the tree with each leaf replaced by `function(leaf)`. A quantized weight is one leaf."""
+    """Return the tree with `function(leaf)` for each leaf. A quantized weight is one leaf, and tuples become lists."""
     if isinstance(tree, dict):
         return {key: tree_map(function, branch) for key, branch in tree.items()}
     if isinstance(tree, list) or type(tree) is tuple:

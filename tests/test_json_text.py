@@ -137,6 +137,9 @@ def test_the_log_of_a_run(tmp_path: Path, value: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=r"train\.jsonl, line 2 is no evaluation .*--resume") as caught:
         log.read_log(tmp_path / "train.jsonl", 0)
     assert message in str(caught.value)
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"train\.jsonl cannot be read \(No such file or directory\)"):
+        log.read_log(tmp_path / "train.jsonl", 0)
 
 
 @pytest.mark.parametrize("counts", ['{"train_tokens": 5}', "[]", '{"a": ' + "9" * 4400 + "}"])

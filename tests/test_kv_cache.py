@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cached import CONFIG, TOKENS, forward, forward_with_cache, run, setup
+from cached import CONFIG, PARAMS, TOKENS, forward, forward_with_cache, run, setup
 from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,6 +102,30 @@ def test_a_start_of_another_shape_or_another_config_is_refused(backend: Backend)
         gpt_xp.new_cache(CONFIG, like, 37, 0, xp_of(backend))
     with pytest.raises(ConfigError, match="config must be"):
         gpt_xp.new_cache(dataclasses.asdict(CONFIG), like, 37, [0], xp_of(backend))
+    with pytest.raises(ConfigError, match=r"like must be an array of the model, such as params\['wpe'\], not dict"):
+        gpt_xp.new_cache(CONFIG, {"wpe": like}, 37, [0])
+
+
+@pytest.mark.parametrize("start", [[-1], [0.7], np.array([0, -3]), ["a"], "a", None, [float("nan")], [[0]]], ids=str)
+def test_a_start_that_is_no_slot_is_refused(start: Any) -> None:
+    with pytest.raises(
+        PromptError, match=r"start must have one whole number for each row, \[batch\], of at least 0, not"
+    ):
+        gpt_xp.new_cache(CONFIG, PARAMS["wpe"], 37, start)
+
+
+@pytest.mark.parametrize("n_slots", [0, -1, "a", 3.5, None])
+def test_a_cache_without_slots_is_refused(n_slots: Any) -> None:
+    with pytest.raises(ConfigError, match="n_slots must be a whole number of at least 1, not"):
+        gpt_xp.new_cache(CONFIG, PARAMS["wpe"], n_slots, [0])
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_tokens_that_do_not_fit_the_cache_are_refused(backend: Backend, shape: tuple[int, ...]) -> None:
+    params, cache = setup(backend)
+    tokens = backend.asarray(np.zeros(shape, dtype=np.int32))
+    with pytest.raises(PromptError, match=r"with this cache it must be \[batch, n_seq\] of 3 rows"):
+        gpt_xp.gpt2_with_cache(params, tokens, CONFIG, cache, xp_of(backend))
 
 
 def test_too_many_tokens_for_the_slots(backend: Backend) -> None:

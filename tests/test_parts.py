@@ -1,9 +1,11 @@
 """Parts of the model that are replaced for an experiment, on every backend; the oracle is the same maths by hand."""
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import process
 from comparison import TOLERANCE, assert_close, assert_values
 from libraries import quantized
 from naive_gpt2 import gpt2 as naive_gpt2
@@ -13,6 +15,7 @@ from small_quantized import small
 import gpt_xp
 from gpt_xp import Backend, Model, transformer
 from gpt_xp.errors import SettingError
+from gpt_xp.parts import ReplacedParts
 
 CONFIG, PARAMS, TOKENS = CONFIGS["prime"], small_params("prime"), small_tokens("prime")[0].tolist()
 MORE = {"max_tokens": 9, "speculate": True}
@@ -110,10 +113,35 @@ def test_jit_sees_the_replaced_part() -> None:
     assert np.abs(np.asarray(after - before)).max() > 0.1
 
 
-@pytest.mark.parametrize("parts", [{"glu": cube}, {"gelu": 3}, {"softmax": cube}])
+@pytest.mark.parametrize("parts", [{"glu": cube}, {"softmax": cube}])
 def test_what_replaces_no_part_is_refused(parts: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match="replaces no part; these are functions: gelu, layer_norm, linear"):
+    with pytest.raises(SettingError, match=r"has no part '(glu|softmax)'; its parts are: gelu, layer_norm, linear"):
         gpt_xp.with_parts("numpy", **parts)
+
+
+def test_what_is_no_function_is_refused() -> None:
+    with pytest.raises(SettingError, match="the part gelu can be replaced by a function, not by 3"):
+        gpt_xp.with_parts("numpy", gelu=3)
+
+
+def test_parts_can_be_replaced_before_anything_else_is_imported() -> None:
+    code = "import gpt_xp; gpt_xp.with_parts('array-api-strict', gelu=lambda x, xp: x)"
+    assert process(command=[sys.executable, "-c", code]) == (0, "", "")
+
+
+def test_parts_of_a_namespace_whose_parts_are_replaced_already() -> None:
+    """NumPy replaces attention and GELU itself. An experiment with another part leaves them in place."""
+    x, xp = np.ones((2, 3), np.float32), gpt_xp.get_backend("array-api-strict").xp
+    x = xp.asarray(x)
+    twice = ReplacedParts(xp, {"gelu": lambda x, xp: 2 * transformer.gelu(x, xp)})
+    same = [transformer.gelu(x, xp)[0, 0] * factor for factor in (2, 3)]
+    other = ReplacedParts(twice, {"ffn": no_mlp})
+    assert transformer.gelu(x, other)[0, 0] == same[0]
+    assert transformer.gelu(x, other.without("ffn"))[0, 0] == same[0]
+    assert (
+        transformer.gelu(x, ReplacedParts(twice, {"gelu": lambda x, xp: 1.5 * transformer.gelu(x, xp)}))[0, 0]
+        == same[1]
+    )
 
 
 # Functions of `transformer.py` that are replaced in the module itself: what a learner does first.

@@ -131,7 +131,8 @@ def test_too_many_tokens_are_refused(backend: Backend) -> None:
 
 def test_what_is_no_array_of_tokens_is_refused(backend: Backend) -> None:
     config, params, xp = CONFIGS["prime"], on(backend, small_params("prime")), xp_of(backend)
-    for tokens in ([1, 2, 3], "To be", None, backend.asarray(np.ones(3), "float32")):
+    several_axes = [backend.asarray(np.zeros(shape, dtype=np.int32)) for shape in ((), (1, 1, 3))]
+    for tokens in ([1, 2, 3], "To be", None, backend.asarray(np.ones(3), "float32"), *several_axes):
         for function in (gpt_xp.gpt2, gpt_xp.hidden_states, gpt_xp.lm_loss):
             with pytest.raises(PromptError, match="tokens must be an array of whole numbers"):
                 function(params, tokens, config, xp=xp)

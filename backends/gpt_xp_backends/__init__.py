@@ -1,1 +1,1 @@
-"""The adapters that come with gpt-xp: one file, one array library."""
+"""The adapters that come with gpt-xp: one adapter for each array library."""

@@ -26,9 +26,9 @@ from gpt_xp.types import Array, Namespace
 
 GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
 FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
-LENGTH_MULTIPLE = 128  # Caches and chunks of a prompt have multiples of it as lengths, so that few are compiled.
+LENGTH_MULTIPLE = 128  # Caches and chunks of longer prompts have multiples of it as lengths, so that few are compiled.
 SHORT_PROMPT_TOKENS = 16  # Prompts of up to so many tokens are padded to this length.
-CHUNK_TOKENS = 512  # over all rows; 512 at once take 0.83 of the time of four times 128
+CHUNK_TOKENS = 512  # over up to four rows; 512 at once take 0.83 of the time of four times 128
 
 
 class JaxBackend(Backend):

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class MLXBackend(Backend):
     """MLX on `device` ("cpu", "gpu"; default: MLX's own)."""
 
     name = "mlx"
+    needs: ClassVar = {"mlx": FIX}
     samples_on_host = True  # The host reads the same memory.
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:

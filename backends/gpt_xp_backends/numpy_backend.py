@@ -123,9 +123,7 @@ class NumPyBackend(Backend):
 
         plain = NumPy(**vars(namespace()) | {"matmul": numpy_quantized.matmul})
         xp = QuantizedNamespace(plain, self.dtype, numpy_quantized.product)
-        quantized = self.replace(xp=ReplacedParts(xp, parts(numpy_quantized.share)), _scope=scope)
-        vars(quantized)["quantized"] = lambda: quantized  # It already takes quantized weights.
-        return quantized
+        return self.replace(xp=ReplacedParts(xp, parts(numpy_quantized.share)), _scope=scope, takes_quantized=True)
 
     def settings(self) -> dict[str, str]:
         """Return what is known about NumPy's BLAS."""

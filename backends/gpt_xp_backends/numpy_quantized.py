@@ -90,7 +90,7 @@ def matmul(x: NumPyArray, w: NumPyArray) -> NumPyArray:
     """
     is_query = x.ndim == 4 and x.shape[2] == 1 and x.dtype == w.dtype == np.float32 and x.shape[:2] == w.shape[:2]
     if is_query and max(w.shape[2:]) >= MIN_SLOTS_FOR_THREADS:
-        for rows, is_keys in ((w.mT, True), (w, False)):  # [batch, n_head, n_slots, d_head], as they lie in a cache
+        for rows, is_keys in ((w.mT, True), (w, False)):  # [batch, n_head, n_slots, d_head], in the cache's order
             if rows.flags.c_contiguous:
                 heads = np.ascontiguousarray(x).reshape(-1, x.shape[3])  # [batch * n_head, d_head or n_slots]
                 out = np.empty((len(heads), w.shape[3]), np.float32)

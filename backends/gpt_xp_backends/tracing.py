@@ -87,7 +87,7 @@ class Tracer:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._xp, name)
-        if callable(value) and not isinstance(value, type):  # any other function: of arrays that are computed
+        if callable(value) and not isinstance(value, type):  # All other functions take arrays that are computed.
             plain = value
 
             def value(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ class Tracer:
         return value
 
     def matmul(self, x: Any, w: Any) -> TracedArray:
-        """Return the product. One of batches waits, for it may be a part of attention."""
+        """Return the product. A product of batches is not computed yet, because it may be part of attention."""
         w = self.computed(w)
         if len(w.shape) == 4:
             heads = self._attention(x._node, w) if isinstance(x, TracedArray) and self._calls.attend else None

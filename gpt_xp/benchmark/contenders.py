@@ -100,9 +100,9 @@ class Floor:
     """The matrix products of a model alone, in NumPy and float32: no generation can be faster.
 
     Prefill multiplies the rows of all prompts with the weights of every linear layer, and the last row of each prompt
-    with the token table. It tries chunks as long as gpt-xp's and all rows at once, and takes the faster way. Decode
-    multiplies one row of each prompt with all these weights. It tries products from the left and transposed products
-    from the right. It also reads the keys and values of the cache once, by a product with a vector.
+    with the token table. It tries chunks of 128 tokens of each prompt and all rows at once, and takes the faster way.
+    Decode multiplies one row of each prompt with all these weights. It tries products from the left and transposed
+    products from the right. It also reads the keys and values of the cache once, by a product with a vector.
     """
 
     def __init__(self, model: str) -> None:

@@ -45,11 +45,14 @@ def run_benchmark(
 
     `threads` (None: the number of cores) is set for every process by the variables that libraries read. Ratios are to
     the contender called `reference` (None: the first that is not the floor). `progress` is entered with the name of
-    each stage. Raises `SettingError` where there is no contender, workload or round. The failure of a contender's
-    process is in its `ContenderResult`.
+    each stage. The failure of a contender's process is in its `ContenderResult`. Raises `SettingError` where there is
+    no contender, workload, round or such reference.
     """
     if not specs or not workloads or rounds < 1:
         raise SettingError("a benchmark needs a contender, a workload and a round")
+    names = [spec.name for spec in specs if not spec.is_floor]
+    if reference is not None and reference not in names:
+        raise SettingError(f"there is no contender {reference!r} for ratios; there are: {', '.join(names)}")
     threads = threads or usable_cores()
     rng = np.random.default_rng(seed)
 

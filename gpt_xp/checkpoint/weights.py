@@ -56,7 +56,7 @@ def read_params(
         {"ln_1": {"g": [E], "b": [E]}, "attn": {"c_attn": {"w": [E, 3E], "b": [3E]}, "c_proj": {"w": [E, E], "b": [E]}},
          "ln_2": {"g": [E], "b": [E]}, "mlp": {"c_fc": {"w": [E, 4E], "b": [4E]}, "c_proj": {"w": [4E, E], "b": [E]}}}
 
-    With a `quantization` (see `config_json.quantization_from`), `wte` is a `QuantizedTable` and every `w` a
+    With a `quantization` (see `config_json.stated_quantization`), `wte` is a `QuantizedTable` and every `w` a
     `QuantizedWeight`, and all are as stored. `is_tied` says whether one matrix stands for embedding and head,
     even where only one of them is there (default: what `config.json` says, if it is there).
 

@@ -116,7 +116,7 @@ loading_options = together(
     click.option("--models_dir", hidden=True),
     option(
         "-b", "--backend", metavar="NAME",
-        help="numpy, jax, torch or cupy: see `gpt-xp backends`.  [default: numpy]",
+        help="numpy, jax, torch, cupy or mlx: see `gpt-xp backends`.  [default: numpy]",
     ),
     option("--device", metavar="NAME", help="A device of the backend, such as cpu, gpu or cuda:1."),
     option(

@@ -93,7 +93,7 @@ def progress_bar(total: int | None, unit: str) -> "tqdm[NoReturn]":
 
 @contextlib.contextmanager
 def waiting(what: str, delay: float = 1, exit_at_once: bool = True) -> Iterator[None]:
-    """While the body runs, show `what` on a terminal after `delay` seconds, and let Ctrl-C end the process at once.
+    """Show `what` on a terminal after `delay` seconds of the body, in which Ctrl-C ends the process at once.
 
     Without `exit_at_once`, Ctrl-C interrupts the body, which can clean up.
     """

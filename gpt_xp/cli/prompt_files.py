@@ -75,7 +75,7 @@ def _line(line: PromptLine, data: bytes, is_json: bool) -> PromptLine:
     try:
         value = json_text.parse(text, unique=True)
     except JsonError as error:
-        return replace(line, error=f'expected a JSON object with a text "prompt", not {text:.60} ({error})')
+        return replace(line, error=f"the line is not valid JSON ({error}): {text:.60}")
     fields = value if isinstance(value, dict) else {}
     prompt = fields.pop("prompt", None)
     if not isinstance(prompt, str):

@@ -62,7 +62,7 @@ def join_stdin(words: Sequence[str], is_stdin: Sequence[bool]) -> str:
     read = re.sub(r"\r?\n\Z", "", read_text(stdin()))
     text = "".join(read if here else word for here, word in zip(is_stdin, words, strict=True))
     if not text:
-        raise click.UsageError('no text was given, and stdin is empty; "" is the empty text')
+        raise click.UsageError('no text was given, and stdin is empty; write "" for an empty text')
     return text
 
 

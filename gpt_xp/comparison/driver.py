@@ -54,9 +54,9 @@ def compare(
     with `seed`. `threads` (None: the library's choice) limits those of the CPU. `progress(stage)` returns a context
     that is entered while that backend runs. One value may be given in place of a list.
 
-    Raises `SettingError` for values that make no sense, `BackendError` where a backend is unknown or not installed,
-    `PromptError` for prompts that do not fit the context, and the errors of `load` where the model is not found. A
-    backend that fails in its process is in its `BackendResult`.
+    A backend that fails in its process has its error in its `BackendResult`. Raises `SettingError` for values that make
+    no sense, and `BackendError` for a backend that is unknown or not installed. Raises `PromptError` for prompts that
+    do not fit the context, and the errors of `load`.
     """
     names = usable_backends() if backends is None else [name.removesuffix("@") for name in listed(backends)]
     dtypes = listed(dtypes)

@@ -34,6 +34,8 @@ def find_model(name: str | Path | None = None, *, offline: bool = False) -> Path
         return here[0].folder if here else store.pull(model, offline=offline)
     if name in bundled():
         return BUNDLED / name
+    if os.path.exists(name):
+        raise ModelNotFoundError(f"{name} is not a directory: give the directory of a model, not a file in it")
     raise ModelNotFoundError(
         f"there is no directory {name!r:.200}, and no model of that name: give a directory that holds config.json, "
         f"model.safetensors and tokenizer files, or one of: {', '.join(closest_first(name, names()))}"

@@ -120,7 +120,7 @@ class _Pairs:
     """
 
     def __init__(self, words: list[list[int]], word_counts: Sequence[int]) -> None:
-        """`words` are token ids, which merges change in place; `word_counts` says how often each word comes."""
+        """Count the pairs of `words`, lists of token ids, which merges change. Word i comes `word_counts[i]` times."""
         self.words, self.word_counts = words, word_counts
         self.counts: defaultdict[Pair, int] = defaultdict(int)
         # (-count, pair, places of its words): a heap, whose least is next. A count is corrected when it comes up.

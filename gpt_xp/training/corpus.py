@@ -150,8 +150,19 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, length: int) -> Corpus:
             "or a larger val_fraction"
         )
     dtype = _dtype(tokenizer)
-    with mapping_errors(folder / TRAIN):
-        return Corpus(np.memmap(folder / TRAIN, dtype, "r"), np.memmap(folder / VAL, dtype, "r"), counts)
+    train, val = _map(folder / TRAIN, dtype, counts.train_tokens), _map(folder / VAL, dtype, counts.val_tokens)
+    return Corpus(train, val, counts)
+
+
+def _map(path: Path, dtype: Any, n_tokens: int) -> NumpyArray:
+    """Map a file of token ids. Raises `CheckpointError` if it has not `n_tokens`, or cannot be mapped."""
+    size = path.stat().st_size if path.exists() else 0
+    if size != n_tokens * np.dtype(dtype).itemsize:
+        raise CheckpointError(
+            f"{path} is damaged: it has {size} bytes, and {n_tokens} tokens were written: train in another directory"
+        )
+    with mapping_errors(path):
+        return np.memmap(path, dtype, "r")
 
 
 def crops(tokens: NumpyArray, length: int, n: int, seed: int, step: int) -> NumpyArray:

@@ -44,36 +44,36 @@ class Training:
 
 
 class Watcher:
-    """Is called while a run goes on. Every method of this class does nothing: override those that you need."""
+    """Watches a run. Every method of this class does nothing: override those that you need."""
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context in which JAX is imported, which takes a second or two."""
         return nullcontext()
 
     def loaded(self, backend: Backend) -> None:
-        """Called when JAX is imported, before it compiles anything."""
+        """Note that JAX is imported, and has compiled nothing yet."""
 
     def reading(self, what: str, n_bytes: int | None) -> AbstractContextManager[Advance]:
         """Return a context in which `n_bytes` of text are read; its value is called with each number of bytes read."""
         return nullcontext(lambda n: None)
 
     def spelled(self, token: str) -> None:
-        """Called when the text spells a special token, which was read as plain text."""
+        """Note that the text spells a special token, which was read as plain text."""
 
     def begins(self, step: int, settings: TrainingSettings, config: GPT2Config, tokens: int) -> None:
-        """Called before the first step, after `step` earlier ones; `tokens` is the size of the training text."""
+        """Note that steps begin, after `step` earlier ones; `tokens` is the size of the training text."""
 
     def stepped(self, step: int, loss: float, tokens: int) -> None:
-        """Called after each step, with its number, loss and number of tokens."""
+        """Note that a step is done, with its number, loss and number of tokens."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Called after each evaluation."""
+        """Note an evaluation."""
 
     def interrupted(self) -> None:
-        """Called in the signal handler of a Ctrl-C; the state is saved after this step."""
+        """Note a Ctrl-C, in its signal handler; the state is saved after this step."""
 
     def ends(self) -> None:
-        """Called when there are no more steps."""
+        """Note that there are no more steps."""
 
 
 def write_log(path: Path, evaluations: list[Evaluation]) -> None:
@@ -87,10 +87,14 @@ def write_log(path: Path, evaluations: list[Evaluation]) -> None:
 def read_log(path: Path, last: int) -> list[Evaluation]:
     """Return the evaluations up to step `last`. A run that was killed may have written one more.
 
-    Raises `CheckpointError` for a line that `write_log` did not write.
+    Raises `CheckpointError` for a line that `write_log` did not write, and for a file that cannot be read.
     """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): train in another directory") from None
     evaluations = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             evaluations.append(Evaluation(**json_text.parse(line)))
         except (TypeError, ValueError) as error:  # Other fields, or a `JsonError`.

@@ -47,9 +47,9 @@ def train(
 ) -> Training:
     """Train a GPT-2 on files of UTF-8 text; keep the checkpoint that predicts the validation text best.
 
-    Return a `Training` with all evaluations. `data` is a list of files. `out` is a directory, which then holds the
-    best checkpoint in the layout that `gpt_xp.load` and transformers read, `train.jsonl` with a line for each
-    evaluation, and the folder `training` with everything needed to resume, including a copy of the model to start from.
+    Return a `Training` with all evaluations. `data` is a list of files. `out` is a directory. It gets the best
+    checkpoint, which `gpt_xp.load` and transformers read, and `train.jsonl` with a line for each evaluation. Its folder
+    `training` gets everything needed to resume, including a copy of the model to start from.
     With `resume`, a run that was stopped or killed goes on from its last saved state, with its former settings. It ends
     with exactly the params of an undisturbed run (on the same machine, on a CPU). `watcher` is called on the way.
 

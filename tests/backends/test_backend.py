@@ -131,7 +131,9 @@ def test_a_wrong_name_lists_the_right_ones_closest_first() -> None:
         ("numpy", {"device": "cuda:0"}, "numpy has no device 'cuda:0', only cpu"),
         ("numpy", {"dtype": "float16"}, "numpy does not compute in float16 on cpu, only in float32, float64"),
         ("numpy", {"dtype": "int8"}, "numpy does not compute in int8"),
-        ("numpy", {"threads": 0}, "threads must be at least 1, not 0"),
+        ("numpy", {"threads": 0}, "threads must be a whole number of at least 1, not 0"),
+        ("numpy", {"threads": "a"}, "threads must be a whole number of at least 1, not 'a'"),
+        ("numpy", {"dtype": np.float64}, "dtype must be a name, one of float32, float64, not <class"),
         ("jax", {"device": "cuda:7"}, "jax has no device 'cuda:7' here, only cpu"),
         ("jax", {"device": "cpu:99"}, "jax has no device 'cpu:99' here"),
         ("jax", {"device": "cpu:-1"}, "jax has no device 'cpu:-1' here"),
@@ -377,8 +379,16 @@ def test_a_checkout_that_is_not_installed_says_what_to_do(monkeypatch: pytest.Mo
             ask()
 
 
+def test_backends_that_cannot_be_listed_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.exit('gpt-xp: error: no luck')"
+    monkeypatch.setattr("gpt_xp.processes.own_command", lambda *arguments: [sys.executable, "-c", code])
+    for function in (gpt_xp.compare, bench):
+        with pytest.raises(BackendError, match="the installed backends cannot be listed: no luck"):
+            function(model="shakespeare")
+
+
 def test_what_is_missing_is_known_without_importing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries = {"cupy": "cupy", "jax": "jax", "torch": "torch", "array-api-strict": "array_api_strict"}
+    libraries = {"cupy": "cupy", "jax": "jax", "torch": "torch", "mlx": "mlx", "array-api-strict": "array_api_strict"}
     for module in (*libraries.values(), "numba"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     check_installed("numpy")

@@ -208,6 +208,8 @@ def test_the_reference_is_who_is_named(log):
     for wrong in ({"specs": []}, {"workloads": []}, {"rounds": 0}):
         with pytest.raises(SettingError, match="needs a contender, a workload and a round"):
             run_benchmark(**{"title": "", "specs": names, "workloads": [Workload(5)], "n_vocab": 97, **wrong})
+    with pytest.raises(SettingError, match="there is no contender 'nosie' for ratios; there are: right, noise"):
+        run_benchmark("made up", names, [Workload(5)], 97, reference="nosie")
 
 
 def test_who_does_not_answer_is_ended(log):

@@ -172,7 +172,7 @@ def test_json_that_is_not_in_lines_is_no_prompt(call: Call, tmp_path: Path, text
 BAD = [
     ("p.txt", TOO_LONG, "the prompt has 600 tokens, and the context of this model holds 256: shorten it by 344"),
     ("p.txt", "a\udcff", "the line is not UTF-8 text: invalid start byte at byte 1"),
-    ("p.jsonl", "ok", f"{NO_OBJECT}ok (Expecting value: line 1 column 1 (char 0))"),
+    ("p.jsonl", "ok", "the line is not valid JSON (Expecting value: line 1 column 1 (char 0)): ok"),
     ("p.jsonl", '["prompt"]', f'{NO_OBJECT}["prompt"]'),
     ("p.jsonl", '{"prompt": 1}', f'{NO_OBJECT}{{"prompt": 1}}'),
     ("p.jsonl", '{"text": "a"}', f'{NO_OBJECT}{{"text": "a"}}'),

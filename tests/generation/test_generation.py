@@ -421,6 +421,12 @@ def test_compiling_is_counted_apart() -> None:
             r"stop must be one or several strings of at least one char",
         ),
         ({"prompt": [1], "temperature": -1}, SettingError, r"temperature"),
+        (
+            {"prompt": [1], "settings": {"top_k": 3}},
+            SettingError,
+            r"settings must be a gpt_xp.Gen.*, not {",
+        ),
+        ({"prompt": [1], "tempature": 1}, TypeError, "no option 'tempature'; the nearest is 'temperature'"),
     ],
 )
 def test_what_generate_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -429,7 +435,7 @@ def test_what_generate_refuses(arguments: dict[str, Any], error: type[Exception]
         model.stream(**arguments)  # The call itself raises, not the first piece.
 
 
-@pytest.mark.parametrize("ids", [[101], [-1], [], [[]], [1.0], ["a"], [[[1]]], [0] * 38])
+@pytest.mark.parametrize("ids", [[101], [-1], [], [[]], [1.0], ["a"], [[[1]]], [0] * 38, [[1, 2], [3]]])
 def test_what_logits_refuses(backend: Backend, ids: Any) -> None:
     with pytest.raises(PromptError):
         small(backend).logits(ids)

@@ -3,7 +3,7 @@
     pip install -e '.[dev,oracle]'
     python tests/goldens/make_added_tokens.py
 
-`tests/test_added_tokens.py` compares with it, and (with `-m oracle`) makes it again.
+`tests/tokenizer/test_added_tokens.py` compares with it, and (with `-m oracle`) makes it again.
 """
 
 import json

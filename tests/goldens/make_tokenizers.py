@@ -3,7 +3,7 @@
     pip install -e '.[dev,oracle]'
     python tests/goldens/make_tokenizers.py
 
-`tests/test_tokenizer_training.py` compares with it, and (with `-m oracle`) makes it again.
+`tests/tokenizer/test_tokenizer_training.py` compares with it, and (with `-m oracle`) makes it again.
 """
 
 import json

@@ -77,6 +77,21 @@ def test_a_file_system_that_maps_no_files_is_told(tmp_path: Path, monkeypatch: p
         corpus.open_corpus(tmp_path, tokenizer, 5)
 
 
+@pytest.mark.parametrize("file", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("change", ["shorter", "empty", "missing"])
+def test_damaged_token_files_are_told(tmp_path: Path, file: str, change: str) -> None:
+    tokenizer = gpt_xp.train_tokenizer([story(300)], 277)
+    (tmp_path / "t.txt").write_text(story(300))
+    span = Span((str(tmp_path / "t.txt"),))
+    corpus.tokenize((span, span), tokenizer, tmp_path, n_vocab=277)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).unlink() if change == "missing" else (tmp_path / file).write_bytes(
+        whole[: len(whole) // 2] * (change == "shorter")
+    )
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: it has .* bytes, and .* tokens were written"):
+        corpus.open_corpus(tmp_path, tokenizer, 5)
+
+
 def test_crops_depend_on_seed_and_step_alone() -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     a = crops(tokens, 13, 7, seed=1, step=5)

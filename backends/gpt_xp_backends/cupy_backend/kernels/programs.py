@@ -30,7 +30,7 @@ FUNCTIONS = {
     "sqrt": "sqrt{f}({})",
     "tanh": "tanh{f}({})",
     "astype": "{}",
-    "max": "{}",  # of one number; of a row, see below
+    "max": "{}",  # The maximum of one number. `REDUCTIONS` has that of a row.
     "sum": "{}",
 }
 # The start of each, and how it makes one number of two. A maximum with NaN is NaN, where `fmax` would leave it out.
