@@ -10,7 +10,7 @@ from typing import Any
 from gpt_xp.config import GPT2Config
 from gpt_xp.reporting.text import size
 
-ITEM_SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes per number, by dtype
+ITEM_SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # bytes per number, by dtype
 
 
 def peak_process_memory() -> int | None:

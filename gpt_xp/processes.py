@@ -9,8 +9,8 @@ from typing import Any
 
 from gpt_xp import json_text
 from gpt_xp.errors import BackendError, SettingError
+from gpt_xp.memory import ITEM_SIZE
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
 
 StageProgress = Callable[[str], contextlib.AbstractContextManager[Any]]  # name of a stage -> context of that stage
@@ -24,8 +24,8 @@ def no_stage_progress(stage: str) -> contextlib.AbstractContextManager[None]:
 def check_dtypes(dtypes: Sequence[str]) -> None:
     """Raise `SettingError` for a dtype that no backend computes in."""
     for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+        if dtype not in ITEM_SIZE:
+            raise SettingError(f"there is no dtype {dtype!r}; there are: {', '.join(ITEM_SIZE)}")
 
 
 def own_command(*arguments: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The types of prompts that a model takes: text or token ids, one or several."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from numbers import Number
 from typing import Any, TypeAlias
 
@@ -21,6 +22,11 @@ def is_one_prompt(prompt: Any) -> bool:
     if not isinstance(prompt, list | tuple) and not (isinstance(prompt, np.ndarray) and prompt.ndim in (1, 2)):
         raise PromptError(f"a prompt is text (str) or a list of token ids, and several are a list, not {prompt!r:.80}")
     return len(prompt) > 0 and isinstance(prompt[0], Number)
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many token ids at the start are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def token_array(token_ids: Any) -> "np.ndarray[Any, Any]":

@@ -62,18 +62,13 @@ def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]
     return chosen.replace(xp=ReplacedParts(chosen.xp, parts), quantized=lambda: with_parts(chosen.quantized(), **parts))
 
 
-def check_name(name: str) -> EntryPoint:
-    """Return the entry point of a backend. Raises `BackendError` if there is no backend of that name."""
+def backend_class(name: str) -> type[Backend]:
+    """Return the class of a backend. Raises `BackendError` if there is no backend of that name."""
     entries = _entries()
     if name not in entries:
         known = closest_first(str(name), entries)
         raise BackendError(f"there is no backend {name!r}; there are: {', '.join(known)}")
-    return entries[name]
-
-
-def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend. Raises `BackendError` if there is no backend of that name."""
-    return cast(type[Backend], check_name(name).load())
+    return cast(type[Backend], entries[name].load())
 
 
 def check_installed(name: str, quantized: bool = False) -> None:

@@ -18,15 +18,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numba
 import numpy as np
 from numba import njit, prange, types
 
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
-
-NumPyArray: TypeAlias = np.ndarray[Any, Any]
+from gpt_xp.types import NumpyArray
 
 TILE_ROWS = 4  # rows of x and of the weight in a tile: 16 sums and 8 operands in a processor's 32 registers
 TILE_DEPTH = 1024  # numbers of a row of a tile; a tile of x and one of the weight fit the first cache
@@ -40,7 +39,7 @@ CACHE_LINE = 64  # bytes; operands that begin at a cache line are loaded in half
 _lock = threading.Lock()  # One of Numba's threading layers ends the process if two threads use it at once.
 
 
-def product(x: NumPyArray, weight: QuantizedWeight) -> NumPyArray:
+def product(x: NumpyArray, weight: QuantizedWeight) -> NumpyArray:
     """Return x [rows, n_in] float32 @ weight [n_in, n_out] -> [rows, n_out], with Numba's number of threads."""
     rows, n_out, kind = len(x), len(weight.q), kind_of(weight)
     out = np.empty((rows, n_out), np.float32)
@@ -83,7 +82,7 @@ def _run(kernel: Callable[..., None], *arguments: Any) -> None:
         kernel(*arguments, numba.get_num_threads())
 
 
-def matmul(x: NumPyArray, w: NumPyArray) -> NumPyArray:
+def matmul(x: NumpyArray, w: NumpyArray) -> NumpyArray:
     """Return the product of two arrays, such as queries with cached keys, or attention's weights with cached values.
 
     For one query of each head, Numba's threads read a long cache, because BLAS has one thread and is slower.
@@ -104,12 +103,12 @@ def _whole_tiles(n: int) -> int:
     return -(-n // TILE_ROWS) * TILE_ROWS
 
 
-def _halves(x: NumPyArray) -> NumPyArray:
+def _halves(x: NumpyArray) -> NumpyArray:
     """Return x with the first halves of all groups before the second halves, in the order of low and high bits."""
     return x.reshape(len(x), -1, 2, GROUP // 2).swapaxes(1, 2).reshape(x.shape)
 
 
-def _padded(x: NumPyArray) -> NumPyArray:
+def _padded(x: NumpyArray) -> NumpyArray:
     """Return x padded with rows of zeros to a whole number of tiles, at the beginning of a cache line."""
     rows, n_in = _whole_tiles(len(x)), x.shape[1]
     memory = np.empty(rows * n_in + CACHE_LINE // 4, np.float32)

@@ -16,7 +16,7 @@ NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Work = Callable[[], None]
 
 LINEAR = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
-CHUNK_TOKENS = 128  # tokens that the floor multiplies together in prefill
+FLOOR_CHUNK = 128  # tokens that the floor multiplies together in prefill
 TRIALS = 3  # runs of each way, to find the fastest way
 
 
@@ -136,7 +136,7 @@ class Floor:
         return np.diff(times).tolist()
 
     def _prefill(self, batch: int, context: int) -> Work:
-        chunks = [batch * min(CHUNK_TOKENS, context - begin) for begin in range(0, context, CHUNK_TOKENS)]
+        chunks = [batch * min(FLOOR_CHUNK, context - begin) for begin in range(0, context, FLOOR_CHUNK)]
 
         def in_sizes(sizes: list[int]) -> Work:
             blocks = [self._products(rows, self._linears) for rows in sizes]

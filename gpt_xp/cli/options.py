@@ -16,11 +16,12 @@ from gpt_xp.cli.output import note
 from gpt_xp.cli.wording import Option, is_typed
 from gpt_xp.environment import is_yes
 from gpt_xp.errors import JsonError
+from gpt_xp.memory import ITEM_SIZE
 from gpt_xp.quantization import KINDS
 
 CONTEXT = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 COUNT = click.IntRange(min=1)
-DTYPES = click.Choice(["float32", "float64", "float16", "bfloat16"])
+DTYPES = click.Choice([*ITEM_SIZE])
 FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 Decorator = Callable[[Any], Any]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp.prompts import shared_length
 from gpt_xp.tolerances import OUT_OF_LINE, TOLERANCE
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -130,7 +131,7 @@ def compare_tokens(
         for step, ((token, _), (wanted, margin)) in enumerate(zip(row, wanted_row, strict=True))
         if token != wanted
     )
-    shared = tuple(_shared(a, e) for a, e in zip(free, free_expected, strict=True))
+    shared = tuple(shared_length(a, e) for a, e in zip(free, free_expected, strict=True))
     return TokenFigures(sum(map(len, expected)), flips, shared, max(map(len, free_expected)))
 
 
@@ -189,7 +190,3 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 def _lead(logits: FloatArray) -> float:
     second, first = np.partition(logits, -2)[-2:]
     return float(first - second)
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -26,7 +26,7 @@ from gpt_xp.settings import GenerationSettings
 from gpt_xp.transformer import embed, hidden_states, transformer_block, unembed
 from gpt_xp.types import Array, Namespace, Params
 
-CHUNK_TOKENS = 128  # tokens whose logits are computed together, on every backend
+TRACED_CHUNK_TOKENS = 128  # tokens whose logits are computed together, on every backend
 DECODED_TOKENS = 5  # tokens at the end of each prompt that are decoded one by one, so that this is compared too
 
 
@@ -98,8 +98,8 @@ def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.nda
     layers, logits = [], []
     while (begin := cache.position) < len(ids):
         if begin < first:
-            chunk, cache = decoder.next_chunk(tokens[:, :first], cache, CHUNK_TOKENS)
-            count = min(CHUNK_TOKENS, first - begin)
+            chunk, cache = decoder.next_chunk(tokens[:, :first], cache, TRACED_CHUNK_TOKENS)
+            count = min(TRACED_CHUNK_TOKENS, first - begin)
         else:
             chunk, count = backend.asarray(tokens[:, begin : begin + 1]), 1
             cache = decoder.grow_cache(cache, begin + 1)

@@ -102,8 +102,12 @@ class Choosing:
 def checked(choice: Choice, backend: Backend) -> Choice:
     """Return the choice, which holds NumPy arrays. Raises `NumericalError` if the logits were not finite."""
     if not np.isfinite(choice.logprob).all():
-        raise NumericalError(
-            f"the model's logits are not finite in {backend.dtype}: its weights are damaged (NaN), "
-            "or need a wider dtype"
-        )
+        raise not_finite(backend)
     return choice
+
+
+def not_finite(backend: Backend) -> NumericalError:
+    """Return the error for logits that are not finite."""
+    return NumericalError(
+        f"the model's logits are not finite in {backend.dtype}: its weights are damaged (NaN), or need a wider dtype"
+    )

@@ -11,11 +11,10 @@ Saxena 2023, "Prompt Lookup Decoding" (guess by n-grams).
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 
-Tokens: TypeAlias = np.ndarray[Any, Any]
+from gpt_xp.types import NumpyArray
 
 PASS_TOKENS = 8  # of one pass: the last chosen token and 7 proposed ones (BLAS computes 8 rows faster than 5)
 LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that must occur earlier; a single one predicts too little
@@ -100,10 +99,10 @@ class Speculation:
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.account = Account()
         self._texts = [NGrams(text) for text in texts]
-        self._watched: Tokens | None = None  # a proposal that plain decoding has confirmed so far
+        self._watched: NumpyArray | None = None  # a proposal that plain decoding has confirmed so far
         self._right = 0  # the number of its tokens that are confirmed
 
-    def append(self, tokens: Tokens, alive: Sequence[bool]) -> None:
+    def append(self, tokens: NumpyArray, alive: Sequence[bool]) -> None:
         """Add the next token of each row [batch]."""
         for text, token in zip(self._texts, tokens, strict=True):
             text.append(int(token))
@@ -113,7 +112,7 @@ class Speculation:
                 self.account.add_watched(self._right)
                 self._watched = None
 
-    def propose(self, alive: Sequence[bool]) -> Tokens | None:
+    def propose(self, alive: Sequence[bool]) -> NumpyArray | None:
         """Return proposed tokens [batch, PASS_TOKENS - 1] for the rows that are `alive`, and zeros for the others.
 
         Return None if speculation does not save time now, or if one of those rows has no proposal.
@@ -125,7 +124,7 @@ class Speculation:
             self._watched, self._right = self._look_up(alive), 0
         return None
 
-    def _look_up(self, alive: Sequence[bool]) -> Tokens | None:
+    def _look_up(self, alive: Sequence[bool]) -> NumpyArray | None:
         proposed = np.zeros((len(self._texts), PASS_TOKENS - 1), dtype=np.int32)
         for row in np.flatnonzero(alive):
             tokens = self._texts[row].propose(PASS_TOKENS - 1)
@@ -135,6 +134,6 @@ class Speculation:
         return proposed
 
 
-def agree(tokens: Tokens, proposed: Tokens, place: int, alive: Sequence[bool]) -> bool:
+def agree(tokens: NumpyArray, proposed: NumpyArray, place: int, alive: Sequence[bool]) -> bool:
     """Return whether tokens [batch] equal column `place` of `proposed` [batch, n] in every row that is `alive`."""
     return place < proposed.shape[1] and bool(np.all((tokens == proposed[:, place])[alive]))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from gpt_xp.errors import PromptError, SettingError
 from gpt_xp.generation.loop import Generator
+from gpt_xp.prompts import shared_length
 from gpt_xp.scoring.score import Floats, ScoredRow, begin_token, row_logprobs
 from gpt_xp.settings import check_count
 
@@ -97,13 +97,8 @@ def _encode_choices(
         wholes = [encode(prompt + choice) for choice in choices]
     else:
         context, wholes = prompt, [[*prompt, *choice] for choice in choices]
-    n_context = min(_shared(context, ids) for ids in wholes)
+    n_context = min(shared_length(context, ids) for ids in wholes)
     if n_context:
         return wholes, n_context
     eos = begin_token(generator, "a choice without a prompt before it")
     return [[eos, *ids] for ids in wholes], 1
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many elements at the start are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_xp.arrays import at_least_float32
-from gpt_xp.errors import NumericalError, PromptError, SettingError
+from gpt_xp.errors import PromptError, SettingError
+from gpt_xp.generation.choosing import not_finite
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.sampling import log_probability
@@ -212,10 +213,7 @@ class Reader:
             row, place = np.nonzero(labels[:, begin : begin + chunk.shape[1]] >= 0)
             found[row, begin + place] = self._of_labels(x, row * x.shape[1] + place, labels[row, begin + place])
         if not np.isfinite(found[labels >= 0]).all():
-            raise NumericalError(
-                f"the model's logits are not finite in {self._backend.dtype}: its weights are damaged (NaN), "
-                "or need a wider dtype"
-            )
+            raise not_finite(self._backend)
         return found
 
     def _of_labels(self, x: Array, places: Ints, labels: Ints) -> Floats:

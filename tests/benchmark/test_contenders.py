@@ -10,7 +10,7 @@ from libraries import make_backend
 
 from gpt_xp import Model
 from gpt_xp.benchmark import contenders
-from gpt_xp.benchmark.contenders import CHUNK_TOKENS
+from gpt_xp.benchmark.contenders import FLOOR_CHUNK
 from gpt_xp.benchmark.figures import Workload
 from gpt_xp.generation.loop import BLOCK_STEPS
 from gpt_xp.hub.find import find_model
@@ -87,7 +87,7 @@ def test_gpt_xp_is_the_model(shakespeare: Model):
     assert min(seconds) > 0
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 3), (3, 5), (1, CHUNK_TOKENS + 5), (2, CHUNK_TOKENS + 5)])
+@pytest.mark.parametrize(("batch", "context"), [(1, 3), (3, 5), (1, FLOOR_CHUNK + 5), (2, FLOOR_CHUNK + 5)])
 def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(monkeypatch, shakespeare: Model, batch, context):
     """In all ways that it tries, of which the timed one is the fastest."""
     config = shakespeare.config

@@ -26,7 +26,7 @@ from gpt_xp.comparison import figures, plot, report, worker
 from gpt_xp.comparison.figures import ComparisonFigures, Difference, Flip, LayerFigures, LogitFigures
 from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.comparison.results import BackendResult, Comparison
-from gpt_xp.comparison.worker import CHUNK_TOKENS
+from gpt_xp.comparison.worker import TRACED_CHUNK_TOKENS
 from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
 from gpt_xp.installation import install_command
 from gpt_xp.reporting import plots as _plots
@@ -158,7 +158,7 @@ def test_following_a_text_that_is_ones_own_changes_nothing(backend):
 
 def test_the_longest_prompt_is_read_in_two_pieces_and_leaves_room(shakespeare):
     assert len(set(PROMPTS)) == len(PROMPTS)
-    assert CHUNK_TOKENS < max(len(shakespeare.tokenizer.encode(prompt)) for prompt in PROMPTS) < 256 - 32
+    assert TRACED_CHUNK_TOKENS < max(len(shakespeare.tokenizer.encode(prompt)) for prompt in PROMPTS) < 256 - 32
 
 
 def test_numpy_against_itself():
