@@ -1,1 +1,1 @@
-"""Reading and writing models: config, weights, tokenizer files."""
+"""Read and write models: config, weights, and tokenizer files."""

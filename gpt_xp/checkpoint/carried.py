@@ -1,4 +1,4 @@
-"""Entries and files of a checkpoint that gpt-xp does not use. `save` writes them again, so none is lost."""
+"""Keep entries and files of a checkpoint that gpt-xp does not use. `save` writes them again, so none is lost."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
-# Weights and training states in any format: they belong to the old weights, and must not lie beside new ones.
+# Weights and training states in any format are not copied, because they would contradict the new weights.
 _WEIGHTS = re.compile(
     r"pytorch_model.*|checkpoint|hparams\.json|.*\.(safetensors|h5|msgpack|ot|onnx|onnx_data|gguf|tflite|pt|pth|ckpt|npz)"
     r"|.*\.index(\.json)?|.*\.meta|.*\.data-\d+-of-\d+"
@@ -21,7 +21,7 @@ _TOKENIZER = {"tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "voc
     "special_tokens_map.json",
 }
 _WRITTEN_BY_GPT_XP = {CONFIG, GENERATION_CONFIG, "gpt-xp.json", "train.jsonl"}
-_MOST_BYTES = 100_000_000  # larger files are data, not part of a model
+_MOST_BYTES = 100_000_000  # Larger files are data, and not part of a model.
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Carried:
     def copy_files(self, aside: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
         """Copy the files that gpt-xp does not use to `aside`, except those that `target` has already.
 
-        Files of the tokenizer (it writes them itself), weights in other formats, hidden files, folders, and files of
-        more than 100 MB are not copied. Raises `OSError`.
+        Weights in other formats, hidden files, folders, and files of more than 100 MB are not copied. The tokenizer
+        writes its files itself. Raises `OSError`.
         """
         for path in self._files():
             if not (Path(target) / path.name).exists():
@@ -44,7 +44,7 @@ class Carried:
 
     def _files(self) -> Iterator[Path]:
         if not self.directory.is_dir():
-            return  # it has been moved or removed
+            return  # The directory has been moved or removed.
         for path in sorted(self.directory.iterdir()):
             is_written_elsewhere = path.name in _TOKENIZER | _WRITTEN_BY_GPT_XP or path.name.startswith(".")
             if is_written_elsewhere or _WEIGHTS.fullmatch(path.name):

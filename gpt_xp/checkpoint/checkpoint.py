@@ -1,4 +1,4 @@
-"""A model's directory, in the layout that transformers writes and the Hub serves: read at once, and saved.
+"""Read and save a model's directory, in the layout that transformers writes and the Hub serves.
 
 A directory holds `config.json`, the weights (see `weights`) and the files of a tokenizer.
 """
@@ -26,8 +26,8 @@ from gpt_xp.types import Params
 class Checkpoint:
     """The contents of a model's directory.
 
-    `params` are read-only NumPy arrays (see `weights.read_params`), `quantization` is "int8", "int4" or None, and
-    `carried` the entries and files that `save` writes again.
+    `params` are read-only NumPy arrays (see `weights.read_params`). `quantization` is "int8", "int4" or None.
+    `carried` has the entries and files that `save` writes again.
     """
 
     config: GPT2Config
@@ -38,14 +38,15 @@ class Checkpoint:
 
 
 def read(directory: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
-    """Return the model in a directory, its params in `dtype` (see `weights.read_params`); quantized ones as stored.
+    """Return the model in a directory, with its params in `dtype` (see `weights.read_params`).
 
+    Quantized params stay as they are stored.
     Raises `ModelNotFoundError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError` for another dtype,
     and `DeviceMemoryError`.
     """
     carried = read_carried(directory)
     config, quantization = config_of(carried), stated_quantization(carried)
-    tokenizer = Tokenizer.from_directory(directory)  # before the weights, which are by far the most to read
+    tokenizer = Tokenizer.from_directory(directory)  # Its errors come before the large weights are read.
     params = read_params(directory, config, dtype, quantization, is_tied=is_tied(carried.config))
     return Checkpoint(config, params, quantization, tokenizer, carried)
 
@@ -70,24 +71,25 @@ def save(
     """Write params (NumPy arrays of float16, float32 or float64), config and tokenizer as transformers would.
 
     `carried` has the entries and files of the checkpoint that they come from, which are written again. The directory is
-    made if need be. All files are written aside and then renamed, so a failure leaves a former checkpoint whole, and
-    arrays mapped from it stay as they were. (Windows refuses to replace a mapped file.)
+    made if it does not exist. All files are written under temporary names and then renamed. So a failure leaves an old
+    checkpoint whole, and arrays mapped from it do not change. (Windows refuses to replace a mapped file.)
 
-    Raises `CheckpointError` where params and config do not fit, before anything is written; where writing fails; and
-    where the directory has the `tokenizer.json` of another tokenizer, which would be read in place of the one given.
+    Raises `CheckpointError` where params and config do not fit, before anything is written, and where writing fails.
+    It is also raised where the directory has the `tokenizer.json` of another tokenizer, which would be read instead.
     """
     tensors = named_arrays(params, config)
     stated, generation = ({}, {}) if carried is None else (carried.config, carried.generation)
     dtype = str(tensors["transformer.wpe.weight"].dtype)
     entries, generation = config_entries(config, dtype, quantization_of(params), stated, generation)
     try:
-        # The weights are moved first: on Windows they are the file that cannot be replaced while it is mapped.
+        # The weights are moved first, because Windows refuses to replace them while they are mapped.
         with written_together(directory, first=WEIGHTS) as aside:
             if tokenizer is not None:
                 tokenizer.check_place(directory)
                 tokenizer.save(aside)
             write_json(os.path.join(aside, CONFIG), entries)
-            if generation or exists(os.path.join(directory, GENERATION_CONFIG)):  # that of an older model must not stay
+            # The file of an older model must not stay.
+            if generation or exists(os.path.join(directory, GENERATION_CONFIG)):
                 write_json(os.path.join(aside, GENERATION_CONFIG), generation)
             if carried is not None:
                 carried.copy_files(aside, directory)

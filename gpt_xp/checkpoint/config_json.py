@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` <-> GPT2Config, for models that compute what GPT-2 computes."""
+"""Convert `config.json` and `generation_config.json` to a GPT2Config and back, for models that are a GPT-2."""
 
 import json
 import os
@@ -13,18 +13,18 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
 from gpt_xp.quantization import KINDS
 
-# The entries of config.json that change the mathematics, and the values that mean GPT-2, the default first.
+# These entries of config.json change the mathematics. Each has the values that GPT-2 may have, the default first.
 _MATHEMATICS: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # Both names mean the same formula.
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True, False),  # where false, `weights.read_params` compares the two matrices
+    "tie_word_embeddings": (True, False),  # If false, `weights.read_params` compares the matrices.
 }
 _ROLES = ("eos_token_id", "bos_token_id")
 _DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
-_MAX_SIZE = 2**31 - 1  # token ids and positions are int32
+_MAX_SIZE = 2**31 - 1  # Token ids and positions are int32.
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -59,9 +59,9 @@ def read_carried(directory: str | os.PathLike[str]) -> Carried:
 def config_of(carried: Carried) -> GPT2Config:
     """Return the config that the entries of a checkpoint describe.
 
-    An entry that is absent has transformers' default. The tokens that end and begin a text are those that
-    `generation_config.json` names, else `config.json`. An id outside the vocabulary, which no model can choose, is left
-    out. Raises `ConfigError`, which names the file, where the entries are not GPT-2's mathematics.
+    An entry that is absent has transformers' default. `generation_config.json` names the tokens that end and begin a
+    text, or else `config.json`. An id outside the vocabulary is left out, because no model can choose it. Raises
+    `ConfigError`, which names the file, where the entries are not GPT-2's mathematics.
     """
     with _named(carried.directory / GENERATION_CONFIG):
         _check_roles(carried.generation)
@@ -101,7 +101,7 @@ def stated_quantization(carried: Carried) -> str | None:
 
 
 def is_tied(entries: dict[str, Any]) -> bool:
-    """Return whether embedding and head are one matrix by the entries of `config.json`."""
+    """Return whether embedding and head are one matrix, according to `config.json`."""
     return entries.get("tie_word_embeddings") is not False
 
 
@@ -117,7 +117,7 @@ def _named(path: Path) -> Iterator[None]:
 def _roles_from(entries: dict[str, Any], generation: dict[str, Any], n_vocab: int) -> dict[str, Any]:
     """Return `eos_token_id` and `bos_token_id` as `GPT2Config` has them, by the first source that names them.
 
-    Ids outside the vocabulary, which no model can choose, are left out.
+    Ids outside the vocabulary are left out, because no model can choose them.
     """
     found: dict[str, Any] = {}
     for key in _ROLES:
@@ -151,7 +151,7 @@ def _check_model_type(entries: dict[str, Any]) -> None:
 
 
 def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
-    # The types too: in Python 1 == True.
+    # Types are compared too, because 1 == True in Python.
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         choices = " or ".join(json.dumps(choice) for choice in allowed)
         raise ConfigError(
@@ -161,7 +161,7 @@ def _require(key: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 
 def size_in(entries: dict[str, Any], key: str) -> int:
-    """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or cannot be."""
+    """Return one of the sizes among the entries. Raises `ConfigError` where it is missing or impossible."""
     if key not in entries:
         raise ConfigError(f"{key} is missing; a whole number from 1 to {_MAX_SIZE} was expected: fetch the file again")
     value = entries[key]
@@ -201,7 +201,7 @@ def config_entries(
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.n_vocab,
         "n_positions": config.n_ctx,
-        "n_ctx": config.n_ctx,  # the old name, which other programs still read
+        "n_ctx": config.n_ctx,  # Other programs still read this old name.
         "n_embd": config.n_embd,
         "n_head": config.n_head,
         "n_layer": config.n_layer,

@@ -1,8 +1,8 @@
-"""OpenAI's own files, read by TensorFlow once and written beside them in the layout that `checkpoint` reads.
+"""Convert OpenAI's files with TensorFlow, once, to the layout that `checkpoint` reads.
 
 A directory holds `hparams.json`, `encoder.json`, `vocab.bpe` and a TensorFlow checkpoint: `model.ckpt.index`,
 `model.ckpt.data-00000-of-00001`, and `checkpoint`, a text that names it. OpenAI published GPT-2 in this layout
-(openai/gpt-2 `download_model.py`), and gpt-2-simple writes fine-tuned models in it, where the name is `model-1000`.
+(openai/gpt-2 `download_model.py`). gpt-2-simple writes fine-tuned models in it, with names such as `model-1000`.
 """
 
 import glob
@@ -34,12 +34,13 @@ _SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _SAFETENSORS_NAME = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _DTYPE_OF_NAME = {name: dtype for dtype, name in _SAFETENSORS_NAME.items()}
 OPENAI_NAME, _INDEX = "model.ckpt", ".index"
-_NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # not all_model_checkpoint_paths
-_MAX_TEXT = 1_000_000  # bytes of the file `checkpoint`; it has a hundred, or a line for each step that was kept
+_NAME = re.compile(r'model_checkpoint_path\s*:\s*"([^"\n\0]*)"')  # It skips all_model_checkpoint_paths.
+# The most bytes to read of the file `checkpoint`. It has about a hundred bytes, or a line for each kept step.
+_MAX_TEXT = 1_000_000
 _FIX = "copy its directory to a place where you may write, and load that"
 
-# In the header of a converted file: the checkpoint that it was made from. The index holds the checksums of all tensors,
-# so another index means other weights.
+# This entry in the header of a converted file says which checkpoint it was made from. The index holds the checksums of
+# all tensors, so another index means other weights.
 _MADE_FROM = "gpt_xp.made_from_index_sha256"
 
 
@@ -52,7 +53,7 @@ def has_index(directory: str | os.PathLike[str]) -> bool:
     """Return whether a directory holds the index of a TensorFlow checkpoint."""
     try:
         names = os.listdir(directory)
-    except (OSError, ValueError):  # no directory, or an unreadable one; ValueError: a NUL in its name
+    except (OSError, ValueError):  # The directory is absent or unreadable, or its name holds a NUL.
         return False
     return any(name.endswith(_INDEX) for name in names)
 
@@ -60,8 +61,8 @@ def has_index(directory: str | os.PathLike[str]) -> bool:
 def read_hparams(directory: str | os.PathLike[str]) -> dict[str, int]:
     """Return the sizes in a directory's `hparams.json`: n_vocab, n_ctx, n_embd, n_head, n_layer.
 
-    Other entries are ignored. Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where the
-    file is missing, unreadable or malformed, and `ConfigError` for impossible sizes.
+    Other entries are ignored. Raises `ModelNotFoundError` where there is no such directory, and `CheckpointError`
+    where the file is missing, unreadable or malformed. Raises `ConfigError` for impossible sizes.
     """
     path = os.path.join(directory, "hparams.json")
     with reading(directory):
@@ -99,20 +100,21 @@ def convert(directory: str | os.PathLike[str]) -> None:
     """Make `model.safetensors` and `config.json` from OpenAI's files, beside them, unless they are up to date.
 
     Afterwards the directory can be read as any other. Tensors have the dtype that they are stored in, and the names
-    that transformers gives them. One at a time is in memory. Each file is written aside and then renamed, the weights
-    first. So a conversion that was stopped is made again, and two at once do each other no harm. A `model.safetensors`
-    that was not made here is left alone, and so is a `config.json` of the same sizes.
+    that transformers gives them. Only one tensor at a time is in memory. Each file is written under a temporary name
+    and then renamed, the weights first. So a conversion that was stopped is repeated the next time. Two conversions at
+    once do no harm. A `model.safetensors` that gpt-xp did not make stays.
+    A `config.json` of the same sizes stays too.
 
-    Raises `ModelNotFoundError` where there is no such directory, `CheckpointError` where files are missing, damaged,
-    unreadable, do not fit each other or cannot be written, or TensorFlow is needed and not installed, and
-    `ConfigError` for a model that is not GPT-2.
+    Raises `ModelNotFoundError` where there is no such directory, and `ConfigError` for a model that is not GPT-2.
+    Raises `CheckpointError` where files are missing, damaged or unreadable, do not fit each other, or cannot be
+    written. It is also raised where TensorFlow is needed and not installed.
     """
     weights, config_json = os.path.join(directory, WEIGHTS), os.path.join(directory, "config.json")
     with reading(directory):
         there = exists(weights)
         made_from = _made_from(weights) if there else None
         if exists(f"{weights}.index.json") or (there and made_from is None):
-            return  # the user put it there
+            return  # The user put the file there.
         config = GPT2Config(**read_hparams(directory))
         if exists(config_json):
             _check_config(directory, config)
@@ -137,7 +139,7 @@ def _prefix(directory: str | os.PathLike[str]) -> str:
     """Return the path of the checkpoint's files, in this directory, without their endings."""
     there = sorted(name for file in os.listdir(directory) if (name := file.removesuffix(_INDEX)) not in ("", file))
     name = _chosen(directory) or _only(directory, there)
-    prefix = os.path.abspath(os.path.join(directory, name))  # TensorFlow takes gs://... for a path, too
+    prefix = os.path.abspath(os.path.join(directory, name))  # TensorFlow would take gs://... for an address.
     if not exists(f"{prefix}{_INDEX}"):
         others = f", or name one that is there in its file `checkpoint`: {', '.join(there)}" if there else ""
         raise CheckpointError(
@@ -154,7 +156,7 @@ def _chosen(directory: str | os.PathLike[str]) -> str | None:
         return None
     with open_regular(text) as file:
         found = _NAME.search(file.read(_MAX_TEXT).decode("utf-8", "replace"))
-    # Only the last part of a path, in either notation: the path is where the checkpoint was once saved.
+    # The path says where the checkpoint was first saved, perhaps on another system. Only its last part is used.
     return (re.split(r"[/\\]", found[1])[-1] or None) if found else None
 
 
@@ -208,7 +210,7 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
         raise CheckpointError(f"TensorFlow takes {prefix} for a pattern, for its {pattern[0]}; rename the directory")
     for data in sorted(glob.glob(f"{prefix}.data-*")):
         with open_regular(data):
-            pass  # it is a file, and no pointer of Git LFS
+            pass  # Opening raises an error unless it is a regular file with its content.
     reader = _open_reader(prefix)
     shapes = reader.get_variable_to_shape_map()
     dtypes = {name: dtype.name for name, dtype in reader.get_variable_to_dtype_map().items()}
@@ -223,7 +225,7 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
             # An optimizer's variables begin with the name of a variable of the model, or lie outside the model.
             if name.startswith("model/") and not name.startswith(optimizer_prefixes)
         },
-        # OpenAI's linear layers are convolutions of width 1: [1, n_in, n_out], the same bytes as [n_in, n_out].
+        # OpenAI's linear layers are convolutions of width 1. Their [1, n_in, n_out] has the bytes of [n_in, n_out].
         {variables[name]: (1, *shape) if variables[name].endswith("/w") else shape for name, shape in names.items()},
         _SAFETENSORS_NAME,
     )
@@ -232,7 +234,7 @@ def _convert_weights(prefix: str, weights: str, config: GPT2Config, metadata: di
         variable = variables[full_name.removeprefix(PREFIX)]
         with _tensorflow_errors(prefix):
             array = np.ascontiguousarray(reader.get_tensor(variable))
-        # NumPy gives no buffer of a bfloat16, which is a dtype of another library.
+        # bfloat16 is a dtype of another library, for which NumPy has no buffer protocol.
         return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
     tensors = {f"{PREFIX}{name}": (_SAFETENSORS_NAME[dtypes[variables[name]]], shape) for name, shape in names.items()}
@@ -265,7 +267,7 @@ def _tensorflow_errors(prefix: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # TensorFlow's have no narrower parent, and C++ throws IndexError and ValueError too
+    except Exception as error:  # TensorFlow raises errors of many types, which have no narrower parent.
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{prefix} is truncated, damaged or no TensorFlow checkpoint ({reason:.200}); fetch or copy all of its "
@@ -280,7 +282,7 @@ def _quiet() -> Iterator[None]:
         yield
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # That is not enough: 2.21 writes some lines from C++ before it reads the level, and they pass sys.stderr by.
+    # TensorFlow 2.21 writes some lines before it reads the level. They come from C++, so the file descriptor is used.
     stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:

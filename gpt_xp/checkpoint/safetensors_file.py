@@ -1,10 +1,10 @@
-"""One safetensors file: tensors mapped into memory or read into aligned memory, and a writer.
+"""Map or read the tensors of one safetensors file, and write such a file.
 
-The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes of little-endian header length; that
-many bytes of JSON with each tensor's dtype, shape and place; then the tensors' bytes one after the other.
+The format is that of github.com/huggingface/safetensors (README, "Format"). First come 8 bytes, the length of the
+header in little-endian. The header is JSON with each tensor's dtype, shape and place. Then come the tensors' bytes.
 
-The `safetensors` library checks the file. The header is parsed here again, because the library does not tell where in
-the file a tensor lies, and a map needs that. A file is written here because the library wants all tensors in memory.
+The `safetensors` library checks the file. The header is parsed here again, because mapping needs the place of
+each tensor, which the library does not tell. A file is written here because the library needs all tensors in memory.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from gpt_xp.checked_files import mapping_errors, open_regular, parse_json
 from gpt_xp.errors import CheckpointError
 from gpt_xp.types import NumpyArray
 
-# NumPy has no bfloat16: it is read as 16 bits and widened.
+# NumPy has no bfloat16. Its values are read as 16-bit integers and widened to float32.
 _ON_DISK: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -34,11 +34,11 @@ _ON_DISK: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 FLOATS = tuple(_ON_DISK)
-_ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # the codes of quantized weights
-_ON_DISK["I32"] = np.dtype("<i4")  # the counters of an optimizer
+_ON_DISK |= {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # Quantized weights have codes of these dtypes.
+_ON_DISK["I32"] = np.dtype("<i4")  # An optimizer has counters of this dtype.
 
-_ALIGNMENT = 64  # a cache line, and the widest vector register
-_WRITTEN_BYTES = 2**20  # at a time: few enough to stay in the processor's cache while they are hashed
+_ALIGNMENT = 64  # bytes of a cache line, and of the widest vector register
+_WRITTEN_BYTES = 2**20  # A block stays in the processor's cache while it is hashed.
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    start: int  # in bytes, from the beginning of the file
+    start: int  # bytes from the beginning of the file
     end: int
 
 
@@ -66,8 +66,8 @@ class SafetensorsFile:
     def read(self, name: str, dtype: npt.DTypeLike | None = None) -> NumpyArray:
         """Return one tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
 
-        It is mapped, not copied, where the file holds that dtype at an aligned place. Such an array stays valid when
-        the file is closed or replaced by another of the same name. Raises `CheckpointError` where a value is too large
+        It is mapped, not copied, where the file holds that dtype at an aligned place. A mapped array stays valid when
+        the file is closed, or replaced by another of the same name. Raises `CheckpointError` where a value is too large
         for `dtype`, or the file has become shorter.
         """
         tensor = self.tensors[name]
@@ -75,7 +75,7 @@ class SafetensorsFile:
         stored: np.dtype[Any] = np.dtype(np.float32) if tensor.dtype == "BF16" else on_disk
         wanted: np.dtype[Any] = stored if dtype is None else np.dtype(dtype)
         # NumPy copies a misaligned matrix at every product, which is 3-4 times slower than one copy here. All tensors
-        # of the published GPT-2 files are misaligned, because their headers are of odd length.
+        # of the published GPT-2 files are misaligned, because the length of their headers is odd.
         if wanted == on_disk and tensor.start % on_disk.itemsize == 0:
             n_values = math.prod(tensor.shape)
             return np.frombuffer(self._mapping, on_disk, n_values, tensor.start).reshape(tensor.shape)
@@ -84,9 +84,7 @@ class SafetensorsFile:
             array = _widen(array)
         if array.dtype != wanted:
             array = self._convert(name, array, wanted)
-        array.flags.writeable = (
-            False  # like a mapped one: whether it can be written to must not depend on the alignment
-        )
+        array.flags.writeable = False  # Mapped arrays are read-only, and alignment must make no difference.
         return array
 
     def raw(self, name: str) -> memoryview:
@@ -95,7 +93,7 @@ class SafetensorsFile:
         return memoryview(self._mapping)[tensor.start : tensor.end]
 
     def _read_aligned(self, tensor: StoredTensor, on_disk: np.dtype[Any]) -> NumpyArray:
-        # Read, not copied out of the map: the pages of the map would count as resident memory too.
+        # This reads the file. A copy from the map would also count the pages of the map as resident memory.
         array = _aligned_empty(tensor.shape, on_disk)
         self._file.seek(tensor.start)
         if self._file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -116,14 +114,14 @@ class SafetensorsFile:
 
 @contextmanager
 def open_safetensors(path: str) -> Iterator[SafetensorsFile]:
-    """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, `OSError` as `open` does."""
+    """Open and check a safetensors file. Raises `CheckpointError` for a damaged one, and `OSError` as `open` does."""
     with open_regular(path) as file:
         mapping = _map(path, file)
         try:
             _check(path)
             yield SafetensorsFile(path, file, mapping)
         finally:
-            with suppress(BufferError):  # mapped arrays still exist: the map closes with the last of them
+            with suppress(BufferError):  # If mapped arrays exist, the map closes with the last of them.
                 mapping.close()  # Windows neither deletes nor replaces a mapped file
 
 
@@ -137,12 +135,12 @@ def write_safetensors(
 
     `tensors` maps each name to the format's name of its dtype (one of `FLOATS`) and its shape. `read(name)` returns its
     bytes, C-contiguous and little-endian, as an object with the buffer protocol. Every tensor begins at a multiple of
-    its item size, and of 64 bytes where the sizes of those before it allow. The file is on the disk when this returns.
-    A failure leaves part of the file, so give a temporary name, and rename it.
+    its item size, and of 64 bytes where the sizes of the earlier ones allow. The file is on the disk when this returns.
+    A failure leaves a part of the file, so give it a temporary name and rename it.
 
-    Raises `CheckpointError` where `read` gives another number of bytes, `OSError` as `open` does.
+    Raises `CheckpointError` where `read` gives another number of bytes, and `OSError` as `open` does.
     """
-    # Wide dtypes come first, as in the safetensors library: an odd number of float16 would misalign a float32.
+    # Wide dtypes come first, as in the safetensors library. An odd number of float16 would misalign a float32.
     stored = dict(sorted(tensors.items(), key=lambda item: -_ON_DISK[item[1][0]].itemsize))
     digest = hashlib.sha256()
     with open(path, "wb") as file:
@@ -155,7 +153,7 @@ def write_safetensors(
         for name, (dtype, shape) in stored.items():
             _write_tensor(name, read(name), n_bytes(dtype, shape), write)
         file.flush()
-        os.fsync(file.fileno())  # else a power cut after the renaming could leave a name without its bytes
+        os.fsync(file.fileno())  # Otherwise a power cut after renaming could lose the content.
     return digest.hexdigest()
 
 
@@ -172,7 +170,7 @@ def _map(path: str, file: BufferedReader) -> mmap.mmap:
     try:
         with mapping_errors(path):
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:  # raised for an empty file
+    except ValueError as error:  # mmap raises this for an empty file.
         raise _damaged(path, error) from error
 
 
@@ -213,7 +211,7 @@ def _write_tensor(name: str, data: Any, n_bytes: int, write: Callable[[memoryvie
     with memoryview(data) as view:
         if view.nbytes != n_bytes:
             raise CheckpointError(f"{name!r:.80} has {view.nbytes} bytes instead of {n_bytes}")
-        if n_bytes == 0:  # a view with a zero in its shape cannot be cast
+        if n_bytes == 0:  # A view with a zero in its shape cannot be cast.
             return
         with view.cast("B") as content:
             for start in range(0, n_bytes, _WRITTEN_BYTES):

@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2: their names and shapes, and the tree of params that they make.
+"""Name the tensors of a GPT-2, give their shapes, and build the tree of params from them.
 
 The names are those of OpenAI's variables (openai/gpt-2 `src/model.py`) as transformers' `GPT2LMHeadModel` spells them:
 `h.0.attn.c_attn.weight`. Its weights are [in, out] like OpenAI's own, so nothing is transposed.
@@ -15,12 +15,12 @@ from gpt_xp.quantization import Quantized, QuantizedTable, QuantizedWeight, quan
 from gpt_xp.tree import tree_map
 from gpt_xp.types import NumpyArray, Params
 
-DTYPES = ("float16", "float32", "float64")  # that params can be read in and saved in
-# How safetensors and NumPy call the dtype of quantized codes.
+DTYPES = ("float16", "float32", "float64")  # Params can be read and saved in these.
+# The names that safetensors and NumPy have for the dtype of quantized codes.
 QUANTIZED_DTYPES: dict[str | None, tuple[str, ...]] = {None: (), "int8": ("I8", "int8"), "int4": ("U8", "uint8")}
-PREFIX = "transformer."  # of the names in a model with a head; the published files lack it
-MAX_NAMES_SHOWN = 6  # in one message
-_SCALE_SUFFIX = "_scale"  # of the name of the scales that belong to the codes of a quantized tensor
+PREFIX = "transformer."  # Names in a model with a head begin with it. The published files lack it.
+MAX_NAMES_SHOWN = 6  # names in one message
+_SCALE_SUFFIX = "_scale"  # A quantized tensor has codes and scales. The name of its scales ends so.
 
 
 def build_params(
@@ -88,7 +88,7 @@ def tensor_shapes(config: GPT2Config, n_tensors: int, quantization: str | None =
 
 def check_params(params: Params, config: GPT2Config) -> None:
     """Raise `ConfigError` unless `params` is a tree of arrays, quantized or not, of the shapes that `config` has."""
-    tree = tree_map(lambda leaf: leaf, params)  # tuples become lists
+    tree = tree_map(lambda leaf: leaf, params)  # This turns tuples into lists.
     quantization = quantization_of(tree)
     names = build_params(config, lambda name, shape: (name, shape), quantization)
     wanted = {path: list(shape) for path, (_, shape) in _leaves(names)}
@@ -108,10 +108,10 @@ def check_tensors(
     dtypes: Iterable[str],
     code_dtypes: Iterable[str] = (),
 ) -> None:
-    """Raise `CheckpointError`, which names them, where tensors are missing, unknown, or of another shape or dtype.
+    """Raise `CheckpointError` where tensors are missing, unknown, or of another shape or dtype. It names them.
 
-    `what` begins the message. `found` maps names to shape and dtype, `expected` to shapes. `dtypes` may be those of
-    all tensors, but `code_dtypes` those of tensors that have a scale.
+    The message begins with `what`. `found` maps names to shape and dtype, and `expected` maps names to shapes.
+    Tensors that have a scale must have one of `code_dtypes`, and all others one of `dtypes`.
     """
     faults = [f"{name} is missing" for name in expected if name not in found]
     for name, (shape, dtype) in found.items():
@@ -134,7 +134,7 @@ def named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
     """
     quantization = quantization_of(params)
     found = {path: np.asarray(leaf) for path, leaf in _leaves(params)}
-    tensor_shapes(config, len(found), quantization)  # refuses too many layers
+    tensor_shapes(config, len(found), quantization)  # This refuses too many layers.
     wanted = dict(_leaves(build_params(config, lambda name, shape: (name, shape), quantization)))
     check_tensors(
         "the params",
@@ -143,7 +143,7 @@ def named_arrays(params: Params, config: GPT2Config) -> dict[str, NumpyArray]:
         DTYPES,
         QUANTIZED_DTYPES[quantization],
     )
-    # A file is written as memory lies: without this, a transposed array would be written untransposed.
+    # The bytes of an array are written in memory order. A transposed array must be copied first, or it would be wrong.
     return {f"{PREFIX}{name}": np.ascontiguousarray(found[path]) for path, (name, _) in wanted.items()}
 
 

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: `model.safetensors`, or shards of it that `model.safetensors.index.json` lists."""
+"""Read and write weights: `model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
 
 import os
 import re
@@ -27,12 +27,12 @@ from gpt_xp.types import NumpyArray, Params
 
 WEIGHTS = "model.safetensors"
 
-# Constants that old versions of transformers saved with the weights: the causal mask and its fill value.
+# Old versions of transformers saved these constants with the weights: the causal mask and its fill value.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-_TABLE, _HEAD = "wte.weight", "lm_head.weight"  # GPT-2 has one matrix for both, and a file has one of the names or two
-_PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")  # other names outside the transformer are those of additional heads
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # a plain name: no index may lead out of its directory
-_COMPARED_BYTES = 2**16  # at a time: few enough to stay in the processor's cache
+_TABLE, _HEAD = "wte.weight", "lm_head.weight"  # GPT-2 has one matrix for both. A file has one name or both.
+_PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")  # Other names outside the transformer belong to additional heads.
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # A name without a path keeps an index inside its directory.
+_COMPARED_BYTES = 2**16  # Two such parts stay in the processor's cache.
 
 _Tensors = dict[str, tuple[SafetensorsFile, str]]  # name: (file, name in the file)
 
@@ -47,7 +47,7 @@ def read_params(
 ) -> Params:
     """Return the parameters in a directory, as a nested dict of read-only NumPy arrays.
 
-    `dtype` is "float16", "float32", "float64", or None: each tensor as stored, bfloat16 as float32. With E = n_embd:
+    `dtype` is "float16", "float32", "float64", or None (each tensor as stored, bfloat16 as float32). With E = n_embd:
 
         {"wte": [n_vocab, E], "wpe": [n_ctx, E], "blocks": [block, ...], "ln_f": {"g": [E], "b": [E]}}
 
@@ -57,14 +57,16 @@ def read_params(
          "ln_2": {"g": [E], "b": [E]}, "mlp": {"c_fc": {"w": [E, 4E], "b": [4E]}, "c_proj": {"w": [4E, E], "b": [E]}}}
 
     With a `quantization` (see `config_json.stated_quantization`), `wte` is a `QuantizedTable` and every `w` a
-    `QuantizedWeight`, and all are as stored. `is_tied` says whether one matrix stands for embedding and head,
-    even where only one of them is there (default: what `config.json` says, if it is there).
+    `QuantizedWeight`, and all are as stored. `is_tied` says whether embedding and head are one matrix, so that
+    a file may have only one of the names. The default is what `config.json` says, or True without that file.
 
-    An array is mapped from the file where that holds `dtype` at an aligned place, and read into aligned memory where
-    not. A file that is mapped must not be written to; `checkpoint.save` replaces it, and the arrays stay as they were.
-    Heads for other tasks (`score`, `v_head`) are left out, with a `GptXpWarning`. Raises `ModelNotFoundError` where
-    there is no such directory, `CheckpointError` where the files are damaged, unreadable or do not fit `config`,
-    `BackendError` for another dtype, `DeviceMemoryError` where memory runs out.
+    An array is mapped where the file holds `dtype` at an aligned place. Otherwise it is read into aligned memory.
+    Do not write to a mapped file. `checkpoint.save` replaces the file, and the arrays do not change. Heads for other
+    tasks (`score`, `v_head`) are left out, with a `GptXpWarning`.
+
+    Raises `ModelNotFoundError` where there is no such directory, and `BackendError` for another dtype. Raises
+    `CheckpointError` where the files are damaged, unreadable or do not fit `config`. Raises `DeviceMemoryError` where
+    memory runs out.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BackendError(f"dtype {dtype!r} cannot be read; take one of {', '.join(DTYPES)}")
@@ -97,10 +99,10 @@ def read_params(
 def align_weights(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
     """Copy a safetensors file, aligned and without the mask buffers; return the SHA-256 of the copy, in hexadecimal.
 
-    The header of the published GPT-2 files is of odd length, so no float32 in them can be mapped: they would be read
-    into memory at each load. Names, dtypes and metadata are kept. The copy is written aside, in the directory of
-    `target`, and then renamed. Raises `CheckpointError` where `source` is damaged or unreadable, holds tensors that
-    are no floats, or the copy cannot be written.
+    The header of the published GPT-2 files has an odd length, so no float32 in them can be mapped. Each load would
+    read them into memory. Names, dtypes and metadata are kept. The copy gets a temporary name in the directory of
+    `target`, and is then renamed. Raises `CheckpointError` where `source` is damaged or unreadable, or holds tensors
+    that are not floats. It is also raised where the copy cannot be written.
     """
     try:
         with open_safetensors(os.fspath(source)) as file:
@@ -116,7 +118,7 @@ def align_weights(source: str | os.PathLike[str], target: str | os.PathLike[str]
                     temporary,
                     {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()},
                     file.raw,
-                    {"format": "pt"} | file.metadata,  # without a format transformers refuses the file
+                    {"format": "pt"} | file.metadata,  # Without a format, transformers refuses the file.
                 )
     except OSError as error:
         raise CheckpointError(f"cannot read {source} ({error}); check the file and its permissions") from error
@@ -126,8 +128,8 @@ def write_weights(path: str, tensors: dict[str, NumpyArray]) -> None:
     """Write a new safetensors file, which transformers reads too. Raises `OSError` and `SafetensorError`."""
     with open(path, "xb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    save_file(tensors, path, metadata={"format": "pt"})  # without it transformers refuses the file
-    os.chmod(path, mode)  # save_file lets the owner alone read; the user's umask decides
+    save_file(tensors, path, metadata={"format": "pt"})  # Without it, transformers refuses the file.
+    os.chmod(path, mode)  # save_file lets only the owner read. The user's umask must decide.
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def _is_buffer(full_name: str) -> bool:
 def _check_prefix(directory: str | os.PathLike[str], tensors: _Tensors) -> None:
     """Raise `CheckpointError` where a wrapper of the model has put a prefix before all names."""
     names = [full_name for _, full_name in tensors.values()]
-    end = "wpe.weight"  # every GPT-2 has it, and under this name only
+    end = "wpe.weight"  # Every GPT-2 has it, and always under this name.
     prefix = next((name.removesuffix(end).removesuffix(PREFIX) for name in names if name.endswith(f".{end}")), "")
     if prefix and all(name.startswith(prefix) for name in names):
         raise CheckpointError(
@@ -215,7 +217,7 @@ def _check_prefix(directory: str | os.PathLike[str], tensors: _Tensors) -> None:
 def _unite_tied(directory: str | os.PathLike[str], tensors: _Tensors, is_tied: bool | None) -> None:
     """Keep one name, `wte.weight`, for the matrix that GPT-2 has for its embedding and its head.
 
-    Raises `CheckpointError` where two matrices differ, and where one is missing that is not tied to the other.
+    Raises `CheckpointError` where the two matrices differ, or where one is missing and they are not tied.
     """
     there = [name for name in (_TABLE, _HEAD) if name in tensors]
     if len(there) == 2:
@@ -232,7 +234,7 @@ def _unite_tied(directory: str | os.PathLike[str], tensors: _Tensors, is_tied: b
             f"(tie_word_embeddings is false). Where they are one, set it to true; else take a checkpoint with tied "
             f"embeddings"
         )
-    elif there == [_HEAD]:  # safetensors.torch.save_model keeps the first name of those that share memory
+    elif there == [_HEAD]:  # safetensors.torch.save_model keeps only the first name of shared memory.
         tensors[_TABLE] = tensors.pop(_HEAD)
 
 

@@ -1,4 +1,4 @@
-"""`gpt-xp train`: a GPT-2 of one's own, from scratch or from one that is trained."""
+"""`gpt-xp train`: train a GPT-2, from scratch or from a trained model."""
 
 import dataclasses
 import os

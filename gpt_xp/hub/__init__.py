@@ -1,1 +1,1 @@
-"""Finding models by name, and fetching published ones."""
+"""Find models by name, and fetch published ones."""

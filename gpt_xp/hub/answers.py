@@ -1,4 +1,4 @@
-"""Reads a server's answer to a range request (RFC 9110): its status, its range of bytes, the time of a retry."""
+"""Read a server's answer to a range request (RFC 9110): its status, its range of bytes, the time of a retry."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import requests
 
-_NUMBER = "[0-9]{1,18}"  # of bytes, as servers write it
+_NUMBER = "[0-9]{1,18}"  # Servers write a number of bytes so.
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _HINTS = {
     401: ": it wants a token (HF_TOKEN), or does not know the one that it got",
@@ -19,11 +19,11 @@ _HINTS = {
 
 def is_worth_another_try(status: int, was_redirected: bool) -> bool:
     """Return whether the same request may succeed later."""
-    return status in _TRY_AGAIN or (status == 403 and was_redirected)  # 403: a signed address that has expired, perhaps
+    return status in _TRY_AGAIN or (status == 403 and was_redirected)  # A signed address may have expired.
 
 
 def describe_status(status: int) -> str:
-    """Return a status and its standard name. The words of the server are not shown: they would reach a terminal."""
+    """Return a status and its standard name. The server's own text is not safe to show on a terminal."""
     return f"{status} {HTTPStatus(status).phrase}" if status in list(HTTPStatus) else str(status)
 
 
@@ -46,13 +46,13 @@ def retry_after(response: "requests.Response") -> float | None:
 
 
 def content_length(response: "requests.Response") -> int | None:
-    """Return the number of bytes of the body, where the server tells it."""
+    """Return the number of bytes of the body, or None where the server does not send it."""
     value = response.headers.get("Content-Length", "")
     return int(value) if re.fullmatch(_NUMBER, value) else None
 
 
 def content_range(response: "requests.Response") -> tuple[int | None, int | None]:
-    """Return where the bytes of a part begin, and the size of the whole file; None where one is not told."""
+    """Return where the bytes of a part begin, and the size of the whole file; None for what is unknown."""
     found = re.fullmatch(rf"bytes ({_NUMBER})-\d+/({_NUMBER}|\*)", response.headers.get("Content-Range", ""))
     if not found:
         return None, None
@@ -60,6 +60,6 @@ def content_range(response: "requests.Response") -> tuple[int | None, int | None
 
 
 def unsatisfied_range_size(response: "requests.Response") -> int | None:
-    """Return the size of the whole file that an answer 416 tells, or None."""
+    """Return the size of the whole file from an answer 416, or None."""
     found = re.fullmatch(rf"bytes \*/({_NUMBER})", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None

@@ -1,4 +1,4 @@
-"""Fetching a published model from OpenAI's bucket, and converting it to the layout that gpt-xp reads."""
+"""Fetch a published model from OpenAI's bucket, and convert it to the layout that gpt-xp reads."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def fetch(model: Published, folder: Path, progress: DownloadProgress) -> None:
     manifest = Manifest(folder)
     for file in OPENAI_FILES:
         if not manifest.holds(file):
-            is_large = file == OPENAI_WEIGHTS  # a converted copy is made of it
+            is_large = file == OPENAI_WEIGHTS  # The converted copy also needs room.
             manifest.record(file, download(_remote(model, file), folder / file, progress, room_for_copy=is_large))
         if file == "hparams.json":
             model.check_config(GPT2Config(**openai.read_hparams(folder)), folder)

@@ -1,4 +1,4 @@
-"""Digests of files, written "sha256:...", "md5:..." or "git-sha1:...", and those that servers tell."""
+"""Compute digests of files, and read those that servers send: "sha256:...", "md5:..." or "git-sha1:..."."""
 
 import hashlib
 import re
@@ -6,8 +6,8 @@ from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
-READ_BYTES = 1 << 20  # at a time
-DIGEST = "sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git-sha1:[0-9a-f]{40}"  # a regular expression
+READ_BYTES = 1 << 20  # bytes of a block
+DIGEST = "sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git-sha1:[0-9a-f]{40}"  # This is a regular expression.
 
 
 def algorithm_of(digest: str) -> str:
@@ -16,7 +16,7 @@ def algorithm_of(digest: str) -> str:
 
 
 def linked_digest(etag: str | None) -> str | None:
-    """Return the digest in an X-Linked-ETag: the Hub tells a sha256 for large files, and git's sha1 for small ones."""
+    """Return the digest in an X-Linked-ETag: the Hub sends a sha256 for large files, and git's sha1 for small ones."""
     value = (etag or "").removeprefix("W/").strip('"').lower()
     if re.fullmatch(r"[0-9a-f]{64}", value):
         return f"sha256:{value}"
@@ -24,8 +24,8 @@ def linked_digest(etag: str | None) -> str | None:
 
 
 def content_md5(headers: Any) -> str | None:
-    """Return the digest of the whole file that the headers of a storage server tell, or None."""
-    # For a range, Content-MD5 is the digest of the range. Azure then tells the whole file's under another name.
+    """Return the digest of the whole file from the headers of a storage server, or None."""
+    # For a range, Content-MD5 is the digest of the range. Azure sends the digest of the whole file in its own header.
     value = headers.get("x-ms-blob-content-md5") or ("Content-Range" not in headers and headers.get("Content-MD5"))
     try:
         digest = b64decode(value or "", validate=True)

@@ -1,4 +1,4 @@
-"""Fetch one file over HTTP: resumed after every break, verified, and only then renamed to its target.
+"""Fetch one file over HTTP. Resume it after every break, verify it, and only then rename it to its target.
 
 Requests are resumed as RFC 9110 says (sections 13.1.5 If-Range, 14 Range requests). The Hub answers with a redirect to
 a signed address that expires, on another host. So each try begins at the first address.
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     import requests
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0  # seconds
-FIRST_TRIES = 4  # until a byte has come: there may be no network at all
-TRIES = 10  # in a row without a new byte, once something has come
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; each wait is twice the one before
+FIRST_TRIES = 4  # Before the first byte there are few tries, because there may be no network.
+TRIES = 10  # After the first byte, this many tries in a row may bring nothing new.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries, doubled each time
 _MAX_REDIRECTS = 8
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server; `n_bytes` and `digest` ("sha256:...", "md5:...", "git-sha1:...") where they are pinned.
+    """A file on a server, with its `n_bytes` and `digest` ("sha256:...") where they are pinned.
 
-    `token` is sent to the server of `url` alone.
+    A digest may also be "md5:..." or "git-sha1:...". `token` is sent only to the server of `url`.
     """
 
     url: str
@@ -46,10 +46,10 @@ class RemoteFile:
 
 
 def download(remote: RemoteFile, target: Path, progress: DownloadProgress, *, room_for_copy: bool = False) -> str:
-    """Fetch `remote` into `target`; return the digest that it was found to have ("sha256:...").
+    """Fetch `remote` into `target`, and return the digest of its bytes ("sha256:...").
 
-    Size and digest are those of `remote`, else those that the server tells. Without any, a sha256 is only computed.
-    With `room_for_copy`, the disk must have room for the file twice. Raises `DownloadError`. The bytes that have come
+    Size and digest must be those of `remote`, or else those from the server. Without either, a sha256 is only computed.
+    With `room_for_copy`, the disk must have room for the file twice. Raises `DownloadError`. The bytes that arrived
     are kept for the next try, unless they are wrong. Ctrl-C keeps them too.
     """
     import requests
@@ -66,7 +66,7 @@ def download(remote: RemoteFile, target: Path, progress: DownloadProgress, *, ro
 
 
 class _BrokenError(Exception):
-    """A try that failed, and that may succeed another time; `wait` is how long the server asks to wait."""
+    """A try that failed and may succeed later. `wait` is how many seconds the server asks to wait."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -81,12 +81,12 @@ class _Transfer:
     ) -> None:
         self.remote, self.target, self.part = remote, target, part
         self.room_for_copy, self.progress = room_for_copy, progress
-        self.ranges = True  # until the server turns out to count them wrongly
+        self.ranges = True  # It becomes False when the server sends a wrong range.
 
     # --- tries ---
 
     def run(self, session: "requests.Session") -> None:
-        """Try until the file is complete, or another try makes no sense."""
+        """Try until the file is complete. Raises `DownloadError` where another try makes no sense."""
         from requests import RequestException
         from urllib3.exceptions import HTTPError
 
@@ -135,8 +135,8 @@ class _Transfer:
         from concurrent.futures import Future, ThreadPoolExecutor
 
         part, hash = self.part, self.part.hash()
-        # Not iter_content: it waits for a whole block, and a reset of the connection would lose what had come of it.
-        with ThreadPoolExecutor(1) as other:  # hash one block while the next is received and written
+        # iter_content would wait for a whole block. A reset of the connection would lose an incomplete one.
+        with ThreadPoolExecutor(1) as other:  # It hashes a block while the next one is received.
             hashed: Future[Any] = other.submit(bool)
             while block := response.raw.read1(READ_BYTES, decode_content=False):
                 self._check_size(len(block))
@@ -161,9 +161,9 @@ class _Transfer:
 
     @contextlib.contextmanager
     def _request(self, session: "requests.Session") -> Iterator[tuple["requests.Response", str | None]]:
-        """Ask for the missing bytes; yield the answer after all redirects, and the digest that the first server told.
+        """Ask for the missing bytes, and yield the answer after all redirects and the first server's digest.
 
-        The digest is None where it told none.
+        The digest is None where the server sent none.
         """
         from requests import RequestException
 
@@ -177,10 +177,10 @@ class _Transfer:
                 )  # fmt: skip
             except RequestException:
                 raise
-            except ValueError:  # requests parses the Location of an answer even where it must not follow it
+            except ValueError:  # requests parses each Location, even with allow_redirects=False.
                 where = "HF_ENDPOINT" if url == self.remote.url else "the address that it redirects to"
                 raise self._error(f"{where} is malformed, or the Location of its answer is") from None
-            except OSError as error:  # of a file: the certificates that REQUESTS_CA_BUNDLE names
+            except OSError as error:  # The certificates in REQUESTS_CA_BUNDLE may be missing.
                 raise self._error(f"the request could not be prepared ({error})") from None
             with response:
                 if origin(url) == origin(self.remote.url):
@@ -197,7 +197,7 @@ class _Transfer:
             if self.part.etag:
                 headers["If-Range"] = self.part.etag
             elif self.part.digest is None:
-                return headers  # nothing would tell if the rest belonged to another file
+                return headers  # The rest could belong to another file, without any sign of it.
             headers["Range"] = f"bytes={self.part.offset}-"
         return headers
 
@@ -221,7 +221,7 @@ class _Transfer:
         return start, n_bytes
 
     def _check_pins(self, n_bytes: int | None, told: str | None) -> None:
-        """Compare what the server says of the file with the pins, before anything is fetched or thrown away."""
+        """Compare what the server says of the file with the pins, before anything is fetched or removed."""
         pinned, digest = self.remote.n_bytes, self.remote.digest
         if pinned is not None and n_bytes not in (None, pinned):
             raise self._error(
@@ -247,7 +247,7 @@ class _Transfer:
             self._check_space(part.n_bytes - part.offset + self.room_for_copy * part.n_bytes)
         if not part.offset:
             part.begin(response.headers.get("ETag"))
-        part.hash()  # hashes the bytes that are here, before a bar is shown
+        part.hash()  # The bytes that are here are hashed before a bar is shown.
         self.progress.start(self.remote.label, part.n_bytes, part.offset)
 
     def _past_the_end(self, response: "requests.Response") -> None:
@@ -262,7 +262,7 @@ class _Transfer:
     # --- the end ---
 
     def finish(self) -> str:
-        """Verify the file and rename it; return its digest. Wrong bytes are thrown away, with a `DownloadError`."""
+        """Verify the file, rename it, and return its digest. Wrong bytes are removed, and raise `DownloadError`."""
         part = self.part
         found = part.hash().digest()
         if found != part.digest or part.offset != part.n_bytes:
@@ -291,7 +291,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
     try:
         yield
-    except RequestException:  # requests makes it an OSError too
+    except RequestException:  # It is an OSError too, but not one of the disk.
         raise
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,4 +1,4 @@
-"""Finds the directory of a model by name, and fetches the model if needed."""
+"""Find the directory of a model by name, and fetch the model if needed."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,14 @@ from gpt_xp.reporting.text import closest_first
 
 BUNDLED = Path(__file__).parents[1] / "models"
 BUNDLED_DEFAULT = "shakespeare"
-OPENAI_PARTS = ("hparams.json", "checkpoint", "*.index", "*.data-?????-of-?????")  # of a model, not of a tokenizer
+OPENAI_PARTS = ("hparams.json", "checkpoint", "*.index", "*.data-?????-of-?????")  # A tokenizer has none of these.
 PUBLISHED_DEFAULT = "124M"
 
 
 def find_model(name: str | Path | None = None, *, offline: bool = False) -> Path:
     """Return the directory of the model called `name`, which `checkpoint.read` can read.
 
-    `name` is a directory, else a published model or one of its aliases, else a bundled model; None is
+    `name` is a directory, or else a published model or its alias, or else a bundled model. None means
     `default_model()`. A directory in OpenAI's own layout is converted first. A published model that is not here is
     fetched, unless `offline` or the environment forbids it. Raises `ModelNotFoundError` for any other name,
     `DownloadError`, and `CheckpointError` where OpenAI's files cannot be converted.
@@ -84,14 +84,14 @@ def get_published(name: str) -> Published:
 def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = False) -> Path:
     """Return picoGPT's folder `models_dir/size`, or the folder of the bundled model called `size`.
 
-    Where there is neither, a published model is fetched into the folder: OpenAI's files, or the Hub's where OpenAI has
-    none, or where TensorFlow, which reads them, is not installed. Raises as `find_model` does.
+    Where there is neither, a published model is fetched into the folder. It has OpenAI's files, which TensorFlow reads.
+    Where OpenAI has none or TensorFlow is not installed, it has the Hub's. Raises as `find_model` does.
     """
     model = find_published(size)
     if "\0" in os.fspath(models_dir) + size:
         raise ModelNotFoundError("the name of a folder of models holds a NUL, which no name does; correct it")
     for folder in (os.path.join(models_dir, size), os.path.join(models_dir, model.name if model else size)):
-        # An index alone is part of a checkpoint too: nothing is fetched over it.
+        # An index alone is part of a checkpoint too, so nothing may be fetched over it.
         is_there = os.path.exists(os.path.join(folder, "config.json")) and not store.is_begun(Path(folder))
         if is_there or has_index(folder):
             return find_model(folder)
@@ -102,7 +102,7 @@ def find_in_models_dir(size: str, models_dir: str | Path, *, offline: bool = Fal
         raise ModelNotFoundError(f"there is no model in {str(folder)!r:.200}, and no other of that name: take {known}")
     if model.in_bucket and has_tensorflow():
         return store.pull(model, "openai", Path(models_dir) / model.name, offline=offline)
-    here = store.copies(model)  # the Hub's files need not be in picoGPT's folder
+    here = store.copies(model)  # The Hub's files may be in any folder.
     return here[0].folder if here else store.pull(model, "hub", Path(models_dir) / model.name, offline=offline)
 
 

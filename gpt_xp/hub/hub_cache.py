@@ -1,4 +1,4 @@
-"""The cache of the Hugging Face Hub on this machine, where huggingface_hub and transformers keep their files."""
+"""Find models in the Hub's cache on this machine, where huggingface_hub and transformers keep their files."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def find_file(model: Published, file: str) -> Path | None:
     """Return the path of a file of `model`, verified where its digest is known; None where it is not there."""
     pin = model.pin(file).digest
     for path in (folder / file for folder in _snapshots(model)):
-        with contextlib.suppress(OSError):  # it is absent, or may not be read
+        with contextlib.suppress(OSError):  # The file is absent or unreadable.
             digest = digest_of(path)
             if pin in (None, digest):
                 return path
@@ -33,7 +33,7 @@ def _snapshots(model: Published) -> Iterator[Path]:
         named = os.path.join(os.environ.get("HF_HOME", os.path.join(xdg, "huggingface")), "hub")
     for repo in (model.repo, model.repo.rpartition("/")[2]):
         folder = os.path.expanduser(os.path.expandvars(named))
-        if folder.startswith("~"):  # there is no home directory
+        if folder.startswith("~"):  # There is no home directory.
             return
         yield Path(folder, f"models--{repo.replace('/', '--')}", "snapshots", model.revision)
 

@@ -1,4 +1,4 @@
-"""Fetching a published model from the Hugging Face Hub, or copying what its cache has already."""
+"""Fetch a published model from the Hugging Face Hub, or copy what its cache has already."""
 
 import os
 import shutil
@@ -43,12 +43,13 @@ def _fetch_small(model: Published, file: str, folder: Path, progress: DownloadPr
 
 
 def _fetch_weights(model: Published, file: str, folder: Path, progress: DownloadProgress) -> str:
-    """Keep an aligned copy: in the published files no float32 lies where it can be mapped and multiplied."""
+    """Keep an aligned copy, because no float32 in the published files can be mapped."""
     original = folder / f"{file}.original"
     cached = hub_cache.find_file(model, file)
     if cached is None:
         remote = _remote(model, file)
-        if original.exists() and remote.digest != digest_of(original):  # left by a process that was killed
+        # A process that was killed may have left a file.
+        if original.exists() and remote.digest != digest_of(original):
             original.unlink()
         if not original.exists():
             download(remote, original, progress, room_for_copy=True)

@@ -1,4 +1,4 @@
-"""`gpt-xp.json`: the verified files of a folder, with their digests, sizes and times."""
+"""Record the verified files of a folder in `gpt-xp.json`, with their digests, sizes and times."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ class _VerifiedFile:
 class Manifest:
     """The record of the verified files in a folder.
 
-    A record that is missing, damaged or of another version knows no file.
+    A record that is missing, damaged or of another version counts as empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,14 +49,14 @@ class Manifest:
         if now.st_size != entry.n_bytes or digest_of(path, entry.digest.partition(":")[0]) != entry.digest:
             return False
         if now.st_mtime_ns != entry.mtime_ns:
-            with contextlib.suppress(OSError):  # in a read-only folder it is hashed each time
+            with contextlib.suppress(OSError):  # In a read-only folder the file is hashed each time.
                 self.record(file, entry.digest)
         return True
 
     def record(self, file: str, digest: str) -> None:
         """Record that the file, as it is now, has this digest. Raises `OSError`."""
         with (self.folder / file).open("rb+") as opened:
-            os.fsync(opened.fileno())  # or a power cut could leave the record of a file without its bytes
+            os.fsync(opened.fileno())  # Otherwise a power cut could keep the record but lose the content.
             found = os.fstat(opened.fileno())
         self._entries[file] = _VerifiedFile(digest, found.st_size, found.st_mtime_ns)
         self._write()
@@ -76,7 +76,7 @@ class Manifest:
 
 def _read(path: Path) -> dict[str, _VerifiedFile]:
     try:
-        if not path.is_file():  # a pipe would never end
+        if not path.is_file():  # Reading a pipe would never end.
             return {}
         content = json_text.parse(path.read_bytes())
         entries = {file: _VerifiedFile(**entry) for file, entry in content["files"].items()}

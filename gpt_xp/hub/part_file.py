@@ -1,6 +1,6 @@
-"""A file that is only partly fetched: its bytes in `NAME.part`, their ETag and digest in `NAME.part.json`.
+"""Keep a partly fetched file: its bytes in `NAME.part`, their ETag and digest in `NAME.part.json`.
 
-Any later process can go on where this one stopped.
+A later process can continue where this one stopped.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from gpt_xp import json_text
 from gpt_xp.hub.digests import DIGEST, READ_BYTES, Hash, algorithm_of
 
-_VERSION = 1  # of NAME.part.json
+_VERSION = 1  # This is the format of NAME.part.json.
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class _State:
     """The content of NAME.part.json: which file the bytes belong to."""
 
     version: int = _VERSION
-    etag: str | None = None  # strong, of the server that sent them
-    digest: str | None = None  # of the whole file
+    etag: str | None = None  # The server that sent the bytes gave this strong ETag.
+    digest: str | None = None  # This is the digest of the whole file.
 
 
 class PartFile:
     """A file that is being fetched.
 
-    `n_bytes` and `digest` are those of the whole file: the pinned ones, else what servers have told, else None.
-    `offset` is the number of bytes that are here, and `etag` the strong ETag of the server that sent them, or None.
+    `n_bytes` and `digest` are those of the whole file: the pinned ones, else those from a server, else None.
+    `offset` is the number of bytes that are here. `etag` is the strong ETag of the server that sent them, or None.
     """
 
     def __init__(self, target: Path, n_bytes: int | None, digest: str | None) -> None:
@@ -42,14 +42,14 @@ class PartFile:
         self._hash: Hash | None = None
         target.parent.mkdir(parents=True, exist_ok=True)
         self._state = self._read_state()
-        # Unbuffered: each byte that has come is in the file, whatever happens next.
+        # The file is unbuffered, so that no received byte is lost if the process ends.
         self._file = FileIO(self._part, "r+b" if self._part.exists() else "w+b")
         self.offset = self._file.seek(0, os.SEEK_END)
         if not self.offset or self._state is None or (self.n_bytes is not None and self.offset > self.n_bytes):
             self.empty()
 
     def close(self) -> None:
-        """Close the file; one without a byte is removed."""
+        """Close the file. Remove it if it is empty."""
         self._file.close()
         if self._part.exists() and not self._part.stat().st_size:
             self._remove()
@@ -95,15 +95,15 @@ class PartFile:
         return self._hash
 
     def empty(self) -> None:
-        """Begin anew, with nothing known but the pins."""
+        """Begin again, and keep only the pins."""
         self._file.seek(0)
-        if self.offset:  # ext4 writes a file that was ever truncated to the disk when it is closed, and waits for that
+        if self.offset:  # Closing a truncated file is slow on ext4, which then waits for the disk.
             self._file.truncate()
         self.offset, self._hash, self._state = 0, None, None
         self.n_bytes, self.digest = self._pins
 
     def discard(self) -> None:
-        """Close the file, and throw all away."""
+        """Close the file, and remove everything."""
         self._file.close()
         self._remove()
 
@@ -119,10 +119,10 @@ class PartFile:
 
     def _read_state(self) -> _State | None:
         try:
-            if not self._state_file.is_file():  # a pipe would never end
+            if not self._state_file.is_file():  # Reading a pipe would never end.
                 return None
             state = _State(**json_text.parse(self._state_file.read_bytes()))
-        except (OSError, ValueError, TypeError):  # absent, no JSON, or with other fields
+        except (OSError, ValueError, TypeError):  # It is absent, not JSON, or has other fields.
             return None
         if state.version != _VERSION or state.etag != _strong(state.etag):
             return None

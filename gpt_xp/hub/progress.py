@@ -1,4 +1,4 @@
-"""The progress of a download on stderr: a bar on a terminal, elsewhere a line every ten percent."""
+"""Show the progress of a download on stderr: a bar on a terminal, elsewhere a line every ten percent."""
 
 import contextlib
 import sys
@@ -9,23 +9,23 @@ from gpt_xp.reporting.text import size
 
 
 class DownloadProgress(Protocol):
-    """Is told how a download goes."""
+    """Receives the progress of a download."""
 
     def start(self, label: str, n_bytes: int | None, done: int) -> None:
-        """Say that a file of `n_bytes` comes, of which `done` are here; again when it must begin anew."""
+        """Report the start or restart of a file of `n_bytes`, of which `done` are already here."""
 
     def advance(self, n_bytes: int) -> None:
-        """Say that so many bytes have come."""
+        """Report that `n_bytes` more have arrived."""
 
     def note(self, text: str) -> None:
-        """Say something in a line."""
+        """Report a message of one line."""
 
     def end(self) -> None:
-        """Say that no more of the file comes, whether it is complete or not."""
+        """Report that the download of the file ends, complete or not."""
 
 
 class StderrProgress:
-    """Shows people how a download goes. The lines of `note` begin with "gpt-xp:", as all lines on stderr do."""
+    """Shows the progress of a download on stderr. Lines of `note` begin with "gpt-xp:", as all lines there do."""
 
     def __init__(self) -> None:
         self._bar: _Bar | _Lines | None = None
@@ -39,7 +39,7 @@ class StderrProgress:
                 self._bar = _Bar(label, n_bytes, done) if sys.stderr.isatty() else _Lines(label, n_bytes, done)
 
     def advance(self, n_bytes: int) -> None:
-        """Show that so many bytes have come."""
+        """Show that `n_bytes` more have arrived."""
         if self._bar is not None:
             with _ignoring_errors_of_stderr():
                 self._bar.advance(n_bytes)
@@ -54,7 +54,7 @@ class StderrProgress:
                 sys.stderr.flush()
 
     def end(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar, and leave it on the screen."""
         if self._bar is not None:
             with _ignoring_errors_of_stderr():
                 self._bar.close()
@@ -62,7 +62,7 @@ class StderrProgress:
 
 
 def _ignoring_errors_of_stderr() -> contextlib.AbstractContextManager[None]:
-    """Let no download end because a bar cannot be drawn: the reader of a pipe may be gone, or a disk full."""
+    """Ignore that a bar cannot be drawn. The reader of a pipe may be gone, or a disk full."""
     return contextlib.suppress(OSError)
 
 

@@ -1,4 +1,4 @@
-"""The published GPT-2s: their names, their servers, and the sizes and digests of their files."""
+"""List the published GPT-2s: their names and servers, and the sizes and digests of their files."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from gpt_xp.config import SIZES, GPT2Config
 from gpt_xp.errors import DownloadError, ModelNotFoundError
 
-HUB = "https://huggingface.co"  # HF_ENDPOINT takes its place
-BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # OpenAI's own; openai/gpt-2 `download_model.py`
+HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it.
+BUCKET = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # from openai/gpt-2 `download_model.py`
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPENAI_WEIGHTS = "model.ckpt.data-00000-of-00001"
-# In the order in which they are fetched: small ones first, and the index last, without which there is no checkpoint.
+# Files are fetched in this order. Small ones are first. The index is last, because it completes a checkpoint.
 HUB_FILES = (CONFIG, "vocab.json", "merges.txt", WEIGHTS)
 OPENAI_FILES = (
     "hparams.json",
@@ -42,7 +42,7 @@ _VOCABULARY = {
 
 @dataclass(frozen=True)
 class Published:
-    """One published model; the Hub's files are those of `revision`, OpenAI's those of the bucket's folder `name`."""
+    """One published model. The Hub's files are those of `revision`, and OpenAI's are in the bucket's folder `name`."""
 
     name: str
     aliases: tuple[str, ...]

@@ -1,10 +1,10 @@
-"""The published models on this machine: in gpt-xp's folder, or in the cache of the Hugging Face Hub.
+"""Keep the published models on this machine: in gpt-xp's folder, or in the cache of the Hugging Face Hub.
 
     GPT_XP_HOME/models/124M/hub/       config.json, model.safetensors, vocab.json, merges.txt
     GPT_XP_HOME/models/124M/openai/    OpenAI's seven files, and beside them config.json and model.safetensors
 
-Where GPT_XP_HOME is not set, it is gpt-xp's folder in the user's cache. A file has its final name there only when it is
-complete and verified, and `gpt-xp.json` records it.
+Where GPT_XP_HOME is not set, it is gpt-xp's folder in the user's cache. A file gets its final name only when it is
+complete and verified. `gpt-xp.json` records it.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def copies(model: Published) -> list[Copy]:
 
 
 def stored(model: Published) -> list[Copy]:
-    """Return all copies of `model` that are here, also those that are not complete, or not any more."""
+    """Return all copies of `model` that are here, also incomplete ones."""
     kept = [Copy(source, folder) for source in SOURCES if (folder := _folder(model, source)) and os.path.exists(folder)]
     return kept + [Copy(HUB_CACHE, folder) for folder in hub_cache.complete_snapshots(model)]
 
@@ -76,7 +76,7 @@ def pull(
     """Return a folder with `model` from `source` ("hub", "openai"), fetching the files that are not in it.
 
     The folder is `folder`, or one in `gpt_xp_home()`. OpenAI's files are converted there. Raises `DownloadError`,
-    `CheckpointError`, and `ModelNotFoundError` where files would have to be fetched and must not be.
+    `CheckpointError`, and `ModelNotFoundError` where files are missing and must not be fetched.
     """
     progress = progress or StderrProgress()
     folder = folder or _folder(model, source)
@@ -86,14 +86,15 @@ def pull(
         from gpt_xp.checkpoint.openai import check_tensorflow
 
         model.check_in_bucket()
-        check_tensorflow()  # before anything is fetched for nothing
+        check_tensorflow()  # Without TensorFlow, fetching would be useless.
     _check_online(model, offline)
     if folder is None:
         raise DownloadError(
             f"{model.name} cannot be kept anywhere: this user has no home directory; set GPT_XP_HOME to a folder"
         )
     with _locked(folder, progress):
-        if not _is_whole(folder, source):  # another process may have fetched it while this one waited
+        # Another process may have fetched it while this one waited.
+        if not _is_whole(folder, source):
             try:
                 _fetch(model, source, folder, progress)
             except KeyboardInterrupt:
@@ -110,7 +111,7 @@ def remove(model: Published) -> list[Path]:
         if folder is not None and os.path.lexists(folder):
             with _locked(folder, StderrProgress()):
                 shutil.rmtree(folder.resolve())
-                if folder.is_symlink():  # to a larger disk, say
+                if folder.is_symlink():  # It may lead to a larger disk.
                     folder.unlink()
             removed.append(folder)
     return removed
@@ -127,14 +128,14 @@ def verifiable(copy: Copy, model: Published) -> list[str]:
 def verify(copy: Copy, model: Published, file: str) -> bool:
     """Hash a file again; return whether it is as it was published, or as it was written here. Raises `OSError`.
 
-    A damaged file in gpt-xp's folder is thrown away, and fetched again the next time the model is used.
+    A damaged file in gpt-xp's folder is removed, and fetched again the next time the model is used.
     """
     if copy.source == HUB_CACHE:
         return digest_of(copy.folder / file) == model.pin(file).digest
     manifest = Manifest(copy.folder)
     whole = manifest.holds(file, rehash=True)
     if not whole:
-        # In a folder that may only be read, the file stays.
+        # In a read-only folder, the file stays.
         with contextlib.suppress(DownloadError), _locked(copy.folder, StderrProgress()):
             Manifest(copy.folder).discard(file)
     return whole
@@ -153,7 +154,7 @@ def _fetch(model: Published, source: str, folder: Path, progress: DownloadProgre
 
 
 def _source_module(source: str) -> ModuleType:
-    """Return the module that fetches. It is imported only here: most models that are used are on this machine."""
+    """Return the module that fetches. It is imported only here, because most models are already on this machine."""
     from gpt_xp.hub import bucket_source, hub_source
 
     return hub_source if source == "hub" else bucket_source
@@ -209,7 +210,7 @@ def _locked(folder: Path, progress: DownloadProgress) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, progress):
             yield
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: raised by filelock for a disk without locks
+    except (OSError, NotImplementedError) as error:  # filelock raises the second for a disk without locks.
         other = "set GPT_XP_HOME to another folder" if gpt_xp_home() in folder.parents else "name another folder"
         raise DownloadError(
             f"cannot work in {folder} ({error}): check the space and the permissions there, or {other}"

@@ -1,4 +1,4 @@
-"""URL safety rules: same origin, safe redirects, no tokens to strangers; and errors of HTTP in plain words."""
+"""Check that addresses, redirects and tokens are safe, and describe HTTP errors in plain words."""
 
 import ipaddress
 import re
@@ -16,13 +16,13 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     try:
         parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError:  # its text, which may hold a password, is not shown
+    except ValueError:  # The address may hold a password, so it is not shown.
         raise DownloadError("an address of a server is malformed, in HF_ENDPOINT or a redirect; correct it") from None
     return scheme, host, port or {"https": 443, "http": 80}.get(scheme)
 
 
 def may_carry_token(url: str, first: str) -> bool:
-    """Return whether a token for the server of `first` may go to `url`: same server, and encrypted or loopback."""
+    """Return whether a token for the server of `first` may go to `url`: the same server, by https or loopback."""
     scheme, host, _ = origin(url)
     return origin(url) == origin(first) and (scheme == "https" or is_loopback(host or ""))
 
@@ -60,7 +60,7 @@ def check_token(token: str | None) -> None:
 def bearer(token: str | None) -> Any:
     """Return what `requests` takes as `auth` to send a token, or None.
 
-    A header would not do: requests lets the user's .netrc replace it.
+    A header would not be enough, because requests lets the user's .netrc replace it.
     """
 
     def authorize(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
@@ -73,7 +73,7 @@ def bearer(token: str | None) -> Any:
 def reason_of(error: Exception) -> tuple[str, bool]:
     """Return in plain words why a request failed, and whether it will fail each time.
 
-    The address is left out: messages of requests hold the whole of a signed one, and the password of a proxy.
+    The address is left out, because it may be a signed one or hold the password of a proxy.
     """
     from requests import exceptions as requests
     from urllib3 import exceptions as urllib3

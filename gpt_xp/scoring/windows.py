@@ -1,4 +1,4 @@
-"""Cuts a text into windows before it is scored.
+"""Cut a text into windows before it is scored.
 
 A text longer than the context is read in windows. Their layout changes the figures by some percent, and published
 figures follow one of three conventions:

@@ -1,1 +1,1 @@
-"""Byte-level BPE: encoding, files, training."""
+"""Byte-level BPE: encode text, read and write its files, and train it."""

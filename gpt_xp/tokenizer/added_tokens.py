@@ -1,4 +1,4 @@
-"""Tokens that were added to a vocabulary, and where a text has them.
+"""Find tokens in text that were added to a vocabulary.
 
 Sources: `AddedToken` in transformers, and `AddedVocabulary` in Hugging Face's tokenizers.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-# Parts of a word and white space as tokenizers, which is Rust, defines them: by Unicode.
+# Unicode defines the parts of a word and white space, as in Hugging Face's tokenizers.
 _WORD_CHARACTER = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
 _WORD_BEFORE, _WORD_AFTER = regex.compile(rf"(?r){_WORD_CHARACTER}\Z"), regex.compile(_WORD_CHARACTER)
 _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\p{White_Space}*\Z"), regex.compile(r"\p{White_Space}*")
@@ -17,11 +17,11 @@ _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\p{White_Space}*\Z"), regex.co
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that was added to a vocabulary. Text that holds `content` has it whole, never cut by the merges.
+    """A token that was added to a vocabulary. `content` in a text becomes this token, and is never cut by merges.
 
     A `special` token is found only where special tokens are allowed. `lstrip` and `rstrip` take the white space before
-    and after it along. `single_word` finds it only between characters that are no part of a word. Tokens that are not
-    `normalized` are searched for first. These are the definitions of transformers and tokenizers.
+    and after it along. A `single_word` token is found only between characters that are not part of a word. Tokens that
+    are not `normalized` are searched for first. These are the definitions of transformers and tokenizers.
     """
 
     content: str
@@ -37,10 +37,10 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
-        # Tokens that are not normalized are found first, wherever they are; then the others, in the rest of the text.
+        # Tokens that are not normalized are found first. Then the others are found in the rest of the text.
         groups = ([each for each in self._tokens.values() if each.normalized is flag] for flag in (False, True))
         self._patterns = [_any_of(token.content for token in group) for group in groups if group]
-        # Only these can cross a place where `text_files` cuts: white space begins there.
+        # `text_files` cuts where white space begins. Only these tokens can cross such a place.
         crossing = [each.content for each in self._tokens.values() if each.rstrip or regex.search(r"\s", each.content)]
         self._crossing = _any_of(crossing) if crossing else None
         self._longest_crossing = max(map(len, crossing), default=0)
@@ -68,7 +68,7 @@ class AddedTokens:
                 end = _SPACE_AFTER.match(text, end).end()
             if begin > done:
                 yield text[done:begin], False
-            if begin < end:  # else the token before it has taken all of it as white space
+            if begin < end:  # The token before it may have taken all of it as white space.
                 yield token.content, True
             done = end
         if done < len(text):
@@ -91,7 +91,7 @@ class AddedTokens:
             return False
         tail = before[-self._longest_crossing :]
         around = tail + after[: self._longest_crossing]
-        # A token that ends or begins at the cut counts: `single_word` looks at the character on the other side.
+        # A token that ends or begins at the cut counts too. `single_word` needs the character on the other side.
         matches = self._crossing.finditer(around, overlapped=True)
         return any(match.start() <= len(tail) <= match.end() for match in matches)
 

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE: text -> token ids -> text.
+"""Encode text as token ids and decode it, with GPT-2's byte-level BPE.
 
 Text is cut into words by a pattern. The UTF-8 bytes of a word are its first tokens. Then neighbours are merged, the
 earliest learned merge first, until no two neighbours are a merge. In GPT-2 every byte is a token, so all text has
@@ -33,7 +33,7 @@ from gpt_xp.tokenizer.files import (
 from gpt_xp.tokenizer.words import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, EOS, WORD, check_text, merge_word
 
 CACHED_WORDS = 50_000
-LONGEST_CACHED_WORD = 50  # longer ones seldom come twice, and would let the cache grow without bound
+LONGEST_CACHED_WORD = 50  # Longer words seldom come twice, and would let the cache grow without bound.
 
 
 class Tokenizer:
@@ -67,7 +67,7 @@ class Tokenizer:
         fit each other.
         """
         self.encoder = dict(encoder)
-        same = dict(zip(self.encoder, self.encoder, strict=True))  # merges are of tokens: each string is held once
+        same = dict(zip(self.encoder, self.encoder, strict=True))  # Merges share the strings of the tokens.
         self.merges = [(same.get(left, left), same.get(right, right)) for left, right in merges]
         added = {token: AddedToken(token) for token in [*special_tokens, *({EOS} & self.encoder.keys())]}
         added |= {token.content: token for token in added_tokens}
@@ -118,14 +118,14 @@ class Tokenizer:
         """Write `vocab.json` and `merges.txt`, which `from_directory` and transformers read back.
 
         The other files that it was read from (`tokenizer_config.json` and the like) are written as they were. A
-        tokenizer that was made in memory writes its added tokens, roles and flags. Raises
-        `CheckpointError`, and leaves no temporary file, if the files cannot be written, or as `check_place` does.
+        tokenizer that was made in memory writes its added tokens, roles and flags. Raises `CheckpointError` as
+        `check_place` does, and if the files cannot be written. Then it leaves no temporary file.
         """
         folder = Path(directory)
         self.check_place(folder)
         files = {
             **pair_files(self.encoder, self.merges),
-            # Those of an older tokenizer must not speak for this one.
+            # Files of an older tokenizer must not change this one.
             **{name: b"{}" for name in SIDE_FILES if name != TOKENIZER_JSON and (folder / name).exists()},
             **(self._files or self._side_files()),
         }
@@ -194,7 +194,7 @@ class Tokenizer:
         added = self._all_added if special_tokens else self._added_words
         if self.add_bos_token and self.bos_token is not None:
             yield [self.encoder[self.bos_token]]
-        begins = True  # at the beginning of the text, or after an added token
+        begins = True  # It is true at the beginning of the text, and after an added token.
         for piece in added.uncut(map(check_text, pieces)):
             ids: list[int] = []
             for part, is_added in added.split(piece):
@@ -263,7 +263,7 @@ class Tokenizer:
         ids = [self.encoder[token] for token in merge_word(characters, self._rank)]
         if len(word) <= LONGEST_CACHED_WORD:
             if len(self._cache) >= CACHED_WORDS:
-                self._cache.clear()  # simpler than forgetting the oldest, and common words are soon back
+                self._cache.clear()  # This is simple, and common words are soon back.
             self._cache[word] = ids
         return ids
 
@@ -295,13 +295,13 @@ def _check_parts(
         first, second = _same_id(encoder)
         raise TokenizerError(f"{source_names.vocabulary}: {first!r} and {second!r} have the same id {encoder[first]}")
     try:
-        "".join(encoder).encode()  # all at once: there are 50 000 of them
+        "".join(encoder).encode()  # Checking all at once is faster, because there are 50 000.
     except UnicodeEncodeError as error:
         token = next(token for token in encoder if error.object[error.start] in token)
         raise TokenizerError(f"{source_names.vocabulary}: {token!r} has a lone surrogate, so it is not text") from None
-    if encoder.keys().isdisjoint(CHARACTER_OF_BYTE):  # some may be missing: small vocabularies lack rare bytes
+    if encoder.keys().isdisjoint(CHARACTER_OF_BYTE):  # Small vocabularies may lack rare bytes.
         raise TokenizerError(f"{source_names.vocabulary}: not byte-level BPE: it has no token for a byte")
-    # All at once. They are checked one by one only to say which is wrong.
+    # All merges are checked at once. They are checked one by one only to find the wrong one.
     known = encoder.__contains__
     fit = all(map(known, itertools.chain.from_iterable(merges))) and all(map(known, map("".join, merges)))
     for rank, (left, right) in enumerate(() if fit and EOS not in map("".join, merges) else merges):

@@ -1,7 +1,7 @@
-"""The files of a tokenizer: `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe`, or `tokenizer.json`.
+"""Read and write a tokenizer's files: `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe`, or `tokenizer.json`.
 
-Beside them stand `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`. They say which tokens were
-added, which roles those have, and what encoding adds to a text. transformers' GPT2Tokenizer reads them so.
+`added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json` may be beside them. They say which tokens
+were added, which roles these have, and what encoding adds to a text. transformers' GPT2Tokenizer reads them so.
 """
 
 import json
@@ -18,10 +18,10 @@ from gpt_xp.tokenizer.words import EOS
 
 TOKENIZER_JSON, ADDED_TOKENS, VOCAB, MERGES = "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
-PAIRS = ((VOCAB, MERGES), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's names
-SIDE_FILES = (TOKENIZER_JSON, ADDED_TOKENS, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)  # all but the pair
+PAIRS = ((VOCAB, MERGES), ("encoder.json", "vocab.bpe"))  # These are Hugging Face's and OpenAI's names.
+SIDE_FILES = (TOKENIZER_JSON, ADDED_TOKENS, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)  # These are all but the pair.
 
-# The values that the fields of a tokenizer.json have if it is GPT-2's; None stands for null and for an absent field.
+# GPT-2's tokenizer.json has these values in its fields. None stands for null and for an absent field.
 GPT2_FIELDS: dict[str, tuple[Any, ...]] = {
     "model.type": ("BPE", None),
     "model.dropout": (None, 0),
@@ -74,7 +74,7 @@ def read_spec(folder: Path) -> TokenizerSpec:
         if pair is None:
             raise TokenizerError(_what_is_missing(folder))
         spec = _read_pair(folder / pair[0], folder / pair[1], bool(settings.get("add_bos_token")))
-    # A list of added tokens in tokenizer_config.json is complete: transformers then leaves the older file alone.
+    # A list of added tokens in tokenizer_config.json is complete. transformers then ignores the older file.
     roles = settings if "added_tokens_decoder" in settings else settings | _read_if_there(folder / SPECIAL_TOKENS_MAP)
     if settings.get("add_eos_token"):
         raise TokenizerError(
@@ -110,12 +110,12 @@ def _read_pair(vocab: Path, merges: Path, add_bos_token: bool) -> TokenizerSpec:
     if vocab.name == VOCAB and (extra := vocab.with_name(ADDED_TOKENS)).exists():
         added = _read_object(extra)
         encoder = _with_added(encoder, added, str(extra))
-    # Not splitlines, which also cuts at U+0085 and others. Windows may have put \r before \n: in a token, that
-    # byte is written 'č'.
+    # splitlines would also cut at U+0085 and others. Windows may have put \r before \n. It belongs to no token,
+    # because a token has 'č' for that byte.
     lines = [line.removesuffix("\r") for line in _read_text(merges).rstrip("\r\n").split("\n")]
-    first = int(lines[0].startswith("#version"))  # further down it is a merge
+    first = int(lines[0].startswith("#version"))  # In a later line it is a merge.
     names = SourceNames(str(vocab), lambda rank: f"{merges}, line {first + rank + 1}")
-    # The file says no more than the ids; those that have a role are made special by it.
+    # The file has only the ids. A role makes a token special later.
     tokens = tuple(AddedToken(content, special=False, normalized=True) for content in added)
     return TokenizerSpec(encoder, _pairs(lines[first:], names), names, tokens, add_bos_token=add_bos_token)
 
@@ -174,7 +174,7 @@ def _template_begin(document: dict[str, Any], path: Path) -> str | None:
 def _with_roles(
     spec: TokenizerSpec, settings: dict[str, Any], roles: dict[str, Any], folder: Path
 ) -> tuple[dict[str, int], dict[str, AddedToken]]:
-    """Return the vocabulary and the added tokens with what the files beside them say of both."""
+    """Return the vocabulary and the added tokens, completed by the files beside them."""
     encoder, added = spec.encoder, {token.content: token for token in spec.added_tokens}
     listed = settings.get("added_tokens_decoder", {})
     place = f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder"
@@ -187,7 +187,7 @@ def _with_roles(
     for token in _tokens_with_a_role(roles):
         added[token.content] = replace(added.get(token.content, token), special=True)
         if token.content not in encoder:
-            encoder = encoder | {token.content: max(encoder.values(), default=-1) + 1}  # as transformers counts on
+            encoder = encoder | {token.content: max(encoder.values(), default=-1) + 1}  # transformers does so too.
     return encoder, added
 
 
@@ -252,7 +252,7 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
         if problem := lfs_problem(content, path):
             raise TokenizerError(problem)
-        return content.decode("utf-8").removeprefix("\ufeff")  # a byte order mark, which editors on Windows write
+        return content.decode("utf-8").removeprefix("\ufeff")  # Editors on Windows write a BOM.
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
@@ -287,9 +287,9 @@ def side_files(
     add_bos_token: bool,
     add_prefix_space: bool,
 ) -> dict[str, bytes]:
-    """Return the files that say what `vocab.json` and `merges.txt` cannot; none for GPT-2's tokenizer.
+    """Return the files that add to `vocab.json` and `merges.txt`; none for GPT-2's tokenizer.
 
-    `added_tokens` are all of them, with their ids.
+    `added_tokens` maps all added tokens to their ids.
     """
     beside_eos = {token.content: id for token, id in added_tokens.items() if token != AddedToken(EOS)}
     roles = {"bos_token": bos_token, "eos_token": eos_token}
@@ -299,6 +299,6 @@ def side_files(
     if beside_eos:
         stated["added_tokens_decoder"] = {str(id): asdict(token) for token, id in added_tokens.items()}
     files = {TOKENIZER_CONFIG: stated} if stated else {}
-    if beside_eos:  # for readers that do not open the other file
+    if beside_eos:  # Some programs read only this file.
         files[ADDED_TOKENS] = beside_eos
     return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}

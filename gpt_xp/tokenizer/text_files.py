@@ -1,4 +1,4 @@
-"""Files of text as a stream of pieces, so that a corpus larger than memory can be counted or tokenized.
+"""Read files of text as a stream of pieces, so that a corpus larger than memory can be counted or tokenized.
 
 A source is a path or a stream of bytes. Its text is UTF-8. A byte order mark at its beginning, which editors on Windows
 write, is no part of the text. All parts of gpt-xp get stdin from `stdin`.
@@ -24,7 +24,7 @@ from gpt_xp.errors import TextError
 PIECE_BYTES = 1_000_000
 Source = str | os.PathLike[str] | BinaryIO
 
-_LAST_CUT = regex.compile(r"(?r)\S(?=\s)")  # (?r) searches from the end; \s is the same class as in `WORD`
+_LAST_CUT = regex.compile(r"(?r)\S(?=\s)")  # (?r) searches from the end. \s is as in `WORD`.
 
 
 def text_pieces(
@@ -81,13 +81,13 @@ def _size(source: Source) -> int | None:
     try:
         status = os.stat(source)
         if stat.S_ISREG(status.st_mode):
-            open(source, "rb").close()  # raises where it may not be read
-    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+            open(source, "rb").close()  # This raises an error for an unreadable file.
+    except (OSError, ValueError) as error:  # A null character in the name is a ValueError.
         raise TextError(f"{source} cannot be read: {_reason(error)}") from None
     if stat.S_ISDIR(status.st_mode):
         raise TextError(f"{source} is a directory: expected a text file; name the files in it")
     if not stat.S_ISREG(status.st_mode):
-        return None  # a pipe, which has no size
+        return None  # A pipe has no size.
     if not status.st_size:
         raise TextError(f"{source} is empty: expected text")
     return status.st_size
@@ -126,7 +126,7 @@ def _decoded(source: Source, n_bytes: int, advance: Callable[[int], object]) -> 
             advance(end - before)
         yield decode(b"", final=True)
     except UnicodeDecodeError as error:
-        place = end - len(error.object) + error.start  # the decoder may have kept the bytes of half a character
+        place = end - len(error.object) + error.start  # The decoder may hold half a character.
         raise TextError(
             f"{_name(source)} is not UTF-8 text: {error.reason} at byte {place}; convert it first"
         ) from None

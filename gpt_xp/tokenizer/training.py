@@ -1,4 +1,4 @@
-"""Byte-level BPE learned from text: the vocabulary and the merges of a `Tokenizer`.
+"""Learn byte-level BPE from text: the vocabulary and the merges of a `Tokenizer`.
 
 Text is cut into words by `words.WORD`, and only the number of times that each word comes is kept. A word begins as
 its bytes. Then, again and again, the most frequent pair of neighbours becomes a token, in every word. Pairs are counted
@@ -123,7 +123,7 @@ class _Pairs:
         """Count the pairs of `words`, lists of token ids, which merges change. Word i comes `word_counts[i]` times."""
         self.words, self.word_counts = words, word_counts
         self.counts: defaultdict[Pair, int] = defaultdict(int)
-        # (-count, pair, places of its words): a heap, whose least is next. A count is corrected when it comes up.
+        # A heap of (-count, pair, places of its words). The least is next, and its count is corrected when it is taken.
         self.heap: list[tuple[int, Pair, list[int]]] = []
         self._change((place, pair, 1) for place, word in enumerate(words) for pair in pairwise(word))
 

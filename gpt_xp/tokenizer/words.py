@@ -1,4 +1,4 @@
-"""Words: the pattern that cuts text into them, the characters that stand for their bytes, and the merges of one.
+"""Cut text into words, write their bytes as characters, and merge the tokens of one word.
 
 The pattern and the characters are those of `encoder.py` in openai/gpt-2.
 """
@@ -12,14 +12,14 @@ from gpt_xp.errors import TokenizerError
 
 EOS = "<|endoftext|>"
 
-# A word is a contraction, or letters, digits or other marks with the space before them, or whitespace, which
-# leaves its last character to the word that follows: "a   b" is "a", "  ", " b".
+# A word is a contraction, or letters, digits or other marks with the space before them, or whitespace. Whitespace
+# leaves its last character to the next word: "a   b" is "a", "  ", " b".
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def _byte_characters() -> list[str]:
     """Return the character that stands for each byte: the Latin-1 one if it is visible, else one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}  # 0xAD is the soft hyphen
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}  # 0xAD is the soft hyphen.
     substitutes = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(substitutes)) for byte in range(256)]
 
@@ -43,12 +43,13 @@ def check_text(text: str) -> str:
 
 
 def merge_word(characters: list[str], rank_of: Mapping[tuple[str | None, str | None], int]) -> list[str]:
-    """Return the tokens of a word after all merges: each time the one of lowest rank, the leftmost of equals.
+    """Return the tokens of a word after all merges: the lowest rank first, and the leftmost of equal ranks.
 
-    O(n log n): a heap holds the merges that are possible, two linked lists the neighbours. The lists are rings closed
-    by a place without a token, so the first and the last token too have two neighbours.
+    This takes O(n log n). A heap holds the possible merges, and two linked lists hold the neighbours. A place without a
+    token closes the lists to rings, so that the first and the last token have two neighbours too.
     """
-    tokens: list[str | None] = [*characters, None]  # None: a place without a token, as the right one of a merge becomes
+    # None marks a place without a token. A merge leaves one on its right.
+    tokens: list[str | None] = [*characters, None]
     size = len(tokens)
     before, after = [size - 1, *range(size - 1)], [*range(1, size), 0]
     possible: list[tuple[int, int]] = []
@@ -65,7 +66,7 @@ def merge_word(characters: list[str], rank_of: Mapping[tuple[str | None, str | N
     while possible:
         rank, left = heapq.heappop(possible)
         if rank_at(left) != rank:
-            continue  # another merge has taken one of the two since
+            continue  # Another merge has already used one of the two.
         right = after[left]
         tokens[left], tokens[right] = f"{tokens[left]}{tokens[right]}", None
         after[left] = after[right]

@@ -77,7 +77,7 @@ def split(settings: TrainingSettings, advance: Advance | None = None) -> tuple[S
     if settings.val:
         return Span(settings.data), Span(settings.val)
     n_characters = sum(len(piece) for piece in Span(settings.data).pieces(advance) if piece is not None)
-    # Rounded down to whole characters, as other programs with this split do.
+    # The number is rounded down to whole characters, as other programs with this split do.
     first = int(n_characters * (1 - settings.val_fraction))
     return Span(settings.data, 0, first), Span(settings.data, first)
 

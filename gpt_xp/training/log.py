@@ -26,7 +26,7 @@ class Evaluation:
     val_loss: float
     val_nats_per_character: float
     learning_rate: float
-    tokens: int  # trained on so far
+    tokens: int  # tokens trained on so far
     seconds: float
     is_best: bool
     sample: str | None = None

@@ -1,4 +1,4 @@
-"""The losses of a run as a picture."""
+"""Draw the losses of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -13,13 +13,13 @@ from gpt_xp.reporting.text import listed
 # The default shape of a model from scratch, which is that of the bundled model.
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 192, "n_ctx": 256}
 VOCAB_SIZE = 1024
-SEQ_LEN = 256  # the largest default, because the memory of attention grows with its square
+SEQ_LEN = 256  # No default is longer, because the memory of attention grows with its square.
 CHANGEABLE = (
     "device",
     "threads",
     "plot",
     "sample",
-)  # settings that a resumed run may change: no result depends on them
+)  # A resumed run may change these settings, because no result depends on them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class TrainingSettings:
     batch_size: int = 4  # Times 4 below: XLA allocates the memory of a batch anew in each step, which takes long.
     accumulate: int = 4
     learning_rate: float = 1e-3
-    min_learning_rate: float = 0.1  # of learning_rate, at the end
+    min_learning_rate: float = 0.1  # part of learning_rate at the end
     warmup: int = 100
     weight_decay: float = 0.1
     beta1: float = 0.9

@@ -20,7 +20,7 @@ from gpt_xp.training.settings import VOCAB_SIZE, TrainingSettings
 from gpt_xp.training.state import RUN, START, STATE
 from gpt_xp.types import NumpyArray, Params
 
-STD = 0.02  # of all other matrices, as in openai/gpt-2 `src/model.py`
+STD = 0.02  # All other matrices have it, as in openai/gpt-2 `src/model.py`.
 STD_WPE = 0.01
 
 

@@ -33,7 +33,7 @@ class RunCounters:
     """The progress of a run. Random numbers depend only on the step's number, so they need no state."""
 
     step: int = 0  # steps taken
-    loss_sum: float = 0.0  # over the steps since the last evaluation
+    loss_sum: float = 0.0  # nats, summed over the steps since the last evaluation
     loss_steps: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
