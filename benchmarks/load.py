@@ -86,7 +86,7 @@ def make(folder: Path, size: str) -> None:
 
     config = gpt_xp.SIZES[size]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(str(folder / "config.json"), config_entries(config, "float32"))
+    write_json(str(folder / "config.json"), config_entries(config, "float32")[0])
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(BUNDLED / "shakespeare" / name, folder)
     published = folder / "published.safetensors"

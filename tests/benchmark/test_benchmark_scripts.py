@@ -20,6 +20,7 @@ from folders import BENCHMARKS
 from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
 
+import gpt_xp
 from gpt_xp.benchmark.figures import Spread, Turn, Workload, workload_figures
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import GptXpError
@@ -163,6 +164,15 @@ def test_a_checkout_is_measured_with_its_own_code(script, tmp_path):
     assert command[-3:] == ("python", "-m", "gpt_xp")
     with pytest.raises(GptXpError, match=f"{tmp_path} is no checkout of gpt-xp"):
         before_after.in_checkout(tmp_path, entry)
+
+
+def test_the_model_of_the_scripts_can_be_loaded(script, tmp_path, monkeypatch):
+    config = gpt_xp.GPT2Config(n_vocab=1024, n_ctx=37, n_embd=12, n_head=3, n_layer=2)
+    monkeypatch.setitem(gpt_xp.SIZES, "small", config)
+    script("load").make(tmp_path, "small")
+    made = gpt_xp.load(tmp_path, backend="numpy")
+    assert (made.config.n_layer, made.tokenizer.n_vocab) == (2, 1024)
+    assert np.isfinite(made.logits([1, 50, 3])).all()
 
 
 def test_an_unknown_peer_is_refused_by_name(script, tmp_path):
