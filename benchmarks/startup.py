@@ -44,10 +44,10 @@ PROCESSES = {
 STAGES = {
     "Python": "",
     "NumPy imported": "import numpy",
-    "the command imported": "import gpt_xp.cli",
-    "tokenizer read": "import gpt_xp.cli; gpt_xp.Tokenizer.from_directory(MODEL)",
-    "model loaded": "import gpt_xp.cli; gpt_xp.load(MODEL, backend='numpy')",
-    "first token": "import gpt_xp.cli; gpt_xp.load(MODEL, backend='numpy').generate(PROMPT, max_tokens=1)",
+    "the command imported": "import gpt_xp.cli.generate",
+    "tokenizer read": "import gpt_xp.cli.generate; gpt_xp.Tokenizer.from_directory(MODEL)",
+    "model loaded": "import gpt_xp.cli.generate; gpt_xp.load(MODEL, backend='numpy')",
+    "first token": "import gpt_xp.cli.generate; gpt_xp.load(MODEL, backend='numpy').generate(PROMPT, max_tokens=1)",
 }
 TRANSFORMERS = """
 import sys
