@@ -264,7 +264,7 @@ def test_wrong_usage_is_exit_code_2_before_a_model_is_looked_for(call, args, mes
     [
         (["--backend", "nump"], "there is no backend 'nump'; there are: numpy"),
         (["--model", "no-such"], "there is no directory 'no-such', and no model of that name"),
-        (["--model", __file__], "test_cli.py is not a directory: give the directory of a model, not a file in it"),
+        (["--model", __file__], f"{__file__} is not a directory: give the directory of a model, not a file in it"),
         (["--device", "cuda:0"], "numpy has no device 'cuda:0'"),
         (["--dtype", "float16"], "numpy does not compute in float16"),
     ],

@@ -306,7 +306,7 @@ MISTAKES = [
     (["--data", "TEXT", "LATIN1", "--out", "NEW"], 1, "is not UTF-8 text: invalid continuation byte at byte 0"),
     (["--data", "TEXT", "--out", "TEXT"], 2, "is a file"),
     (["--data", "TEXT", "--out", "NEW", "--from", "shakespear"], 1, "there is no directory 'shakespear'"),
-    (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "there is no directory"),
+    (["--data", "TEXT", "--out", "NEW", "--tokenizer", "EMPTY"], 1, "is not a directory"),
     (["--data", "TEXT", "--out", "NEW", "--from", "MIXED"], 1, "and the table of this model ends at"),
     (["--data", "TEXT", "--out", "NEW", "--freeze", "1"], 1, "name the model to start from (--from)"),
     (["--data", "TEXT", "--out", "NEW", "--seed", str(2**63)], 1, "error: --seed must be below 2**63"),
