@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from commands import Result, in_a_new_process, posix, process
 from libraries import skipping_what_is_missing
 
+import gpt_xp
 from gpt_xp.environment import gpt_xp_home, is_offline, says_yes
 from gpt_xp.training.program import jax_backend
 from gpt_xp.training.settings import TrainingSettings
@@ -48,11 +50,11 @@ import gpt_xp
 import gpt_xp.benchmark.models, gpt_xp.comparison.driver, gpt_xp.training.loop
 %(imports)s
 before = snapshot()
-model = gpt_xp.load("shakespeare", backend=%(backend)r, threads=2)
+model = gpt_xp.load(%(model)r, backend=%(backend)r, threads=2)
 model.generate("A", max_tokens=3, temperature=0.5)
 model.logits([1, 2, 3])
 model.score("to be")
-gpt_xp.load("shakespeare", backend=%(backend)r, dtype="float64").generate("A", max_tokens=2)
+gpt_xp.load(%(model)r, backend=%(backend)r, dtype="float64").generate("A", max_tokens=2)
 %(more)s
 print(json.dumps([before, snapshot()]))
 """
@@ -82,9 +84,18 @@ def needs_jax() -> None:
 THEIRS = "variable KMP_DUPLICATE_LIB_OK"  # threadpoolctl sets it when it is imported
 
 
-def changed(backend: str, imports: str = "", more: str = "") -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a directory with the first layer of the bundled model, which JAX compiles sooner."""
+    whole, folder = gpt_xp.load("shakespeare", backend="numpy"), tmp_path_factory.mktemp("model")
+    params, config = whole.params | {"blocks": whole.params["blocks"][:1]}, replace(whole.config, n_layer=1)
+    gpt_xp.Model(params, config, whole.tokenizer, whole.backend).save(folder)
+    return str(folder)
+
+
+def changed(backend: str, model: str, imports: str = "", more: str = "") -> dict[str, Any]:
     """Return what has changed in a process that has worked on a backend, from what it was to what it is."""
-    code = SNAPSHOT + WORK % {"backend": backend, "imports": imports, "more": more}
+    code = SNAPSHOT + WORK % {"backend": backend, "model": model, "imports": imports, "more": more}
     before, after = in_a_new_process(code)
     # What a library sets when it is imported is its own: settings of JAX, and a variable of threadpoolctl.
     names = before | {name: None for name in after if name.startswith("variable") and name != THEIRS}
@@ -94,44 +105,46 @@ def changed(backend: str, imports: str = "", more: str = "") -> dict[str, Any]:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def test_work_on_numpy_changes_no_setting_of_the_process(home: Path) -> None:
-    assert changed("numpy") == {}
+def test_work_on_numpy_changes_no_setting_of_the_process(home: Path, one_layer: str) -> None:
+    assert changed("numpy", one_layer) == {}
 
 
-def test_work_on_jax_changes_no_setting_of_the_process(home: Path, needs_jax: None, no_jax_variables: None) -> None:
+def test_work_on_jax_changes_no_setting_of_the_process(
+    home: Path, needs_jax: None, no_jax_variables: None, one_layer: str
+) -> None:
     pytest.importorskip("matplotlib")
     # JAX has the threads that it starts with, so gpt-xp has to start it; what JAX itself sets then is no concern here.
-    imports = """
+    imports = f"""
 import matplotlib
-gpt_xp.load("shakespeare", backend="jax", threads=2)
+gpt_xp.load({one_layer!r}, backend="jax", threads=2)
 assert "NPROC" not in os.environ
 assert sys.modules["jax"].config.jax_compilation_cache_dir is None
 """
-    assert changed("jax", imports, TRAINING) == {}
+    assert changed("jax", one_layer, imports, TRAINING) == {}
     assert not home.exists(), "the library keeps nothing"
 
 
-def test_work_on_torch_changes_no_setting_of_the_process(home: Path) -> None:
+def test_work_on_torch_changes_no_setting_of_the_process(home: Path, one_layer: str) -> None:
     with skipping_what_is_missing("torch"):
         import torch  # noqa: F401
-    assert changed("torch", "import torch") == {}
+    assert changed("torch", one_layer, "import torch") == {}
 
 
 # --- where JAX's programs are kept ------------------------------------------------------------------------------------
 
 
 def test_the_command_keeps_what_jax_compiles_by_cpu_and_versions(
-    home: Path, needs_jax: None, no_jax_variables: None
+    home: Path, needs_jax: None, no_jax_variables: None, one_layer: str
 ) -> None:
     import jax
     import jaxlib
 
-    assert process("A", "-n", "2", "-b", "jax").err == ""
+    assert process("A", "-n", "2", "-m", one_layer, "-b", "jax").err == ""
     (folder,) = (home / "jax").iterdir()
     assert folder.name.startswith(f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-")
     kept = {path.name for path in folder.iterdir()}
     assert kept
-    again = process("A", "-n", "2", "-b", "jax")
+    again = process("A", "-n", "2", "-m", one_layer, "-b", "jax")
     assert again.code == 0  # jaxlib 0.10.0 writes to stderr which features of this CPU its programs were made for
     assert {path.name for path in folder.iterdir()} >= kept
 
@@ -150,10 +163,10 @@ def test_the_folder_has_another_name_on_another_cpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_user_s_own_place_for_jax_is_left(
-    home: Path, needs_jax: None, no_jax_variables: None, tmp_path: Path
+    home: Path, needs_jax: None, no_jax_variables: None, one_layer: str, tmp_path: Path
 ) -> None:
     mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
-    assert process("A", "-n", "2", "-b", "jax", env=os.environ | mine).code == 0
+    assert process("A", "-n", "2", "-m", one_layer, "-b", "jax", env=os.environ | mine).code == 0
     assert not home.exists()
 
 
@@ -187,10 +200,10 @@ main()
 
 @posix
 @pytest.mark.parametrize("place", NOWHERE.values(), ids=NOWHERE)
-def test_all_that_needs_no_cache_works_without_one(place: str | None, needs_jax: None) -> None:
-    expected = process("A", "-n", "3").out
-    assert without_home("A", "-n", "3", place=place) == (0, expected, "")
-    assert without_home("A", "-n", "3", "-b", "jax", place=place) == (0, expected, "")
+def test_all_that_needs_no_cache_works_without_one(place: str | None, needs_jax: None, one_layer: str) -> None:
+    assert without_home("A", "-n", "3", place=place) == (0, process("A", "-n", "3").out, "")
+    expected = process("A", "-n", "3", "-m", one_layer).out
+    assert without_home("A", "-n", "3", "-m", one_layer, "-b", "jax", place=place) == (0, expected, "")
 
 
 @posix
