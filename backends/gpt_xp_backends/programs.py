@@ -51,7 +51,7 @@ class Node:
         self.shape, self.dtype, self.function, self.inputs, self.array = shape, dtype, function, inputs, array
         self.changes: tuple[Callable[[Any], Any], ...] = ()  # One after the other they make the view of its whole.
         self.buffer_is_private = False  # whether no other code holds its array
-        self.n_uses = 0  # how often it is an input of an expression
+        self.n_uses = 0  # Each expression counts it once for each of its inputs that it is.
         for each in inputs:
             if isinstance(each, Node):
                 each.n_uses += 1

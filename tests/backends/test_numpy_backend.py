@@ -335,7 +335,7 @@ def test_a_forked_process_has_threads_of_its_own(share: Callable[..., None]) -> 
     code = """
 import json, os, warnings
 from gpt_xp_backends.numpy_quantized import share
-warnings.simplefilter("ignore")  # of a fork beside threads
+warnings.simplefilter("ignore")  # Python warns of a fork while there are threads.
 done = []
 share(done.append, [(0,), (1,)])
 pid = os.fork()

@@ -182,7 +182,7 @@ def test_one_slow_step_decides_nothing() -> None:
 class Prophet:
     """Proposes the tokens that follow, with wrong tokens at some places."""
 
-    rows: Iterator[tuple[list[int], set[int]]]  # of each row: the tokens that follow, and the places of wrong tokens
+    rows: Iterator[tuple[list[int], set[int]]]  # for each row: its next tokens, and the places of wrong tokens
 
     def __init__(self, prompt: Iterable[int]) -> None:
         (self.future, self.errs), self.place = next(self.rows), 0

@@ -99,7 +99,7 @@ def arrays_of(cache: KVCache) -> list[np.ndarray]:
 
 
 class Address:
-    """Where an array lies: a graph holds addresses, and keeps no array alive."""
+    """The address of an array, as a graph holds it. It keeps no array alive."""
 
     def __init__(self, x: np.ndarray) -> None:
         whole = x if x.base is None else x.base
