@@ -20,7 +20,7 @@ from small_models import CONFIGS, small_tokens
 from small_quantized import KINDS, decode, float32_params, float64_of, small
 
 import gpt_xp
-from gpt_xp import Backend, Model
+from gpt_xp import Backend, Model, transformer
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.config_json import read_carried, stated_quantization
 from gpt_xp.checkpoint.weights import read_params
@@ -195,14 +195,14 @@ def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(make_backend("numpy"))
-    from gpt_xp_backends import numpy_quantized
+    from gpt_xp_backends import numpy_kernels
     from numba.core.caching import _CacheLocator
 
     def refuse(locator: Any) -> None:
         raise PermissionError("no folder can be written to")
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
-    kernel = numpy_quantized._kernel.__wrapped__("int8", "few")
+    kernel = numpy_kernels.product_kernel.__wrapped__("int8", "few")
     x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
     kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
     assert out.tolist() == [[112, 1.5]]
@@ -285,41 +285,70 @@ def test_the_command_says_what_ran(no_variables: None, call: Callable[..., Resul
     assert record["quantize"] == "int4"
 
 
-@pytest.mark.parametrize("window", [1, 4, 23, 41])
+@pytest.mark.parametrize("n_slots", [1, 4, 23, 41])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_attention_beside_quantized_weights(monkeypatch: pytest.MonkeyPatch, batch: int, window: int) -> None:
-    """Numba computes the products of one query of each head with the cache."""
+def test_attention_beside_quantized_weights(batch: int, n_slots: int) -> None:
+    """Numba computes the attention of one query of each head, NumPy all other."""
     with skipping_what_is_missing("numba"):
         numpy_quantized = importlib.import_module("gpt_xp_backends.numpy_quantized")
-    monkeypatch.setattr(numpy_quantized, "MIN_SLOTS_FOR_THREADS", 1)
-    plain = []
-    monkeypatch.setattr(
-        numpy_quantized.np, "matmul", lambda x, w: plain.append(1) or np.einsum("...ij,...jk->...ik", x, w)
-    )
-    random = np.random.RandomState(window)
-    rows = random.standard_normal((batch, 7, window, 13)).astype(np.float32)  # [batch, n_head, n_slots, d_head]
-    query = random.standard_normal((7, batch, 1, 13)).astype(np.float32).swapaxes(0, 1)  # as permuted heads lie
-    weights = random.standard_normal((batch, 7, 1, window)).astype(np.float32)
-    for x, w in ((query, rows.mT), (weights, rows)):
-        expected = np.einsum("...ij,...jk->...ik", x.astype(np.float64), w.astype(np.float64))
-        product = numpy_quantized.matmul(x, w)
-        assert (product.shape, product.dtype) == (expected.shape, np.float32)
-        assert np.abs(product - expected).max() <= TOLERANCE["same", "float32"] * np.abs(expected).max()
-    assert not plain, "by NumPy"
-    # What is no query of one token, no float32, or no rows of a cache, is NumPy's.
-    others = [
-        (np.concatenate([query, query], axis=2), rows.mT),
-        (query.astype(np.float64), rows.mT),
-        (query, rows.mT.astype(np.float64)),
-        (query[..., ::2], rows[..., ::2].mT),
-        (query, np.asfortranarray(rows).mT),
-        (query[:, :1], rows.mT),
-        (query, np.concatenate([rows, rows], axis=3)[..., :13].mT),
-        (query[0, 0], rows[0, 0].mT),
-    ]
-    for x, w in others:
-        np.testing.assert_allclose(numpy_quantized.matmul(x, w), np.einsum("...ij,...jk->...ik", x, w), rtol=1e-6)
-    assert len(plain) == len(others)
+    by_numpy: list[int] = []
+
+    def in_blocks(*args: Any) -> Any:
+        by_numpy.append(1)
+        return transformer.attention(*args)
+
+    def check(*args: Any) -> bool:
+        """Compare with float64, and return whether NumPy computed it."""
+        by_numpy.clear()
+        found = numpy_quantized.attention(in_blocks, *args, xp=np)
+        expected = transformer.attention(*(each.astype(np.float64) for each in args), xp=np)
+        assert (found.shape, found.dtype) == (expected.shape, args[2].dtype)
+        assert np.abs(found - expected).max() <= TOLERANCE["same", "float32"] * np.abs(args[2]).max()
+        return bool(by_numpy)
+
+    random = np.random.RandomState(n_slots)
+    q = random.standard_normal((7, batch, 1, 13)).astype(np.float32).swapaxes(0, 1)  # as permuted heads lie
+    k, v = random.standard_normal((2, batch, 7, n_slots, 13)).astype(np.float32)
+    mask = np.zeros((batch, 1, 1, n_slots), np.float32)
+    for row in range(batch):
+        mask[row, ..., : row * n_slots // 4] = np.finfo(np.float32).min  # padding
+
+    def within(x: Any, first: int) -> Any:
+        """Return slots from `first` on of an array whose other slots must not be read."""
+        room = np.full((batch * 7, n_slots + 5, 13), np.nan, np.float32)
+        part = room[:, first : first + n_slots].reshape(x.shape)
+        part[:] = x
+        assert np.shares_memory(part, room)
+        return part
+
+    assert not check(q, k, v, mask)
+    assert not check(q, within(k, 0), within(v, 0), mask), "the first slots, as of a cache that has grown"
+    assert not check(q, within(k, 2), v[:, ::-1].copy()[:, ::-1], mask), "in other orders"
+    assert not check(q, np.concatenate([k, k], axis=3)[..., :13], np.asfortranarray(v), mask)
+    assert not check(q * 1000, k, v, mask), "scores too large for their exponentials"
+    # What is no query of one token, and no float32, is NumPy's.
+    assert check(np.concatenate([q, q], axis=2), k, v, mask)
+    assert check(q.astype(np.float64), k, v, mask)
+    assert check(q, k.astype(np.float64), v, mask)
+    assert check(q[0, 0], k[0, 0], v[0, 0], mask[0, 0])
+    assert check(q, k, v, mask[:1]) == (batch > 1)
+
+
+def test_layer_norm_beside_quantized_weights() -> None:
+    with skipping_what_is_missing("numba"):
+        layer_norm = importlib.import_module("gpt_xp_backends.numpy_quantized").layer_norm
+    random = np.random.RandomState(3)
+    x, g, b = (random.standard_normal(shape) for shape in ((5, 26), (13,), (13,)))
+    for dtype in (np.float32, np.float64):
+        for rows in (x[:, ::2], x[:1, 13:], x[:, :13] + 100, x[:0, :13], x[:, 13:][None], x[0, :13]):
+            args = rows.astype(dtype), g.astype(dtype), b.astype(dtype)
+            found = layer_norm(*args, xp=np, eps=0.01)
+            expected = transformer.layer_norm(*(each.astype(np.float64) for each in args), xp=np, eps=0.01)
+            assert (found.shape, found.dtype) == (rows.shape, dtype)
+            # A mean of 100 takes two digits of float32 from numbers around 1.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if dtype == np.float32 else 1e-12)
+    with pytest.raises(ValueError, match="broadcast"):
+        layer_norm(x.astype(np.float32), g.astype(np.float32), b.astype(np.float32), xp=np)
 
 
 def test_without_numba_numpy_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import threadpoolctl
@@ -15,6 +15,7 @@ import threadpoolctl
 from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
 from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
+from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
 from gpt_xp.parts import ReplacedParts
 from gpt_xp.quantization import QuantizedNamespace
@@ -61,11 +62,8 @@ class NumPyBackend(Backend):
         if device not in (None, "cpu"):
             raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
         check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
-        self.dtype, self.xp, self.device_memory = (
-            dtype,
-            ReplacedParts(namespace(), parts()),
-            physical_memory(),
-        )
+        self.dtype, self.device_memory = dtype, physical_memory()
+        self.xp = ReplacedParts(namespace(), parts())
         self._threads, self._scope = threads, _limited(threads)
         # glibc returns blocks larger than any block freed before, up to 32 MB, to the system, which clears each page.
         # That takes 7% of the time of a prompt of 512 tokens. So a block of this size is freed; its pages are not used.
@@ -97,6 +95,20 @@ class NumPyBackend(Backend):
 
         return call
 
+    def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
+        """Return the cache with `n_slots` slots: the first of arrays with spare room, so that few growths copy."""
+
+        def longer(x: Any) -> Any:
+            room = with_spare_room(x)
+            if room.shape[1] < n_slots:
+                room = np.zeros((len(x), n_slots + n_slots // 4, x.shape[2]), x.dtype)
+                room[:, : x.shape[1]] = x
+            return room[:, :n_slots]
+
+        for i, (k, v) in enumerate(cache.layers):
+            cache.layers[i] = longer(k), longer(v)
+        return cache
+
     def chunk_tokens(self, batch: int) -> int:
         """Return `PREFILL_ROWS` divided among the prompts, at least 16."""
         return max(PREFILL_ROWS // batch, 16)
@@ -105,25 +117,14 @@ class NumPyBackend(Backend):
         """Return the backend with products compiled by Numba. Raises `BackendError` if Numba is not installed."""
         if self.dtype != "float32":
             return super().quantized()
-        numba = import_library("numba", QUANTIZED_FIX)
+        import_library("numba", QUANTIZED_FIX)
         from gpt_xp_backends import numpy_quantized
 
-        blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-
-        @contextlib.contextmanager
-        def scope() -> Iterator[None]:
-            """Use Numba's threads alone. Threads of Numba and BLAS that wait for each other are 100 times as slow."""
-            before = numba.get_num_threads()
-            numba.set_num_threads(min(self._threads or before, numba.config.NUMBA_NUM_THREADS))
-            try:
-                with LIMITS(blas, 1):
-                    yield
-            finally:
-                numba.set_num_threads(before)
-
-        plain = NumPy(**vars(namespace()) | {"matmul": numpy_quantized.matmul})
-        xp = QuantizedNamespace(plain, self.dtype, numpy_quantized.product)
-        return self.replace(xp=ReplacedParts(xp, parts(numpy_quantized.share)), _scope=scope, takes_quantized=True)
+        blas = functools.partial(LIMITS, threadpoolctl.ThreadpoolController().select(user_api="blas"), 1)
+        scope = functools.partial(numpy_quantized.numba_threads, self._threads, blas)
+        xp = QuantizedNamespace(namespace(), self.dtype, numpy_quantized.product)
+        compiled = numpy_quantized.compiled_parts(parts(numpy_quantized.share))
+        return self.replace(xp=ReplacedParts(xp, compiled), _scope=scope, takes_quantized=True)
 
     def settings(self) -> dict[str, str]:
         """Return what is known about NumPy's BLAS."""
@@ -214,14 +215,21 @@ def _gelu(x: Any, xp: Any) -> Any:
     return np.concatenate([gelu(x[first : first + n_rows], xp) for first in range(0, len(x), n_rows)])
 
 
-def parts(share: Callable[..., None] | None = None) -> dict[str, Callable[..., Any]]:
-    """Return the parts of the model that are computed in blocks. `share(function, work)` calls it for each block."""
-    return {"attention": functools.partial(_attention, share or _one_by_one), "gelu": _gelu}
-
-
 def _one_by_one(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
     for each in work:
         function(*each)
+
+
+def parts(share: Callable[..., Any] = _one_by_one) -> dict[str, Callable[..., Any]]:
+    """Return the parts of the model that are computed in blocks. `share(function, work)` calls it for each block."""
+    return {"attention": functools.partial(_attention, share), "gelu": _gelu}
+
+
+def with_spare_room(x: Any) -> Any:
+    """Return the array whose first slots are `x` [n, n_slots, d_head], or `x` itself if there is none."""
+    room = x.base
+    begins_here = isinstance(room, np.ndarray) and room.strides == x.strides and room.ctypes.data == x.ctypes.data
+    return room if begins_here and room.shape[::2] == x.shape[::2] else x
 
 
 def _take_along_last_axis(x: Any, indices: Any, axis: int = -1) -> Any:
@@ -243,9 +251,6 @@ def _sort(x: Any, axis: int = -1, descending: bool = False, stable: bool = True)
 
 def _reduction(ufunc: np.ufunc) -> Callable[..., Any]:
     return lambda x, axis=None, dtype=None, keepdims=False: ufunc.reduce(x, axis=axis, dtype=dtype, keepdims=keepdims)
-
-
-Scope: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Limits:
@@ -287,7 +292,7 @@ def _set_threads(library: Any, threads: int) -> None:
 LIMITS = Limits()
 
 
-def _limited(threads: int | None) -> Scope:
+def _limited(threads: int | None) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Return a context in which BLAS has this number of threads; None changes nothing."""
     if threads is None:
         return contextlib.nullcontext
