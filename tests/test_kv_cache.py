@@ -218,7 +218,8 @@ def test_numpy_copies_a_cache_that_grows_only_now_and_then() -> None:
         alone = gpt_xp.KVCache([(part, part.copy())], 6, np.zeros(1, np.int32))
         for x in backend.grow_cache(alone, 23).layers[0]:
             assert x.shape == (part.shape[0], 23, part.shape[2])
-            assert (x[:, : part.shape[1]] == 1).all() and not x[:, part.shape[1] :].any()
+            assert (x[:, : part.shape[1]] == 1).all()
+            assert not x[:, part.shape[1] :].any()
 
 
 def test_a_copy_survives_a_compiled_step_that_may_reuse_the_cache() -> None:
