@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gpt_xp.generation.sampling import Choice
 
 DecodeStep: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> (next state, output of this step)
-CACHE_GROWTH = 64  # slots; a cache has a multiple of this, so that it seldom grows
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Backend:
     needs_quantized: ClassVar[dict[str, str]] = {}  # The modules that quantized weights need in addition.
 
     device_memory: int | None = None  # bytes in total
+    cache_growth = 64  # slots; a cache has a multiple of this, so that it seldom grows
     takes_quantized = False  # `quantized` returns a backend where this is True.
     # True if NumPy samples faster than the library: logits are then moved to the host.
     samples_on_host: bool = False
@@ -133,7 +133,7 @@ class Backend:
 
         Each number of slots is compiled anew, so a library that compiles should return few different ones.
         """
-        return min(-(-n_tokens // CACHE_GROWTH) * CACHE_GROWTH, n_ctx)
+        return min(-(-n_tokens // self.cache_growth) * self.cache_growth, n_ctx)
 
     def new_cache(self, config: GPT2Config, like: Array, n_slots: int, start: Array) -> KVCache:
         """Return an empty cache; the arguments are those of `gpt_xp.new_cache`."""

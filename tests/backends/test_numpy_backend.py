@@ -165,7 +165,7 @@ def test_few_scores_are_there_at_a_time_and_none_that_are_masked(monkeypatch: py
     model.generate([5, 3, 17, 2, 1], max_tokens=2, ignore_eos=True)
     layers = model.config.n_layer
     prefill = [(1, 3, 3, 3), (1, 2, 2, 5), (1, 1, 2, 5)]
-    assert shapes == prefill * layers + [(1, 3, 1, 37)] * layers
+    assert shapes == prefill * layers + [(1, 3, 1, 16)] * layers
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (13, 7), (13, 130), (7,), (2, 3, 5), (0, 7)])

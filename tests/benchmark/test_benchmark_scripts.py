@@ -178,6 +178,30 @@ def test_a_checkout_is_measured_with_its_own_code(script, tmp_path):
         before_after.in_checkout(tmp_path, entry)
 
 
+def test_processes_are_compared_by_their_medians(script):
+    before_after, workload = script("before_after"), Workload(23)
+
+    def run(before, after):
+        turns = {"before": before, "after": after}
+        standings = tuple(
+            ContenderResult(
+                name, figures=(workload_figures(each, workload),) if each else (), turns=(tuple(each),) if each else ()
+            )
+            for name, each in turns.items()
+        )
+        return Benchmark("", (workload,), 3, 2, "before", standings, {})
+
+    def turns(*milliseconds):
+        return [Turn(7 * each / 1e3, each / 1e3) for each in milliseconds]
+
+    runs = [run(turns(2, 4, 9), turns(5, 6, 1)), run(turns(8, 8), turns(4, 4)), run(turns(1), turns(3))]
+    table = before_after.over_processes("numpy", [*runs, run(turns(1), [])], argparse.Namespace(markdown=True))
+    head, _, prefill, decode = [[each.strip() for each in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert head[0] == "numpy, 3 processes"
+    assert prefill == ["prefill", "1", "23", "28.0", "28.0", "1.25 0.88-2.12"]
+    assert decode == ["decode", "1", "23", "4.0", "4.0", "1.25 0.88-2.12"]
+
+
 def test_the_model_of_the_scripts_can_be_loaded(script, tmp_path, monkeypatch):
     config = gpt_xp.GPT2Config(n_vocab=1024, n_ctx=37, n_embd=12, n_head=3, n_layer=2)
     monkeypatch.setitem(gpt_xp.SIZES, "small", config)
