@@ -153,10 +153,12 @@ def test_models_of_one_shape_share_the_programs_of_jax(monkeypatch: pytest.Monke
 def test_kernels_of_numpy_for_any_shape(monkeypatch: pytest.MonkeyPatch, kind: str, n_in: int, n_out: int) -> None:
     quantized(make_backend("numpy"))
     from gpt_xp_backends import numpy_quantized
-    from gpt_xp_backends.numpy_quantized import product
+    from gpt_xp_backends.numpy_quantized import linear, product
 
     monkeypatch.setattr(numpy_quantized, "MAX_DEQUANTIZED_COLUMNS", 5)
+    xp = quantized(make_backend("numpy")).xp.without("linear")
     random = np.random.RandomState(n_in + n_out)
+    bias = random.standard_normal(2 * n_out).astype(np.float32)[::2]
     weight = QuantizedWeight(*_quantized(random.standard_normal((n_out, n_in)).astype(np.float32), kind))
     meant = decode(weight.q, weight.scale.astype(np.float64)).T
     for array in weight:
@@ -166,6 +168,9 @@ def test_kernels_of_numpy_for_any_shape(monkeypatch: pytest.MonkeyPatch, kind: s
         found = product(x, weight)
         assert (found.shape, found.dtype) == ((rows, n_out), np.float32)
         assert_values(found, x.astype(np.float64) @ meant, TOLERANCE["logits", "float32"])
+        found = linear(x, weight, bias, xp)
+        assert (found.shape, found.dtype) == ((rows, n_out), np.float32)
+        assert_values(found, x.astype(np.float64) @ meant + bias.astype(np.float64), TOLERANCE["logits", "float32"])
 
 
 def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +182,10 @@ def test_threads_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[tuple[int, int]] = []
     original = numpy_quantized.product
 
-    def spy(x: Any, weight: Any) -> Any:
+    def spy(x: Any, weight: Any, *bias: Any) -> Any:
         blas = [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
         seen.append((numba.get_num_threads(), max(blas, default=1)))
-        return original(x, weight)
+        return original(x, weight, *bias)
 
     monkeypatch.setattr(numpy_quantized, "product", spy)
     params, config = small("int8")
@@ -204,8 +209,9 @@ def test_kernels_are_compiled_where_no_folder_can_be_written_to(monkeypatch: pyt
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
     kernel = numpy_kernels.product_kernel.__wrapped__("int8", "few")
     x, out = np.array([[2, 3, 5]], np.float32), np.empty((1, 2), np.float32)
-    kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), np.array([1, 0.5], np.float32), out, 1)
-    assert out.tolist() == [[112, 1.5]]
+    scale, bias = np.array([[1, 0.5], [17, 19]], np.float32)
+    kernel(x, np.array([[7, 11, 13], [-1, 0, 1]], np.int8), scale, bias, out, 1)
+    assert out.tolist() == [[129, 20.5]]
 
 
 def test_float64_stays_float64() -> None:

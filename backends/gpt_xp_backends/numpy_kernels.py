@@ -119,7 +119,7 @@ def _add_tile(x: Any, row: int, first: int, depth: int, wide: Any, out: Any, col
             out[row + i, column + j] += total
 
 
-def _few_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+def _few_int8(x: Any, q: Any, scale: Any, bias: Any, out: Any, n_threads: int) -> None:
     n_out = len(q)
     for thread in prange(n_threads):
         first, last = n_out * thread // n_threads, n_out * (thread + 1) // n_threads
@@ -128,20 +128,20 @@ def _few_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
             for row in range(len(x)):
                 sums = _dots(x[row], q[j], q[j + n], q[j + 2 * n], q[j + 3 * n])
                 for place in range(PLACES):
-                    out[row, j + place * n] = sums[place] * scale[j + place * n]
+                    out[row, j + place * n] = sums[place] * scale[j + place * n] + bias[j + place * n]
         for j in range(first + PLACES * n, last):
             for row in range(len(x)):
-                out[row, j] = _dot(x[row], q[j]) * scale[j]
+                out[row, j] = _dot(x[row], q[j]) * scale[j] + bias[j]
 
 
-def _few_int4(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
+def _few_int4(x: Any, q: Any, scale: Any, bias: Any, out: Any, n_threads: int) -> None:
     n_out, half = q.shape
     for thread in prange(n_threads):
         each = _aligned(1, half)[0]
         for j in range(n_out * thread // n_threads, n_out * (thread + 1) // n_threads):
             _spread(scale[j], each)
             for row in range(len(x)):
-                out[row, j] = _dot_int4(x[row, :half], x[row, half:], q[j], each)
+                out[row, j] = _dot_int4(x[row, :half], x[row, half:], q[j], each) + bias[j]
 
 
 def _many_int8(x: Any, q: Any, scale: Any, out: Any, n_threads: int) -> None:
@@ -261,7 +261,8 @@ def product_kernel(kind: str, way: str) -> Callable[..., None]:
     rows = types.Array(types.float32, 2, "C")
     if way == "dequantize":
         return _compiled(types.void(*weight, rows), function, parallel=False)
-    return _compiled(types.void(rows, *weight, rows, types.intp), function)
+    bias = (types.Array(types.float32, 1, "C", readonly=True),) if way == "few" else ()
+    return _compiled(types.void(rows, *weight, *bias, rows, types.intp), function)
 
 
 @functools.cache
