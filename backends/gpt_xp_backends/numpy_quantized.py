@@ -75,7 +75,8 @@ def _zeros(n: int) -> NumpyArray:
 def compiled_parts(parts: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """Return NumPy's `parts` of the model, of which some are computed by kernels here.
 
-    Python and NumPy take 5.3 ms of a token of 124M at 512 tokens of context without them, and 3.8 ms with them.
+    Between the products, a token of 124M at 512 tokens takes 4.3 ms with them, and 5.4 without
+    (benchmarks/results/plain-numpy.md).
     """
     in_blocks = parts["attention"]
     return parts | {"linear": linear, "layer_norm": layer_norm, "attention": functools.partial(attention, in_blocks)}
