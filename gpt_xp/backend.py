@@ -19,7 +19,10 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import peak_process_memory
-from gpt_xp.types import Array, Namespace
+from gpt_xp.mesh import Hosts, MeshShape
+from gpt_xp.quantization import Quantized, QuantizedNamespace
+from gpt_xp.tree import tree_map
+from gpt_xp.types import Array, Namespace, Params
 
 if TYPE_CHECKING:
     from gpt_xp.generation.sampling import Choice
@@ -94,6 +97,26 @@ class Backend:
         """Return an array of the library as a NumPy array."""
         raise NotImplementedError
 
+    def place(self, params: Params, config: GPT2Config) -> Params:
+        """Return params, quantized or not, on the device: arrays in the backend's dtype, and codes and scales as is."""
+
+        def moved(leaf: Any) -> Any:
+            if isinstance(leaf, Quantized):
+                return type(leaf)(*map(self.asarray, leaf))
+            return self.asarray(leaf, self.dtype)
+
+        return tree_map(moved, params)  # type: ignore[no-any-return]
+
+    def fetch(self, params: Params, config: GPT2Config) -> Params:
+        """Return params of `place` as NumPy arrays. bfloat16, which NumPy lacks, becomes float32, which holds it."""
+
+        def fetched(leaf: Any) -> Any:
+            if isinstance(leaf, Quantized):
+                return type(leaf)(*map(self.to_numpy, leaf))
+            return self.to_numpy(self.xp.astype(leaf, self.xp.float32) if self.dtype == "bfloat16" else leaf)
+
+        return tree_map(fetched, params)  # type: ignore[no-any-return]
+
     # --- computing ---
 
     def compile(
@@ -122,8 +145,6 @@ class Backend:
 
         Raises `BackendError` if it needs a library for them that is not installed.
         """
-        from gpt_xp.quantization import QuantizedNamespace
-
         return self.replace(xp=QuantizedNamespace(self.xp, self.dtype), takes_quantized=True)
 
     # --- the cache, and how prompts are cut ---
@@ -150,6 +171,35 @@ class Backend:
     def padded_length(self, n_tokens: int, n_prompt: int) -> int:
         """Return the length to which a chunk of `n_tokens` of a prompt of `n_prompt` is padded on the right."""
         return n_tokens
+
+    # --- several devices, several processes: only JAX has them ---
+
+    @classmethod
+    def on_mesh(cls, shape: MeshShape, hosts: Hosts | None, **options: Any) -> "Backend":
+        """Return the backend on a mesh of devices; the options are those of `__init__`. Raises `BackendError`."""
+        raise BackendError(f"{cls.name} computes on one device; a mesh needs jax: choose the backend jax")
+
+    process_index = 0  # of the processes that share the mesh; process 0 prints and writes
+    process_count = 1
+
+    def full_batch(self, rows: int) -> int:
+        """Return how many rows to compute for a batch of `rows`: more where several devices share them equally."""
+        return rows
+
+    def agreed(self, number: int) -> int:
+        """Return the number (below 2^32) that process 0 has given."""
+        return number
+
+    def wait_for_others(self, place: str) -> None:
+        """Wait until all processes have come to the `place` of the program that this names."""
+
+    def shard(self, leaf: Any, dtype: str | None = None) -> Array:
+        """Return an array of the state of training on the devices, each of which holds a part."""
+        return self.asarray(leaf, dtype)
+
+    def constrain(self, leaf: Array) -> Array:
+        """Return an array inside a compiled program, placed as `shard` places it."""
+        return leaf
 
     # --- memory, time, settings ---
 

@@ -23,7 +23,7 @@ from gpt_xp.types import Array, Namespace
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer, each [batch * n_head, n_slots, d_head], and the number of tokens written."""
+    """The keys and values of one layer, shaped as in `KVCache`, and the number of tokens written."""
 
     k: Array
     v: Array
@@ -37,7 +37,7 @@ class LayerCache(NamedTuple):
         is not known, so only more tokens than all slots are an error there.
         """
         batch, n_head, n_seq, d_head = k.shape
-        n_slots = self.k.shape[1]
+        *rows, n_slots, _ = self.k.shape
         first = self.position % n_slots
         room = n_slots - (first if isinstance(first, int) else 0)
         if n_seq > room:
@@ -45,7 +45,7 @@ class LayerCache(NamedTuple):
                 f"{n_seq} tokens were given, and the cache has room for {room} before its ring begins again: "
                 "make it larger, or pass fewer tokens at a time"
             )
-        new_k, new_v = (xp.reshape(x, (batch * n_head, n_seq, d_head)) for x in (k, v))
+        new_k, new_v = (xp.reshape(x, (*rows, n_seq, d_head)) for x in (k, v))
         layer = LayerCache(_put(self.k, first, new_k, xp), _put(self.v, first, new_v, xp), self.position)
         k, v = (xp.reshape(x, (batch, n_head, n_slots, d_head)) for x in (layer.k, layer.v))
         return layer, k, v
@@ -62,7 +62,8 @@ class KVCache(NamedTuple):
     `start` is [batch] int32.
 
     XLA's CPU compiler multiplies by arrays of three axes. Arrays of four are copied for each token: at 930 tokens of
-    context, a token then takes 1.9 times as long (benchmarks/before_after.py).
+    context, a token then takes 1.9 times as long (benchmarks/before_after.py). A backend that spreads rows and heads
+    over several devices may keep them apart: [batch, n_head, n_slots, d_head].
     """
 
     layers: list[tuple[Array, Array]]
@@ -72,7 +73,7 @@ class KVCache(NamedTuple):
     @property
     def n_slots(self) -> int:
         """The number of tokens that fit before the cache grows, or its ring begins again."""
-        return int(self.layers[0][0].shape[1])
+        return int(self.layers[0][0].shape[-2])
 
     def layer(self, index: int) -> LayerCache:
         """Return the cache of one layer."""
@@ -132,18 +133,18 @@ def _written(query: Array, slots: Array) -> Array:
 
 
 def _put(buffer: Array, first: int | Array, new: Array, xp: Namespace) -> Array:
-    """Return `buffer` with `new` [batch * n_head, n_seq, d_head] from slot `first` on, in place where possible."""
+    """Return `buffer` with `new` [..., n_seq, d_head] from slot `first` on, in place where possible."""
     is_writeable = is_writeable_array(buffer)
     if not is_writeable and is_jax_array(buffer):
         from jax.lax import dynamic_update_slice_in_dim  # Compiled, it is faster than `at`.
 
-        return dynamic_update_slice_in_dim(buffer, new, first, axis=1)
-    n_seq = new.shape[1]
+        return dynamic_update_slice_in_dim(buffer, new, first, axis=-2)
+    n_seq = new.shape[-2]
     if isinstance(first, int):
         slots = slice(first, first + n_seq)
     else:  # It is an array: a step that is captured appends one token.
         slots = first[None] if n_seq == 1 else first + xp.arange(n_seq, dtype=xp.int32)
-    index = (slice(None), slots, slice(None))
+    index = (..., slots, slice(None))
     if is_writeable:  # `at` does the same, but takes longer, twice in every layer.
         buffer[index] = new
         return buffer
@@ -191,9 +192,9 @@ def grow_cache(cache: KVCache, n_slots: int, xp: Namespace = None) -> KVCache:
     xp = xp or array_namespace(cache.layers[0][0])
 
     def longer(x: Array) -> Array:
-        heads, before, d_head = x.shape
-        more = xp.zeros((heads, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
-        return xp.concat([x, more], axis=1)
+        *rows, before, d_head = x.shape
+        more = xp.zeros((*rows, n_slots - before, d_head), dtype=x.dtype, device=device_of(x))
+        return xp.concat([x, more], axis=-2)
 
     for i, (k, v) in enumerate(cache.layers):
         cache.layers[i] = longer(k), longer(v)

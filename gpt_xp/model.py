@@ -4,8 +4,10 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from secrets import randbits
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
@@ -32,7 +34,7 @@ from gpt_xp.scoring.windows import Windows
 from gpt_xp.settings import GenerationOptions as Options
 from gpt_xp.settings import GenerationSettings, StreamOptions, merged
 from gpt_xp.tokenizer.bpe import Tokenizer
-from gpt_xp.tree import leaves, tree_map
+from gpt_xp.tree import leaves
 from gpt_xp.types import Params
 
 Settings: TypeAlias = GenerationSettings | None
@@ -78,8 +80,8 @@ class Model:
         dtype = self.backend.dtype
         self._bytes = sum(n_bytes(x) if isinstance(x, Quantized) else array_bytes(x, dtype) for x in leaves(params))
         with self._memory_errors(batch=0):
-            moved: Params = tree_map(self._move, params)
-        self._decoder = Decoder(moved, self.config, self.backend)
+            placed = self.backend.place(params, self.config)
+        self._decoder = Decoder(placed, self.config, self.backend)
         self._generator = Generator(self._decoder, self.tokenizer)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -148,7 +150,9 @@ class Model:
         Arguments are checked before this returns.
         """
         called = time.perf_counter()
-        chosen = merged(settings, options).with_seed()
+        chosen = merged(settings, options)
+        if chosen.seed is None:
+            chosen = replace(chosen, seed=self.backend.agreed(randbits(32)))
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
         texts: Any = [prompt] if is_one_prompt(prompt) else prompt
@@ -210,12 +214,6 @@ class Model:
         encode = functools.partial(self._token_ids, special_tokens=special_tokens)
         with self._memory_errors(batch=batch_size):
             return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
-
-    def _move(self, leaf: Any) -> Any:
-        """Return an array or a quantized weight on the device."""
-        if isinstance(leaf, Quantized):
-            return type(leaf)(*map(self.backend.asarray, leaf))
-        return self.backend.asarray(leaf, self.backend.dtype)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
@@ -295,6 +293,8 @@ def load(
     device: str | None = None,
     threads: int | None = None,
     quantize: str | None = None,
+    mesh: str | None = None,
+    hosts: str | None = None,
 ) -> Model:
     """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
 
@@ -308,11 +308,17 @@ def load(
     `quantize` "int8" or "int4" stores the weights in 8 or 4 bits (see `gpt_xp.quantize`): faster, smaller, and a little
     less exact. A model that was saved quantized needs no `quantize`.
 
+    `mesh` "data=2,model=4" computes on 8 devices of JAX: rows are split over 2, weights over 4 ("auto": rows over all).
+    `hosts` "ADDRESS:PORT,COUNT,INDEX" joins COUNT processes, of which this is number INDEX (from 0) and number 0
+    listens on that address; processes that Slurm, Open MPI or a TPU pod started are joined without it. All processes
+    must make the same calls, and all get the results. Process 0 alone writes files.
+
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError` and
     `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized in that way.
     """
     check_kind(quantize)
-    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads)  # before anything is fetched
+    # before anything is fetched
+    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads, mesh=mesh, hosts=hosts)
     if quantize:
         chosen = quantized_backend(chosen)
     # The params are read as stored, because 16 bits travel faster than 32. The device converts them.
@@ -330,12 +336,6 @@ def save(model: Model, directory: str | Path) -> None:
     and files of its directory that gpt-xp does not use are written too; files that exist already stay. All files are
     written to temporary names and renamed at the end. Raises `CheckpointError` if writing fails.
     """
-    to_numpy, xp = model.backend.to_numpy, model.backend.xp
-
-    def fetch(leaf: Any) -> Any:
-        if isinstance(leaf, Quantized):
-            return type(leaf)(*map(to_numpy, leaf))
-        # NumPy has no bfloat16, and float32 holds it exactly.
-        return to_numpy(xp.astype(leaf, xp.float32) if model.backend.dtype == "bfloat16" else leaf)
-
-    checkpoint.save(directory, tree_map(fetch, model.params), model.config, model.tokenizer, model._carried)
+    params = model.backend.fetch(model.params, model.config)
+    if model.backend.process_index == 0:
+        checkpoint.save(directory, params, model.config, model.tokenizer, model._carried)

@@ -12,7 +12,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from gpt_xp.backend import Backend, BackendInfo
-from gpt_xp.errors import BackendError
+from gpt_xp.errors import BackendError, SettingError
+from gpt_xp.mesh import parse_hosts, parse_mesh
 from gpt_xp.parts import ReplacedParts
 from gpt_xp.reporting.text import closest_first
 
@@ -33,19 +34,29 @@ def get_backend(
     device: str | None = None,
     dtype: str = "float32",
     threads: int | None = None,
+    mesh: str | None = None,
+    hosts: str | None = None,
 ) -> Backend:
     """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy). A `Backend` is returned unchanged.
 
-    Raises `BackendError` if the name, device or dtype is unknown, or the library is not installed.
+    `mesh` and `hosts` are those of `load`. Raises `BackendError` if the name, device or dtype is unknown, the library
+    is not installed, or there are too few devices. Raises `SettingError` for another form of `mesh` or `hosts`.
     """
     if isinstance(name, Backend):
-        if (device, threads) != (None, None) or dtype not in ("float32", name.dtype):
-            raise BackendError("device, dtype and threads are settled when a Backend is made: give its name instead")
+        if (device, threads, mesh, hosts) != (None,) * 4 or dtype not in ("float32", name.dtype):
+            raise BackendError(
+                "device, dtype, threads, mesh and hosts are settled when a Backend is made: give its name instead"
+            )
         return name
+    if hosts is not None and mesh is None:
+        raise SettingError("hosts joins processes for a mesh: give mesh too, such as data=2")
+    shape = None if mesh is None else parse_mesh(mesh)
+    processes = None if hosts is None else parse_hosts(hosts)
     backend = backend_class(name or default_backend())
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise BackendError(f"threads must be a whole number of at least 1, not {threads!r:.80}")
-    return backend(device=device, dtype=dtype, threads=threads)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+    return backend(**options) if shape is None else backend.on_mesh(shape, processes, **options)
 
 
 def with_parts(backend: str | Backend | None = None, **parts: Callable[..., Any]) -> Backend:

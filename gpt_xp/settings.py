@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from secrets import randbits
 from typing import Any, TypedDict
 
 from gpt_xp.errors import SettingError
@@ -73,10 +72,6 @@ class GenerationSettings:
             "min_p": None if greedy or not self.min_p else self.min_p,
             "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
         }
-
-    def with_seed(self) -> "GenerationSettings":
-        """Return the settings with a seed: the one that was given, or a random one."""
-        return self if self.seed is not None else replace(self, seed=randbits(32))
 
 
 class GenerationOptions(TypedDict, total=False):

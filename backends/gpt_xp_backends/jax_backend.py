@@ -22,6 +22,7 @@ from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
+from gpt_xp.mesh import Hosts, MeshShape
 from gpt_xp.types import Array, Namespace
 
 GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
@@ -40,7 +41,7 @@ class JaxBackend(Backend):
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
         with contextlib.nullcontext() if threads is None else _starting_with(threads):
             self._jax = jax = import_library("jax", FIX)
-            self._device = where = _find_device(jax, device)
+            self._device = where = self._choose_device(device)
         # XLA's CPU compiler computes 16-bit products in float32, slower than with float32 params.
         half = () if where.platform == "cpu" else ("bfloat16", "float16")
         check_dtype("jax", _name(where), dtype, ("float32", "float64", *half))
@@ -49,6 +50,17 @@ class JaxBackend(Backend):
         self.version, self.device, self.dtype = jax.__version__, _name(where), dtype
         self.device_memory = _device_info(where).memory
         vars(self).update(on_cpus() if where.platform == "cpu" else on_accelerators())
+
+    @classmethod
+    def on_mesh(cls, shape: MeshShape, hosts: Hosts | None, **options: Any) -> Backend:
+        """Return JAX on a mesh."""
+        import_library("jax", FIX)
+        from gpt_xp_backends.jax_mesh import JaxMeshBackend
+
+        return JaxMeshBackend(shape, hosts, **options)
+
+    def _choose_device(self, name: str | None) -> Any:
+        return _find_device(self._jax, name)
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -208,16 +220,26 @@ def _all_devices(jax: Any) -> list[Any]:
 
 def _find_device(jax: Any, name: str | None) -> Any:
     """Return the device called `name`: "cuda:1", or the first device of the platform "cuda", "gpu", "tpu" or "cpu"."""
-    devices = _all_devices(jax)
-    if name is None:
-        return devices[0]
-    platform, _, index = name.partition(":")
+    platform, _, index = (name or "").partition(":")
     try:
-        return dict(enumerate(jax.devices(platform)))[int(index or 0)]
-    except (RuntimeError, KeyError, ValueError):  # an unknown platform, an unknown index, no number
-        names = ", ".join(map(_name, devices))
-        cause = f"; {GPU_FIX}" if platform in ("gpu", "cuda") else ""
-        raise BackendError(f"jax has no device {name!r} here, only {names}{cause}") from None
+        return dict(enumerate(find_devices(jax, platform or None)))[int(index or 0)]
+    except (KeyError, ValueError):  # an unknown index, no number
+        raise _no_device(jax, name) from None
+
+
+def find_devices(jax: Any, platform: str | None) -> list[Any]:
+    """Return the devices of a platform ("cpu", "gpu", "cuda", "tpu"; None: JAX's first). Raises `BackendError`."""
+    devices = _all_devices(jax)
+    try:
+        return list(jax.devices(platform or devices[0].platform))
+    except RuntimeError:  # an unknown platform
+        raise _no_device(jax, platform) from None
+
+
+def _no_device(jax: Any, name: str | None) -> BackendError:
+    names = ", ".join(map(_name, _all_devices(jax)))
+    cause = f"; {GPU_FIX}" if str(name).partition(":")[0] in ("gpu", "cuda") else ""
+    return BackendError(f"jax has no device {name!r} here, only {names}{cause}")
 
 
 def _name(device: Any) -> str:

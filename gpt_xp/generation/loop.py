@@ -7,7 +7,7 @@ fewer steps. On a backend with a `decode_block`, the device chooses the tokens, 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,16 @@ class Generator:
         `called` is the `time.perf_counter()` at which the user's call began.
         """
         rows = [self._row(prompt, settings) for prompt in prompts]
-        state = self._prefill(rows, settings)
+        state = self._prefill([*rows, *self._idle_rows(rows)], settings)
         time_to_first_token = time.perf_counter() - called
         yield from _pieces(rows, state.choice)
         in_blocks = self.decoder.backend.decode_block is not None
-        choices = (_speculating if settings.speculate else _in_blocks if in_blocks else _one_by_one)(state)
+        # Speculation depends on time, so several processes would decide differently.
+        speculates = settings.speculate and self.decoder.backend.process_count == 1
+        choices = (_speculating if speculates else _in_blocks if in_blocks else _one_by_one)(state)
         while any(state.alive):
             yield from _pieces(rows, next(choices))
-        stats = self._stats(state, time_to_first_token)
+        stats = self._stats(state, rows, time_to_first_token)
         for index, row in enumerate(rows):
             yield Piece("", index, result=row.result(stats))
 
@@ -111,6 +113,11 @@ class Generator:
         stream = TextStream(self.tokenizer, settings.stop_strings)
         return RowState(prompt, stream, limit, reason, frozenset() if settings.ignore_eos else self.end_tokens)
 
+    def _idle_rows(self, rows: Sequence[RowState]) -> list[RowState]:
+        """Return finished rows that fill up the batch, so that several devices have equal parts of it."""
+        n_idle = self.decoder.backend.full_batch(len(rows)) - len(rows)
+        return [replace(rows[0], finish_reason="idle") for _ in range(n_idle)]
+
     def _prefill(self, rows: Sequence[RowState], settings: GenerationSettings) -> DecodeState:
         clock, prompts = Clock(self.decoder.backend), [row.prompt for row in rows]
         choosing = Choosing(self.chooser, prompts, settings)
@@ -121,8 +128,8 @@ class Generator:
         state.take(choice)
         return state
 
-    def _stats(self, state: DecodeState, time_to_first_token: float) -> Stats:
-        backend, rows, clock = self.decoder.backend, state.rows, state.clock
+    def _stats(self, state: DecodeState, rows: Sequence[RowState], time_to_first_token: float) -> Stats:
+        backend, clock = self.decoder.backend, state.clock
         return Stats(
             rows=len(rows),
             prompt_tokens=sum(len(row.prompt.token_ids) for row in rows),

@@ -178,7 +178,8 @@ def row_logprobs(decoder: Decoder, rows: Sequence[ScoredRow], batch_size: int) -
     reader = Reader(decoder)
     # All batches have one shape, so that a compiler compiles once. Padding comes after the tokens and changes nothing.
     n_batches = math.ceil(len(rows) / batch_size)
-    shape = math.ceil(len(rows) / n_batches), max(len(row.token_ids) for row in rows) - 1
+    n_rows = decoder.backend.full_batch(math.ceil(len(rows) / n_batches))
+    shape = n_rows, max(len(row.token_ids) for row in rows) - 1
     for begin in range(0, len(rows), shape[0]):
         batch = rows[begin : begin + shape[0]]
         tokens, labels = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
