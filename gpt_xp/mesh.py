@@ -39,7 +39,8 @@ class MeshShape:
         return self.data * self.model
 
     def __str__(self) -> str:
-        return f"data={self.data},model={self.model}" if self.data else "auto"
+        sizes = [f"{name}={n}" for name, n in (("data", self.data), ("model", self.model)) if n != 1]
+        return ",".join(sizes or ["data=1"]) if self.data else "auto"
 
 
 def parse_mesh(text: str) -> MeshShape:

@@ -26,8 +26,10 @@ def main() -> None:
         let_interrupt_exit()
 
         from gpt_xp.cli.output import settle_stderr
+        from gpt_xp.cli.several import end_at_once
 
         settle_stderr()
+        end_at_once(code)
         gc.freeze()  # Otherwise Python would spend 0.3 s on garbage in JAX at the end.
     except KeyboardInterrupt:  # It came in the few milliseconds before or after `run`.
         os._exit(130)

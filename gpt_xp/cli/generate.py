@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from gpt_xp.cli import several
 from gpt_xp.cli.batch import Batches, refuse_errors
 from gpt_xp.cli.loading import load_model
 from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, note_no_effect, output_options, sampling_options
@@ -21,7 +22,10 @@ from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
 from gpt_xp.settings import GenerationSettings
 
-LOADING_OPTIONS = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
+LOADING_OPTIONS = (
+    "model", "offline", "model_size", "models_dir",
+    "backend", "device", "dtype", "quantize", "threads", "mesh", "hosts",
+)  # fmt: skip
 # click does not wrap the paragraphs after "\b", so that commands can be copied.
 EPILOG = """\
 Stdin is read where there is no PROMPT. A "-" stands for stdin, and joins it with PROMPT:
@@ -61,6 +65,7 @@ def generate(
 ) -> None:
     """Continue PROMPT with GPT-2, and print the continuation and a newline."""
     loading = {name: settings.pop(name) for name in LOADING_OPTIONS}
+    several.begin(ctx, loading)
     check_settings(settings)
     if words and is_from_variable(ctx, "prompt_file"):
         prompt_file = ()
@@ -71,11 +76,12 @@ def generate(
         refuse_errors(lines)
     prompt = "" if lines else read_prompt(ctx, words)
     draw_seed = settings["seed"] is None and settings["temperature"] > 0
-    if draw_seed:
-        settings["seed"] = secrets.randbits(32)
     as_json = as_json or json_full
     note_options_without_effect(ctx, settings, in_json=as_json or bool(lines), from_file=bool(lines))
-    session = Session(*load_model(**loading), GenerationSettings(**settings))
+    name, model = load_model(**loading)
+    if draw_seed:
+        settings["seed"] = model.backend.agreed(secrets.randbits(32))
+    session = Session(name, model, GenerationSettings(**settings))
     prompts = [line.prompt for line in lines if line.prompt is not None] or [prompt]
     note_special_tokens(session.model.tokenizer, prompts, settings["special_tokens"])
     if draw_seed and not as_json and not lines:

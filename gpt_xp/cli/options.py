@@ -111,6 +111,18 @@ model_option = together(
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
 SPECIAL_TOKENS = "Read the spelling of a special token, such as <|endoftext|>, as that token and not as plain text."
 special_tokens_option = flag("--special-tokens", help=SPECIAL_TOKENS)
+mesh_options = together(
+    option(
+        "--mesh", metavar="MESH",
+        help="Compute on several devices of jax: data=N splits the rows of a batch, model=N the weights, "
+        "data=N,model=N both; auto is data= all devices.",
+    ),
+    option(
+        "--hosts", metavar="ADDRESS:PORT,COUNT,INDEX",
+        help="For --mesh: COUNT processes run this command, each with its INDEX from 0, and number 0 listens on "
+        "ADDRESS:PORT. Not needed under Slurm, Open MPI or on a TPU pod.",
+    ),
+)  # fmt: skip
 loading_options = together(
     model_option,
     click.option("--model_size", hidden=True),  # picoGPT's two
@@ -129,6 +141,7 @@ loading_options = together(
         help="Keep the weights in 8 or 4 bits: int8 or int4. Faster and smaller, a little less exact.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
+    mesh_options,
 )  # fmt: skip
 sampling_options = together(
     option(

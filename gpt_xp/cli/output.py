@@ -21,10 +21,18 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SCHEMA = 2  # the version of the JSON that --json prints; a change that can break a reader adds one
+_silent: list[bool] = []  # not empty where another process prints
+
+
+def be_silent() -> None:
+    """Write nothing from now on, except errors: another process prints the same."""
+    _silent.append(True)
 
 
 def write(text: str) -> None:
     """Write to stdout at once. Where the reader of a pipe has gone, the command ends without a message."""
+    if _silent:
+        return
     try:
         if sys.stdout is None:
             raise OSError(errno.EBADF, "it is closed")
@@ -58,7 +66,8 @@ def write_many(texts: Iterable[str]) -> None:
 
 def note(text: str) -> None:
     """Write one line to stderr."""
-    click.echo(f"gpt-xp: {text}", err=True)
+    if not _silent or text.startswith("error: "):
+        click.echo(f"gpt-xp: {text}", err=True)
 
 
 @contextlib.contextmanager
@@ -79,8 +88,8 @@ def notes_of_warnings() -> Iterator[None]:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether the stream is a terminal; a closed stream is None."""
-    return stream is not None and stream.isatty()
+    """Return whether the stream is a terminal that shows something; a closed stream is None."""
+    return stream is not None and not _silent and stream.isatty()
 
 
 def progress_bar(total: int | None, unit: str) -> "tqdm[NoReturn]":

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from gpt_xp.cli.output import is_terminal, note
+from gpt_xp.cli.several import refuse_stdin
 from gpt_xp.cli.wording import Command
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import Source, read_text, stdin
@@ -59,6 +60,7 @@ def join_stdin(words: Sequence[str], is_stdin: Sequence[bool]) -> str:
     if not any(is_stdin):
         note_unread_stdin()
         return "".join(words)
+    refuse_stdin()
     read = re.sub(r"\r?\n\Z", "", read_text(stdin()))
     text = "".join(read if here else word for here, word in zip(is_stdin, words, strict=True))
     if not text:
@@ -73,7 +75,9 @@ def sources(files: Sequence[str]) -> list[Source]:
     """
     if files.count("-") > 1:
         raise click.UsageError("stdin (-) can be read only once")
-    if "-" not in files:
+    if "-" in files:
+        refuse_stdin()
+    else:
         note_unread_stdin()
     return [stdin() if file == "-" else file for file in files]
 

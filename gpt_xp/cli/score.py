@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gpt_xp.cli import several
 from gpt_xp.cli.loading import load_model
 from gpt_xp.cli.options import (
     CONTEXT,
@@ -97,6 +98,7 @@ def score(
     **loading: Any,
 ) -> None:
     """Print how well a model predicts the text in FILE (-: stdin), as perplexities and bits per byte."""
+    several.begin(ctx, loading)
     if choices:
         _refuse(ctx, FILE_OPTIONS, "has no meaning with --choices")
         prompt = _prompt(ctx, arguments)

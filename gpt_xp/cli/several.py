@@ -1,0 +1,83 @@
+"""Run a command in several processes that share a mesh: process 0 prints, and all end where one has died.
+
+All processes run the same command. Where one dies, JAX ends the others: their next sum fails, or JAX's own heartbeat
+aborts them with a stack trace. So a filter reads what JAX and its libraries write, and shows one line instead.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+from gpt_xp.cli.output import be_silent
+from gpt_xp.cli.wording import is_from_variable
+from gpt_xp.mesh import launched_processes, parse_hosts
+from gpt_xp.registry import default_backend
+
+DIED = "gpt-xp: error: another process of this mesh has died or cannot be reached: see what it wrote, and start again"
+# It copies lines until the first that says that JAX's coordination has failed.
+FILTER = """
+import re, sys
+for line in sys.stdin.buffer:
+    if re.match(rb"[EF]\\d{4} .*(coordination|distributed service)", line):
+        sys.stderr.write(sys.argv[1] + "\\n")
+        sys.stderr.flush()
+        sys.stdin.buffer.read()
+    else:
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+"""
+_begun: list[bool] = []  # not empty in one of several processes
+
+
+def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
+    """Prepare a command whose options `mesh` and `hosts` may name several processes; call it before anything else.
+
+    Options that variables set are removed from `loading` where they do not apply: `mesh` without jax, and `hosts`
+    without a mesh.
+    """
+    if (loading.get("backend", "jax") or default_backend()) != "jax" and is_from_variable(ctx, "mesh"):
+        loading["mesh"] = None
+    if loading["mesh"] is None and is_from_variable(ctx, "hosts"):
+        loading["hosts"] = None
+    mesh, hosts = loading["mesh"], loading["hosts"]
+    processes = parse_hosts(hosts) if hosts is not None else None
+    if mesh is None or (processes.count if processes else launched_processes()) < 2:
+        return
+    _begun.append(True)
+    _filter_output_of_libraries()
+    if processes and processes.index:
+        be_silent()
+
+
+def refuse_stdin() -> None:
+    """Raise a usage error in one of several processes, each of which has another stdin."""
+    if _begun:
+        raise click.UsageError("stdin cannot be read by several processes: name a file that all of them can read")
+
+
+def end_at_once(code: int) -> None:
+    """End one of several processes at once after an error. JAX would wait for the others, which are ending too."""
+    if code and _begun:
+        os._exit(code)
+
+
+def _filter_output_of_libraries() -> None:
+    """Give file descriptor 2 to a filter, and 1 to nothing; Python's own streams keep the terminal or the pipe."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            own = io.FileIO(os.dup(stream.fileno()), "w")
+            buffered = io.BufferedWriter(own)
+            setattr(sys, name, io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True))
+    # It has a session of its own, so that Ctrl-C does not end it before this process.
+    command = [sys.executable, "-I", "-c", FILTER, DIED]
+    filter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    assert filter.stdin is not None
+    os.dup2(filter.stdin.fileno(), 2)
+    filter.stdin.close()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo writes there for each connection.
