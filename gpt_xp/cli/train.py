@@ -14,6 +14,7 @@ import click
 
 import gpt_xp
 from gpt_xp.backend import Backend
+from gpt_xp.cli import several
 from gpt_xp.cli.interrupts import exit_now
 from gpt_xp.cli.options import (
     CONTEXT,
@@ -23,10 +24,11 @@ from gpt_xp.cli.options import (
     Decorator,
     flag,
     json_option,
+    mesh_options,
     option,
     together,
 )
-from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
+from gpt_xp.cli.output import be_silent, is_terminal, note, waiting, write, write_json
 from gpt_xp.cli.prompts import note_plain_token
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
@@ -118,6 +120,7 @@ evaluation_settings = together(
 )
 @option("--device", of="train", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: JAX's choice]")
+@mesh_options
 @json_option
 @click.pass_context
 def train(
@@ -135,6 +138,7 @@ def train(
     DIR then holds the model that predicts the validation text best (use it with --model DIR), the evaluations in
     train.jsonl, and in the folder `training` everything that --resume needs. Ctrl-C saves the state of the run.
     """
+    several.begin(ctx, options)
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     for name in inapplicable(ctx, given, resume):
         del given[name]
@@ -188,8 +192,10 @@ class TrainingBar(Watcher):
         return waiting("loading jax")
 
     def loaded(self, backend: Backend) -> None:
-        """Keep the programs that JAX compiles for the next run."""
+        """Keep the programs that JAX compiles for the next run. One of several processes shows the run."""
         backend.keep_compiled()
+        if backend.process_index:
+            be_silent()
 
     @contextmanager
     def reading(self, what: str, n_bytes: int | None) -> Iterator[Callable[[int], object]]:
@@ -234,7 +240,7 @@ class TrainingBar(Watcher):
         best = ", the best so far" if evaluation.is_best else ""
         with tqdm.external_write_mode(file=sys.stderr):
             note(f"step {evaluation.step}: {training}validation {_losses(evaluation)}{rate}{best}")
-            if evaluation.sample is not None:
+            if evaluation.sample is not None:  # Only the first process has one.
                 click.echo(evaluation.sample, err=True)
         self._tokens, self._since = 0, time.monotonic()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp.backend import Backend
 from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.config_json import read_carried
 from gpt_xp.errors import NumericalError, SettingError
@@ -43,7 +44,13 @@ SAMPLE_TOKENS = 64
 
 
 def train(
-    data: Any = (), out: str | Path = "", *, resume: bool = False, watcher: Watcher | None = None, **settings: Any
+    data: Any = (),
+    out: str | Path = "",
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    hosts: str | None = None,
+    **settings: Any,
 ) -> Training:
     """Train a GPT-2 on files of UTF-8 text; keep the checkpoint that predicts the validation text best.
 
@@ -66,6 +73,11 @@ def train(
     kept in their place. All random numbers come from `seed`. `dtype` "bfloat16" multiplies in bfloat16 where the
     `device` computes in it. `threads` limits those of the CPU.
 
+    Several devices: with `mesh` "data=N" ("auto": all devices), N devices of JAX share each batch, which N must divide,
+    and each holds a part of the params and of the optimizer's state (Rajbhandari et al. 2020, "ZeRO", stage 3). The
+    losses are those of one device up to rounding, and a run can be resumed with another `mesh`. `hosts` is that of
+    `load`: all processes need the same files. Ctrl-C then ends at once, and the run goes on from its last evaluation.
+
     The evaluations: every `eval_every` steps, the loss in nats per token is taken over at most `eval_tokens` of the
     validation text. That text is `val`, a list of files, or the last `val_fraction` of the characters. After `patience`
     evaluations without a better one the run ends (None: never). `sample` is a prompt to continue at each evaluation,
@@ -87,15 +99,18 @@ def train(
     if chosen.plot is not None:
         check_plot(Path(chosen.plot))
     with watcher.loading():
-        backend = jax_backend(chosen)
+        backend = jax_backend(chosen, hosts)
     watcher.loaded(backend)
     if not resume:
         check_start(chosen)
+    run = TrainingRun(chosen, directory, watcher, backend)
+    if not run.writes:
+        return run.go()
     with locked(folder):
         if not resume:
             begin_run(folder, chosen)
         remove_leftovers(folder)
-        return TrainingRun(chosen, directory, watcher, backend).go()
+        return run.go()
 
 
 def _resumed(settings: TrainingSettings, given: dict[str, Any]) -> TrainingSettings:
@@ -113,9 +128,10 @@ def _resumed(settings: TrainingSettings, given: dict[str, Any]) -> TrainingSetti
 class TrainingRun:
     """A run, from its preparation to its last step."""
 
-    def __init__(self, settings: TrainingSettings, directory: Path, watcher: Watcher, backend: Any) -> None:
+    def __init__(self, settings: TrainingSettings, directory: Path, watcher: Watcher, backend: Backend) -> None:
         self.settings, self.directory, self.watcher, self.backend = settings, directory, watcher, backend
         self.folder = directory / FOLDER
+        self.writes = backend.process_index == 0  # All processes compute, and the first one writes.
         self.counters = RunCounters()
         self.evaluations: list[Evaluation] = []
 
@@ -127,7 +143,7 @@ class TrainingRun:
         self.watcher.begins(counters.step, settings, self.config, self.corpus.counts.train_tokens)
         self.begun = time.monotonic() - counters.seconds
         try:
-            with _interrupts(self.watcher) as interrupted:
+            with _interrupts(self.watcher, self.backend) as interrupted:
                 if not self.evaluations:
                     self._evaluate()
                 while counters.step < settings.steps and not self._is_stale:
@@ -147,8 +163,9 @@ class TrainingRun:
     def _prepare(self) -> None:
         """Make the tokenizer, the token ids and the state, or load those that an interrupted run has made."""
         settings, folder = self.settings, self.folder
-        if not corpus.is_tokenized(folder):
+        if self.writes and not corpus.is_tokenized(folder):
             self._tokenize()
+        self.backend.wait_for_others("the files of the run are written")
         self.tokenizer = Tokenizer.from_directory(folder)
         source = None if settings.start is None else kept_start(settings, folder / START)
         self.config = find_config(settings, self.tokenizer, source)
@@ -186,7 +203,7 @@ class TrainingRun:
         tokens = corpus.crops(self.corpus.train, self.length, n, settings.seed, counters.step)
         tokens = tokens.reshape(settings.accumulate, settings.batch_size, -1)
         self.state, array = self.program.train(self.state, tokens, counters.step)
-        loss = float(array)
+        loss = float(self.backend.to_numpy(array))
         counters.step += 1
         if not loss < counters.lowest_train_loss + DIVERGED:  # This is true for NaN too.
             raise self._diverged(loss)
@@ -207,6 +224,7 @@ class TrainingRun:
         counters.worse = 0 if is_best else counters.worse + 1
         counters.seconds = time.monotonic() - self.begun
         weights = self.program.weights(self.state) if is_best or settings.sample is not None else None
+        sample = self._sample(weights) if self.writes else None
         evaluation = Evaluation(
             step=counters.step,
             train_loss=counters.loss_sum / counters.loss_steps if counters.loss_steps else None,
@@ -216,16 +234,17 @@ class TrainingRun:
             tokens=counters.step * settings.accumulate * settings.batch_size * self.length,
             seconds=counters.seconds,
             is_best=is_best,
-            sample=self._sample(weights),
+            sample=sample,
         )
         counters.loss_sum, counters.loss_steps = 0.0, 0
         self.evaluations.append(evaluation)
-        if is_best:
+        if is_best and self.writes:
             self._save_checkpoint(weights)
-        write_log(self.directory / LOG, self.evaluations)
-        save_state(self.folder, self.state, counters)
+        if self.writes:
+            write_log(self.directory / LOG, self.evaluations)
+        save_state(self.folder, self.state, counters, self.backend)
         self.watcher.evaluated(evaluation)
-        if settings.plot is not None:
+        if settings.plot is not None and self.writes:
             from gpt_xp.training.plot import save_plot
 
             save_plot(self.evaluations, Path(settings.plot))
@@ -246,7 +265,7 @@ class TrainingRun:
 
     def _save_state(self) -> None:
         self.counters.seconds = time.monotonic() - self.begun
-        save_state(self.folder, self.state, self.counters)
+        save_state(self.folder, self.state, self.counters, self.backend)
 
     def _sample(self, weights: Any) -> str | None:
         if self.settings.sample is None:
@@ -271,11 +290,15 @@ class TrainingRun:
 
 
 @contextmanager
-def _interrupts(watcher: Watcher) -> Iterator[threading.Event]:
-    """Let a first Ctrl-C only set the event, so that a step is finished; a second one does what it did before."""
+def _interrupts(watcher: Watcher, backend: Backend) -> Iterator[threading.Event]:
+    """Let a first Ctrl-C only set the event, so that a step is finished; a second one does what it did before.
+
+    One of several processes ends at once: the others may not be interrupted, and saving the state takes all of them.
+    """
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before != signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before != signal.default_int_handler or backend.process_count > 1:
         yield interrupted  # The user's own program decides what Ctrl-C does.
         return
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt_xp.backend import Backend, import_library
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import BackendError
+from gpt_xp.errors import BackendError, SettingError
 from gpt_xp.installation import install_command
 from gpt_xp.registry import get_backend
 from gpt_xp.training.settings import TrainingSettings
@@ -26,13 +26,22 @@ FIX = install_command("train")
 TrainState = dict[str, Any]  # a JAX pytree: the trained "params", their "average" or None, the "optimizer" state
 
 
-def jax_backend(settings: TrainingSettings) -> Backend:
-    """Return the JAX backend. Raises `BackendError` where JAX or optax is not installed, or lacks the dtype."""
+def jax_backend(settings: TrainingSettings, hosts: str | None = None) -> Backend:
+    """Return the JAX backend, on a mesh if the settings have one; `hosts` is that of `train`.
+
+    Raises `BackendError` where JAX or optax is not installed, or lacks the dtype or the devices; `SettingError` where
+    the mesh does not divide the batch.
+    """
     for library in ("jax", "optax"):
         if importlib.util.find_spec(library) is None:
             raise BackendError(f"{library} is not installed", FIX)
-    backend = get_backend("jax", device=settings.device, dtype=settings.dtype, threads=settings.threads)
+    options: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype, "threads": settings.threads}
+    backend = get_backend("jax", mesh=settings.mesh, hosts=hosts, **options)
     import_library("optax", FIX)  # Imported last: it imports JAX, which reads the number of threads then.
+    if (full := backend.full_batch(settings.batch_size)) != settings.batch_size:
+        raise SettingError(
+            f"batch_size {settings.batch_size} cannot be split equally over the {backend.device}: take {full}"
+        )
     return backend
 
 
@@ -50,7 +59,7 @@ class Program:
         self._optimizer = make_optimizer(settings, self._schedule)
         self._learning_rate = backend.compile(self._schedule)
         self._params = params
-        self._frozen = tree_map(lambda leaf: backend.asarray(leaf, backend.dtype), split(params, settings.freeze)[1])
+        self._frozen = tree_map(lambda leaf: backend.shard(leaf, backend.dtype), split(params, settings.freeze)[1])
         self._start = backend.compile(self._first_state)
         self._train = backend.compile(self._train_step, donate=("state",))
         self._evaluate = backend.compile(self._loss)
@@ -58,7 +67,7 @@ class Program:
     def initial_state(self) -> TrainState:
         """Return the state before the first step, on the device."""
         trained, _ = split(self._params, self._settings.freeze)
-        return self._start(tree_map(lambda leaf: self._backend.asarray(leaf, "float32"), trained))  # type: ignore[no-any-return]
+        return self._start(tree_map(lambda leaf: self._backend.shard(leaf, "float32"), trained))  # type: ignore[no-any-return]
 
     def train(self, state: TrainState, tokens: NumpyArray, step: int) -> tuple[TrainState, Array]:
         """Take step number `step`; return the new state and the loss.
@@ -69,7 +78,9 @@ class Program:
 
     def evaluate(self, state: TrainState, tokens: NumpyArray) -> float:
         """Return the loss of the params (their average, if there is one) on `tokens`, int32 [rows, n + 1]."""
-        return float(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens)))
+        return float(
+            self._backend.to_numpy(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens)))
+        )
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step number `step`."""
@@ -79,7 +90,7 @@ class Program:
         """Return a state of NumPy arrays on the device."""
         import jax
 
-        return jax.tree.map(self._backend.asarray, state)  # type: ignore[no-any-return]
+        return jax.tree.map(self._backend.shard, state)  # type: ignore[no-any-return]
 
     def weights(self, state: TrainState) -> Params:
         """Return the params that `evaluate` uses as NumPy arrays, with the frozen ones."""
@@ -89,7 +100,13 @@ class Program:
         # This is compiled, so that the arrays are placed like those of a step. Otherwise the second step would be
         # compiled again.
         average = tree_map(lambda leaf: leaf + 0, trained) if self._settings.average else None
-        return {"params": trained, "average": average, "optimizer": self._optimizer.init(trained)}
+        return self._placed({"params": trained, "average": average, "optimizer": self._optimizer.init(trained)})
+
+    def _placed(self, state: TrainState) -> TrainState:
+        """Keep each array of the state on the devices that `Backend.shard` chooses, so that one program is compiled."""
+        import jax
+
+        return jax.tree.map(self._backend.constrain, state)  # type: ignore[no-any-return]
 
     def _loss(self, trained: Params, frozen: Params, tokens: Array) -> Array:
         params = join(tree_map(lambda leaf: leaf.astype(self._backend.dtype), trained), frozen)
@@ -117,7 +134,7 @@ class Program:
         updates, inner = self._optimizer.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         average = None if state["average"] is None else _averaged(state["average"], params, settings.average, step)
-        return {"params": params, "average": average, "optimizer": inner}, loss
+        return self._placed({"params": params, "average": average, "optimizer": inner}), loss
 
 
 def make_schedule(settings: TrainingSettings) -> Any:

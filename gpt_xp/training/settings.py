@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
+from gpt_xp.mesh import parse_mesh
 from gpt_xp.reporting.text import listed
 
 # The default shape of a model from scratch, which is that of the bundled model.
@@ -16,6 +17,7 @@ VOCAB_SIZE = 1024
 SEQ_LEN = 256  # No default is longer, because the memory of attention grows with its square.
 CHANGEABLE = (
     "device",
+    "mesh",
     "threads",
     "plot",
     "sample",
@@ -62,6 +64,7 @@ class TrainingSettings:
     save_dtype: str = "float32"
     dtype: str = "float32"
     device: str | None = None
+    mesh: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +81,8 @@ class TrainingSettings:
             raise SettingError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         if self.save_dtype not in ("float32", "float16"):
             raise SettingError(f"save_dtype must be float32 or float16, not {self.save_dtype!r}")
+        if self.mesh is not None and parse_mesh(self.mesh).model > 1:
+            raise SettingError(f"mesh must be data=N or auto for training, which splits the batch, not {self.mesh!r}")
         if self.start is None and self.freeze:
             raise SettingError("freeze keeps blocks of a trained model: name the model to start from (start)")
         given = [name for name in ("tokenizer", "vocab_size", *SHAPE) if getattr(self, name) is not None]

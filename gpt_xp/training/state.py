@@ -12,19 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from gpt_xp import json_text
-from gpt_xp.atomic_files import ASIDE_PREFIX, sync, written_aside
+from gpt_xp.atomic_files import ASIDE_PREFIX, written_aside
+from gpt_xp.backend import Backend
 from gpt_xp.checked_files import read_json
-from gpt_xp.checkpoint.safetensors_file import open_safetensors
+from gpt_xp.checkpoint.safetensors_file import n_bytes, open_safetensors, write_safetensors
 from gpt_xp.errors import CheckpointError, SettingError, TextError, TokenizerError
 from gpt_xp.training.log import LOG
 from gpt_xp.training.settings import TrainingSettings
 
+DTYPES = {"float32": "F32", "int32": "I32"}  # as safetensors names them
 RUN, STATE, START, FOLDER = "run.json", "state.safetensors", "start", "training"
 
 
@@ -91,20 +90,22 @@ def settings_of(folder: Path) -> TrainingSettings:
         raise SettingError(f"{folder / RUN} is of another version of gpt-xp; train in another directory") from None
 
 
-def save_state(folder: Path, state: Any, counters: RunCounters) -> None:
+def save_state(folder: Path, state: Any, counters: RunCounters, backend: Backend) -> None:
     """Write the state to a temporary file, then rename it, so that a failure leaves the old state intact.
 
-    Raises `CheckpointError` where it cannot be written.
+    Arrays are fetched from the devices one by one, because the whole state may not fit into memory. All processes fetch
+    them in the same order, and the first process writes. Raises `CheckpointError` where the file cannot be written.
     """
-    tensors = {name: np.asarray(leaf) for name, leaf in _named(state)}
-    with written_aside(folder / STATE, sum(each.nbytes for each in tensors.values())) as aside:
-        try:
-            save_file(tensors, aside, metadata={"place": json.dumps(asdict(counters))})
-        except SafetensorError as error:  # safetensors raises this for a full disk.
-            raise CheckpointError(
-                f"cannot write {folder / STATE} ({error}); the run is kept as it was: make room, then go on (--resume)"
-            ) from error
-        sync(aside)
+    arrays = dict(_named(state))
+    if backend.process_index:
+        for array in arrays.values():
+            backend.to_numpy(array)
+        return
+    tensors = {name: (DTYPES[str(array.dtype)], array.shape) for name, array in arrays.items()}
+    size = sum(n_bytes(*each) for each in tensors.values())
+    with written_aside(folder / STATE, size, "the run is kept as it was: check the permissions") as aside:
+        place = {"place": json.dumps(asdict(counters))}
+        write_safetensors(aside, tensors, lambda name: backend.to_numpy(arrays[name]), place)
 
 
 def load_state(folder: Path, like: Any) -> tuple[Any, RunCounters] | None:
