@@ -52,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     elif "GPT_XP_TEST_REQUIRE" not in os.environ:
         libraries = (name.partition(":")[0] for name in ON_A_GPU)
         REQUIRED.extend(name for name in libraries if importlib.util.find_spec(name))
+    if "mesh" in config.option.markexpr.replace("not mesh", ""):
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, SettingError
-from gpt_xp.kv_cache import KVCache, grow_cache
+from gpt_xp.kv_cache import KVCache
 from gpt_xp.mesh import Hosts, MeshShape, Split, launched_processes, padded_heads, splits
 from gpt_xp.quantization import Quantized, QuantizedNamespace
 from gpt_xp.tree import tree_map
@@ -51,7 +51,7 @@ class JaxMeshBackend(JaxBackend):
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         vars(self).update(on_accelerators() | {"xp": mesh_namespace(self._mesh)})
         self._everywhere = jax.jit(lambda x: x, out_shardings=placement(self._mesh))
-        self._longer = self.compile(grow_cache, static=("n_slots", "xp"), donate=("cache",))
+        self._longer = self.compile(_longer, static=("n_slots",))
 
     def _choose_device(self, name: str | None) -> Any:
         """Join the other processes, make the mesh, and return the first device of this process."""
@@ -141,9 +141,10 @@ class JaxMeshBackend(JaxBackend):
         return KVCache(layers, 0, start)  # type: ignore[arg-type]
 
     def grow_cache(self, cache: KVCache, n_slots: int) -> KVCache:
-        """Return the cache with `n_slots` slots."""
-        grown: KVCache = self._longer(cache, n_slots=n_slots, xp=jnp)
-        return grown._replace(position=cache.position)
+        """Return the cache with `n_slots` slots. Each array is replaced in turn, so memory never holds two caches."""
+        for i, (k, v) in enumerate(cache.layers):
+            cache.layers[i] = self._longer(k, n_slots=n_slots), self._longer(v, n_slots=n_slots)
+        return cache
 
     def full_batch(self, rows: int) -> int:
         """Return the next multiple of the axis `data`, so that each device computes as many rows."""
@@ -222,7 +223,7 @@ class JaxMeshBackend(JaxBackend):
 
     def _placed(self, name: str, split: Split, leaf: Any) -> Any:
         spec = () if split.axis is None else (*[None] * split.axis, "model")
-        whole = np.asarray(leaf).reshape(split.shape)
+        whole = np.asanyarray(leaf).reshape(split.shape)
         array = self._put(whole, spec, self.dtype, split.padded(self._mesh.shape["model"]))
         if name == "wte":
             return Table(array, split.shape[0])
@@ -234,6 +235,11 @@ class JaxMeshBackend(JaxBackend):
             array = array.astype(np.float32)
         array = array[tuple(map(slice, split.shape))]
         return array.reshape(flat(split.shape)) if name == "c_attn" else array
+
+
+def _longer(x: Array, n_slots: int) -> Array:
+    """Return keys or values [batch, n_head, n_before, d_head] with zeros in more slots."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, n_slots - x.shape[2]), (0, 0)))
 
 
 def _map(function: Callable[[str, Split, Any], Any], split: Any, tree: Any, name: str = "") -> Any:

@@ -78,9 +78,7 @@ class Program:
 
     def evaluate(self, state: TrainState, tokens: NumpyArray) -> float:
         """Return the loss of the params (their average, if there is one) on `tokens`, int32 [rows, n + 1]."""
-        return float(
-            self._backend.to_numpy(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens)))
-        )
+        return float(self._backend.to_numpy(self._evaluate(_best(state), self._frozen, self._backend.asarray(tokens))))
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step number `step`."""
