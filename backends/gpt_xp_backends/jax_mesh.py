@@ -212,7 +212,8 @@ class JaxMeshBackend(JaxBackend):
             def read(index: Any) -> NumpyArray:  # a slice for each axis
                 part = np.asarray(array[index], dtype)
                 wanted = [len(range(*one.indices(n))) for one, n in zip(index, shape, strict=True)]
-                return np.pad(part, [(0, want - has) for want, has in zip(wanted, part.shape, strict=True)])
+                missing = [(0, want - has) for want, has in zip(wanted, part.shape, strict=True)]
+                return np.pad(part, missing) if any(map(any, missing)) else part
 
             return jax.make_array_from_callback(shape, placement(self._mesh, *spec), read)
 
