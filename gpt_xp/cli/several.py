@@ -18,17 +18,18 @@ from gpt_xp.mesh import launched_processes, parse_hosts
 from gpt_xp.registry import default_backend
 
 DIED = "gpt-xp: error: another process of this mesh has died or cannot be reached: see what it wrote, and start again"
-# It copies lines until the first that says that JAX's coordination has failed.
+# It copies lines until JAX's coordination complains. From then on it writes only that the process was aborted.
 FILTER = """
 import re, sys
+complained = aborted = False
 for line in sys.stdin.buffer:
-    if re.match(rb"[EF]\\d{4} .*(coordination|distributed service)", line):
-        sys.stderr.write(sys.argv[1] + "\\n")
-        sys.stderr.flush()
-        sys.stdin.buffer.read()
-    else:
+    complained = complained or re.match(rb"[WEF]\\d{4} .*(coordination|preemption|distributed service)", line)
+    if not complained:
         sys.stderr.buffer.write(line)
-        sys.stderr.flush()
+    elif line.startswith(b"F") and not aborted:
+        aborted = True
+        sys.stderr.write(sys.argv[1] + "\\n")
+    sys.stderr.flush()
 """
 _begun: list[bool] = []  # not empty in one of several processes
 

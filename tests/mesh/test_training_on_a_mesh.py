@@ -95,7 +95,7 @@ def test_a_run_is_resumed_with_another_mesh(tmp_path: Path, on_mesh: Callable[..
 def test_meshes_that_cannot_train(on_mesh: Callable[..., gpt_xp.Backend], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="mesh must be data=N or auto for training"):
         gpt_xp.train("x", tmp_path / "a", mesh="data=2,model=2")
-    with pytest.raises(SettingError, match="batch_size 6 cannot be split equally over the mesh data=4 .* take 8"):
+    with pytest.raises(SettingError, match=r"batch_size 6 cannot be split equally over the mesh data=4 .* take 8"):
         gpt_xp.train("x", tmp_path / "a", mesh="data=4", batch_size=6)
     with pytest.raises(BackendError, match="the mesh data=5 needs 5 devices, and there are 4"):
         gpt_xp.train("x", tmp_path / "a", mesh="data=5", batch_size=5)
