@@ -177,7 +177,7 @@ class Backend:
     @classmethod
     def on_mesh(cls, shape: MeshShape, hosts: Hosts | None, **options: Any) -> "Backend":
         """Return the backend on a mesh of devices; the options are those of `__init__`. Raises `BackendError`."""
-        raise BackendError(f"{cls.name} computes on one device; a mesh needs jax: choose the backend jax")
+        raise BackendError(f"{cls.name} computes on one device; a mesh needs jax: take the backend jax")
 
     process_index = 0  # of the processes that share the mesh; process 0 prints and writes
     process_count = 1

@@ -17,6 +17,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.hub.published import MODELS
 from gpt_xp.memory import ITEM_SIZE, cache_bytes
+from gpt_xp.mesh import MeshShape, cache_bytes_on_device, params_bytes_on_device
 from gpt_xp.registry import get_backend
 from gpt_xp.types import Array, Namespace
 
@@ -53,6 +54,31 @@ class BackendReport:
     bandwidth: float | None = None
     models: tuple[ModelFit, ...] = ()
     problem: str | None = None
+
+
+@dataclass(frozen=True)
+class MeshFit:
+    """The bytes that one model needs on each device of a mesh: its params, and the cache of one row at full context.
+
+    A device computes every `data`-th row of a batch. `fits` is None if the memory of a device is not known.
+    """
+
+    model: str
+    dtype: str
+    params: int
+    cache: int
+    fits: bool | None
+
+
+def mesh_fits(shape: MeshShape, dtypes: Sequence[str], memory: int | None) -> list[MeshFit]:
+    """Return what each published model needs on a mesh, with devices of `memory` bytes."""
+    return [
+        MeshFit(name, dtype, params, cache, None if memory is None else params + cache <= memory)
+        for name, model in MODELS.items()
+        for dtype in dtypes
+        for params in [params_bytes_on_device(model.config, shape, dtype)]
+        for cache in [cache_bytes_on_device(model.config, shape, dtype)]
+    ]
 
 
 def report_on_backends(infos: Sequence[BackendInfo]) -> list[BackendReport]:

@@ -10,9 +10,18 @@ from libraries import make_backend
 import gpt_xp
 from gpt_xp import Backend, BackendInfo, hardware
 from gpt_xp.backend import DeviceInfo
-from gpt_xp.hardware import BackendReport, ModelFit, measure_bandwidth, model_fit, report_on_backends
+from gpt_xp.hardware import (
+    BackendReport,
+    MeshFit,
+    ModelFit,
+    measure_bandwidth,
+    mesh_fits,
+    model_fit,
+    report_on_backends,
+)
 from gpt_xp.hub.published import MODELS
 from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.mesh import parse_mesh
 from gpt_xp.registry import get_backend
 
 NUMPY = BackendInfo("numpy", "2", (DeviceInfo("cpu", "2 cores", 8_000_000_000),))
@@ -62,6 +71,20 @@ def test_what_fits_against_numbers_worked_out_by_hand() -> None:
         assert model_fit("124M", config, dtype, None, 1.0).fits is None
     # 1558M: 1,557,611,200 params, and 2 x 48 x 1024 x 1600 = 157,286,400 numbers of cache, in float32.
     assert model_fit("1558M", MODELS["1558M"].config, "float32", 1, 1.0).needed == 6_859_590_400
+
+
+def test_what_a_device_of_a_mesh_holds_against_numbers_worked_out_by_hand() -> None:
+    # 1558M has 25 heads of 64; 8 devices hold 4 heads each (7 are zeros), and 6283 of the 50257 tokens (7 are zeros).
+    heads, width, tokens, n = 4 * 64, 4 * 1600 // 8, 6283, 1600
+    block = 3 * heads * (n + 1) + heads * n + width * (2 * n + 1) + 2 * n + 4 * n  # biases of c_proj, two layer norms
+    params = tokens * n + 1024 * n + 48 * block + 2 * n
+    fits = {each.model: each for each in mesh_fits(parse_mesh("data=3,model=8"), ["float32"], 4 * params)}
+    assert fits["1558M"] == MeshFit("1558M", "float32", 4 * params, 4 * 2 * 48 * 1024 * heads, False)
+    assert fits["124M"].fits
+    # On one device, nothing is padded.
+    whole = {each.model: each for each in mesh_fits(parse_mesh("data=8"), ["bfloat16"], None)}
+    assert (whole["124M"].params, whole["124M"].cache) == (2 * 124_439_808, 2 * 18_874_368)
+    assert whole["124M"].fits is None
 
 
 def test_a_report(quick: None) -> None:

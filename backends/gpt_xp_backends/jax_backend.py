@@ -221,19 +221,23 @@ def _all_devices(jax: Any) -> list[Any]:
 def _find_device(jax: Any, name: str | None) -> Any:
     """Return the device called `name`: "cuda:1", or the first device of the platform "cuda", "gpu", "tpu" or "cpu"."""
     platform, _, index = (name or "").partition(":")
+    found = find_devices(jax, platform or None, name)
     try:
-        return dict(enumerate(find_devices(jax, platform or None)))[int(index or 0)]
+        return dict(enumerate(found))[int(index or 0)]
     except (KeyError, ValueError):  # an unknown index, no number
         raise _no_device(jax, name) from None
 
 
-def find_devices(jax: Any, platform: str | None) -> list[Any]:
-    """Return the devices of a platform ("cpu", "gpu", "cuda", "tpu"; None: JAX's first). Raises `BackendError`."""
+def find_devices(jax: Any, platform: str | None, name: str | None = None) -> list[Any]:
+    """Return the devices of a platform ("cpu", "gpu", "cuda", "tpu"; None: JAX's first).
+
+    Raises `BackendError`, which names the device that was asked for (default: the platform).
+    """
     devices = _all_devices(jax)
     try:
         return list(jax.devices(platform or devices[0].platform))
     except RuntimeError:  # an unknown platform
-        raise _no_device(jax, platform) from None
+        raise _no_device(jax, name or platform) from None
 
 
 def _no_device(jax: Any, name: str | None) -> BackendError:

@@ -8,6 +8,7 @@ vocabulary with zeros where the mesh does not divide them.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from gpt_xp.config import GPT2Config
-from gpt_xp.errors import BackendError, SettingError
+from gpt_xp.errors import BackendError, GptXpWarning, SettingError
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.mesh import Hosts, MeshShape, Split, launched_processes, padded_heads, splits
 from gpt_xp.quantization import Quantized, QuantizedNamespace
@@ -99,6 +100,14 @@ class JaxMeshBackend(JaxBackend):
             params = self.fetch(params, config)
         if isinstance(params["wte"], Quantized):
             return tree_map(self._replicated, params)  # type: ignore[no-any-return]
+        padded = padded_heads(config, self._mesh.shape["model"])
+        if 3 * padded > 4 * config.n_head:
+            warnings.warn(
+                f"the mesh {self._shape} pads {config.n_head} heads to {padded}, and the additional ones are computed "
+                "for nothing: fewer devices on the axis model would be faster",
+                GptXpWarning,
+                stacklevel=2,
+            )
         return _map(self._placed, splits(config), params)  # type: ignore[no-any-return]
 
     def fetch(self, params: Params, config: GPT2Config) -> Params:

@@ -1,14 +1,16 @@
 """`gpt-xp backends`: list the array libraries, their devices, and how to install those that are missing."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import click
 
 from gpt_xp.backend import BackendInfo, DeviceInfo
-from gpt_xp.cli.options import CONTEXT, flag, json_option
+from gpt_xp.cli.options import CONTEXT, flag, json_option, note_no_effect, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
-from gpt_xp.hardware import BackendReport, ModelFit, report_on_backends
+from gpt_xp.hardware import BackendReport, MeshFit, ModelFit, mesh_fits, report_on_backends
+from gpt_xp.mesh import parse_mesh
 from gpt_xp.registry import backends as find_backends
 from gpt_xp.registry import default_backend
 from gpt_xp.reporting.text import table, wrapped
@@ -16,17 +18,29 @@ from gpt_xp.reporting.text import table, wrapped
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @flag("--verbose", help="Also show settings, which models fit, and the fastest decode that memory allows.")
+@option(
+    "--mesh", metavar="MESH", help="With --verbose: show what each device of this mesh holds, such as data=2,model=4."
+)
 @json_option
-def backends(verbose: bool, as_json: bool) -> None:
+@click.pass_context
+def backends(ctx: click.Context, verbose: bool, mesh: str | None, as_json: bool) -> None:
     """List the array libraries, their devices, and how to install those that are missing."""
+    shape = None if mesh is None else parse_mesh(mesh)
+    if not verbose:
+        note_no_effect(ctx, ["mesh"], "without --verbose")
     with waiting("looking for devices"):
         found = sorted(find_backends(), key=lambda info: info.name)
     with waiting("measuring"):
         reports = report_on_backends(found) if verbose else []
     default = default_backend()
+    devices = next((info.devices for info in found if info.name == "jax"), ())
+    if shape is not None and shape.data is None:
+        shape = shape.of(max(len(devices), 1))
+    fits = mesh_fits(shape, _dtypes_of_jax(reports), devices[0].memory if devices else None) if shape else []
     if as_json:
         record = {"default": default, "backends": [dataclasses.asdict(info) for info in found]}
-        write_json(record | ({"diagnoses": list(map(dataclasses.asdict, reports))} if verbose else {}))
+        more = {"diagnoses": list(map(dataclasses.asdict, reports))} if verbose else {}
+        write_json(record | more | ({"mesh": list(map(dataclasses.asdict, fits))} if verbose and shape else {}))
         return
     header = ("", "backend", "installed", "devices")
     write(table([header, *(row for info in found for row in _rows(info, default))]))
@@ -34,13 +48,31 @@ def backends(verbose: bool, as_json: bool) -> None:
     write("".join(map(_report, reports)))
     if reports:
         write(f"\n{EXPLANATION}")
+    if verbose and shape:
+        write(f"\nGB of params + cache of one row on each device of the mesh {shape}, and whether they fit:\n")
+        write(_mesh_table(fits))
 
 
+FITS = {True: "yes", False: "no", None: "?"}
 EXPLANATION = """\
 Under each dtype: the GB of the params and of the cache of one row at full
 context; whether they fit the device; and the most tokens per second in one row
 at that bandwidth, because each token reads all params once.
 """
+
+
+def _dtypes_of_jax(reports: Sequence[BackendReport]) -> list[str]:
+    found = [each.dtype for report in reports if report.backend == "jax" for each in report.models]
+    return list(dict.fromkeys(found)) or ["float32"]
+
+
+def _mesh_table(fits: Sequence[MeshFit]) -> str:
+    columns: dict[str, list[str]] = {}
+    for each in fits:
+        cell = f"{each.params / 1e9:5.2f} + {each.cache / 1e9:.3f} {FITS[each.fits]}"
+        columns.setdefault(each.dtype, [each.dtype]).append(cell)
+    names = ["  model", *(f"  {name}" for name in dict.fromkeys(each.model for each in fits))]
+    return table(list(zip(names, *columns.values(), strict=True)))
 
 
 def _rows(info: BackendInfo, default: str) -> list[tuple[str, ...]]:
@@ -74,6 +106,5 @@ def _report(found: BackendReport) -> str:
 
 
 def _fit(each: ModelFit) -> str:
-    fits = {True: "yes", False: "no", None: "?"}[each.fits]
     limit = f"{each.decode_limit:.1f}" if each.decode_limit < 10 else f"{each.decode_limit:.0f}"
-    return f"{each.needed / 1e9:4.1f} {fits:3} {limit:>5}"
+    return f"{each.needed / 1e9:4.1f} {FITS[each.fits]:3} {limit:>5}"

@@ -161,6 +161,50 @@ def test_what_a_backend_refuses(name: str, options: dict[str, Any], message: str
         get_backend(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": "data=99,model=2"}, "the mesh data=99,model=2 needs 198 devices, and there "),
+        ({"mesh": "data=2", "device": "cpu:1"}, "a mesh takes all devices of a platform, not 'cpu:1' alone"),
+        ({"mesh": "data=2", "device": "tpu"}, "jax has no device 'tpu' here, only cpu"),
+        ({"mesh": "4"}, "mesh must be data=N, model=N, data=N,model=N, or auto, .* not '4'"),
+        ({"mesh": "data=2,data=2"}, "mesh must be data=N"),
+        ({"mesh": "data=0"}, "mesh must be data=N"),
+        ({"mesh": "rows=2"}, "mesh must be data=N"),
+        ({"mesh": ""}, "mesh must be data=N"),
+        ({"mesh": 4}, "mesh must be data=N, .* not 4"),
+        ({"hosts": "127.0.0.1:7000,2,0"}, "hosts joins processes for a mesh: give mesh too"),
+        ({"mesh": "auto", "hosts": "127.0.0.1,2,0"}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+        ({"mesh": "auto", "hosts": "127.0.0.1:70000,2,0"}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+        ({"mesh": "auto", "hosts": "127.0.0.1:7000,2,2"}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+        ({"mesh": "auto", "hosts": "127.0.0.1:7000,2"}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+        ({"mesh": "auto", "hosts": ":7000,2,0"}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+        ({"mesh": "auto", "hosts": 7000}, "hosts must be ADDRESS:PORT,COUNT,INDEX"),
+    ],
+)
+def test_meshes_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    make_backend("jax")
+    with pytest.raises((BackendError, SettingError), match=message):
+        get_backend("jax", **options)
+
+
+def test_a_mesh_is_for_jax_alone_and_settled_when_a_backend_is_made(backend: Backend) -> None:
+    with pytest.raises(BackendError, match="mesh and hosts are settled when a Backend is made"):
+        gpt_xp.load("shakespeare", backend=backend, mesh="data=2")
+    if backend.name != "jax":
+        with pytest.raises(BackendError, match=f"{backend.name} computes on one device; a mesh needs jax"):
+            gpt_xp.load("shakespeare", backend=backend.name, mesh="data=2")
+
+
+def test_a_mesh_of_one_device_gives_the_same_text(shakespeare: gpt_xp.Model) -> None:
+    """Larger meshes are tested by: pytest -m mesh."""
+    make_backend("jax")
+    model = gpt_xp.load("shakespeare", backend="jax", mesh="data=1")
+    assert model.backend.device == "mesh data=1 of cpu"
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.8, "seed": 11}
+    assert model.generate("ROMEO:", **options).token_ids == shakespeare.generate("ROMEO:", **options).token_ids
+
+
 def fake_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake MLX with a GPU, with what `MLXBackend.__init__` uses. It cannot compute."""
     mx = SimpleNamespace(

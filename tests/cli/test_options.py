@@ -73,6 +73,8 @@ def test_the_commands_that_share_a_variable() -> None:
             "GPT_XP_MODEL": models,
             "GPT_XP_OFFLINE": models,
             **{f"GPT_XP_{name}": ["generate", "score"] for name in ("BACKEND", "DEVICE", "DTYPE", "QUANTIZE")},
+            "GPT_XP_MESH": ["backends", "generate", "score", "train"],
+            "GPT_XP_HOSTS": ["generate", "score", "train"],
             "GPT_XP_BATCH_SIZE": ["generate", "score"],  # rows that are computed together: no result depends on it
             "GPT_XP_THREADS": ["bench", "compare", "generate", "score", "train"],
             "GPT_XP_SPECIAL_TOKENS": ["generate", "score", "tokens", "train"],
@@ -81,6 +83,13 @@ def test_the_commands_that_share_a_variable() -> None:
             "GPT_XP_JSON": ["backends", *models[:3], "models", "score", "tokens", "train"],
         }
     )
+
+
+def test_a_mesh_of_a_variable_is_left_aside_by_other_backends(call: Call) -> None:
+    assert call("A", "-n", "1", "--backend", "numpy", GPT_XP_MESH="data=99", GPT_XP_HOSTS="127.0.0.1:1,2,0").code == 0
+    result = call("A", "-n", "1", "--backend", "numpy", "--mesh", "data=2")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "gpt-xp: error: numpy computes on one device; a mesh needs jax: take the backend jax\n"
 
 
 def test_a_seed_for_generating_is_none_for_scoring(call: Call, tmp_path: Path) -> None:

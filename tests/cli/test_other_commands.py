@@ -38,6 +38,25 @@ def test_backends_lists_what_is_here_and_what_is_missing(call, monkeypatch):
     assert record["backends"][0]["fix"] == "pip install it"
 
 
+def test_backends_shows_what_the_devices_of_a_mesh_hold(call, monkeypatch):
+    device = gpt_xp.backend.DeviceInfo("cuda:0", "GPU X", 3_000_000_000)
+    monkeypatch.setattr("gpt_xp.cli.backends.find_backends", lambda: [gpt_xp.BackendInfo("jax", "0.10", (device,) * 4)])
+    monkeypatch.setattr("gpt_xp.cli.backends.report_on_backends", lambda infos: [])
+    shown = call("backends", "--verbose", "--mesh", "data=2,model=2").out
+    assert (
+        "\nGB of params + cache of one row on each device of the mesh data=2,model=2, and whether they fit:\n" in shown
+    )
+    assert "  124M         0.25 + 0.038 yes\n" in shown
+    assert "  1558M        3.16 + 0.327 no\n" in shown
+    assert "of the mesh data=4, and" in call("backends", "--verbose", "--mesh", "auto").out
+    record = json.loads(call("backends", "--verbose", "--json", "--mesh", "model=4").out)
+    assert record["mesh"][0] == {
+        "model": "124M", "dtype": "float32", "params": 126_971_904, "cache": 18_874_368, "fits": True,
+    }  # fmt: skip
+    assert "--mesh must be data=N" in call("backends", "--mesh", "4").err
+    assert call("backends", "--mesh", "data=2").err == "gpt-xp: --mesh has no effect without --verbose\n"
+
+
 def test_backends_goes_on_where_a_library_cannot_start(call, monkeypatch):
     def fail(cls: type) -> None:
         raise RuntimeError("no driver")

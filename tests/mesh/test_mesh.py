@@ -15,11 +15,13 @@ from small_models import CONFIGS, GOLDENS, leaves, small_params, small_tokens, t
 
 import gpt_xp
 from gpt_xp import Backend, GPT2Config, Model
+from gpt_xp.errors import GptXpWarning
 from gpt_xp.generation.step_functions import decode_steps, next_token_logits
 from gpt_xp.memory import ITEM_SIZE
 from gpt_xp.mesh import MeshShape, cache_bytes_on_device, params_bytes_on_device, parse_mesh
 from gpt_xp.tree import leaves as weights_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* pads . heads:gpt_xp.errors.GptXpWarning")
 Meshes = Callable[..., Backend]
 PROMPTS = ["ROMEO:", "What is", "To be, or", "Enter the king"]
 SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 11}
@@ -68,6 +70,11 @@ def test_25_heads_are_split_over_devices_that_do_not_divide_them(on_mesh: Meshes
     expected = Model(params, config, backend=gpt_xp.get_backend("numpy", dtype="float64")).logits(tokens)
     model = Model(params, config, backend=on_mesh(mesh))
     assert_values(model.logits(tokens), expected, TOLERANCE["logits", "float32"])
+
+
+def test_a_mesh_that_computes_much_for_nothing_is_noted(on_mesh: Meshes) -> None:
+    with pytest.warns(GptXpWarning, match="the mesh model=4 pads 1 heads to 4"):
+        on_mesh("model=4").place(small_params("one-head"), CONFIGS["one-head"])
 
 
 def test_params_come_back_as_they_were(mesh_backend: Backend, tmp_path: Path) -> None:

@@ -34,19 +34,20 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(*args: str, **variables: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the command in two processes of two devices each; end those that are left."""
+    """Start the command in two processes of two devices each; end those that are left.
+
+    The variables may hold {index} and {port}. Without variables, the processes are joined by --hosts.
+    """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = []
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [*COMMAND, *args, "--hosts", f"127.0.0.1:{port},2,{index}"],
-            **streams,
-            text=True,
-            env=os.environ | flags | variables,
-        )  # fmt: skip
-        for index in range(2)
-    ]
+    for index in range(2):
+        own = {name: value.format(index=index, port=port) for name, value in variables.items()}
+        hosts = [] if variables else ["--hosts", f"127.0.0.1:{port},2,{index}"]
+        processes.append(
+            subprocess.Popen([*COMMAND, *args, *hosts], **streams, text=True, env=os.environ | flags | own)
+        )
     try:
         yield processes
     finally:
@@ -71,6 +72,25 @@ def test_text_is_that_of_one_process_and_only_process_0_prints(shakespeare: Mode
     record = json.loads(first.out)
     assert (record["text"], record["device"]) == (expected.text, "mesh data=2 model=2 of cpu")
     assert first[::2] == (0, "")
+    assert second == (0, "", "")
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_PROCID": "{index}",
+    "SLURM_LOCALID": "{index}",
+    "JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}",
+    "JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.1:{port}",  # The test must not listen on other addresses.
+}
+
+
+def test_processes_that_slurm_starts_are_joined(shakespeare: Model) -> None:
+    first, second = both(*BUNDLED, "-n", "5", "ROMEO:", **SLURM)
+    assert first == (0, shakespeare.generate("ROMEO:", max_tokens=5).text + "\n", "")
     assert second == (0, "", "")
 
 
