@@ -78,12 +78,13 @@ def parse_hosts(text: str) -> Hosts:
     return Hosts(address, whole[1], whole[2])
 
 
-def launched_processes() -> int:
-    """Return how many processes Slurm, Open MPI or a TPU pod has started for this job; 1 without them."""
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if (value := os.environ.get(name, "")).isdecimal():
-            return int(value)
-    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+def launched_processes() -> tuple[int, int]:
+    """Return how many processes Slurm, Open MPI or a TPU pod has started for this job, and which one this is."""
+    for count, index in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        if count in os.environ and index in os.environ:
+            return int(os.environ[count]), int(os.environ[index])
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return len(names.split(",")), int(os.environ.get("TPU_WORKER_ID", 0))
 
 
 # --- how weights are split --------------------------------------------------------------------------------------------

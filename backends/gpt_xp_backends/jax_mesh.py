@@ -272,7 +272,7 @@ def _split_over_data(shape: tuple[int, ...], n_data: int) -> tuple[str | None, .
 
 def _join(hosts: Hosts | None) -> None:
     """Join the processes that share the mesh, unless this is done, or there is only one."""
-    if jax.distributed.is_initialized() or (hosts is None and launched_processes() < 2):
+    if jax.distributed.is_initialized() or (hosts is None and launched_processes()[0] < 2):
         return
     named: dict[str, Any] = {}
     if hosts is not None:
@@ -288,4 +288,5 @@ def _join(hosts: Hosts | None) -> None:
             **named, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
-        raise BackendError(f"the processes cannot be joined ({str(error).splitlines()[0]:.200})") from None
+        fix = "" if hosts else "; name them: hosts ADDRESS:PORT,COUNT,INDEX"
+        raise BackendError(f"the processes cannot be joined ({str(error).splitlines()[0]:.200}){fix}") from None

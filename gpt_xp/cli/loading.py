@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import gpt_xp
-from gpt_xp.cli.output import be_silent, is_terminal, note, waiting
+from gpt_xp.cli.output import is_terminal, note, waiting
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.hub.find import BUNDLED_DEFAULT, PUBLISHED_DEFAULT, default_model, find_in_models_dir, find_model
 from gpt_xp.quantization import quantized_backend
@@ -58,8 +58,6 @@ def load_model(
     with waiting(f"loading {backend or default_backend()}"):
         chosen = get_backend(backend, **options)  # Its errors come before a model is fetched.
         chosen.keep_compiled()
-        if chosen.process_index:
-            be_silent()
         if quantize:
             chosen = quantized_backend(chosen)
     name, directory = locate(model, offline, model_size, models_dir)

@@ -45,12 +45,15 @@ def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
     if loading["mesh"] is None and is_from_variable(ctx, "hosts"):
         loading["hosts"] = None
     mesh, hosts = loading["mesh"], loading["hosts"]
-    processes = parse_hosts(hosts) if hosts is not None else None
-    if mesh is None or (processes.count if processes else launched_processes()) < 2:
+    count, index = launched_processes()
+    if hosts is not None:
+        named = parse_hosts(hosts)
+        count, index = named.count, named.index
+    if mesh is None or count < 2:
         return
     _begun.append(True)
     _filter_output_of_libraries()
-    if processes and processes.index:
+    if index:
         be_silent()
 
 

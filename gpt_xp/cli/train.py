@@ -28,7 +28,7 @@ from gpt_xp.cli.options import (
     option,
     together,
 )
-from gpt_xp.cli.output import be_silent, is_terminal, note, waiting, write, write_json
+from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
 from gpt_xp.cli.prompts import note_plain_token
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
@@ -192,10 +192,8 @@ class TrainingBar(Watcher):
         return waiting("loading jax")
 
     def loaded(self, backend: Backend) -> None:
-        """Keep the programs that JAX compiles for the next run. One of several processes shows the run."""
+        """Keep the programs that JAX compiles for the next run."""
         backend.keep_compiled()
-        if backend.process_index:
-            be_silent()
 
     @contextmanager
     def reading(self, what: str, n_bytes: int | None) -> Iterator[Callable[[int], object]]:
