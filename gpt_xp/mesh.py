@@ -84,7 +84,7 @@ def launched_processes() -> tuple[int, int]:
         if count in os.environ and index in os.environ:
             return int(os.environ[count]), int(os.environ[index])
     names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return len(names.split(",")), int(os.environ.get("TPU_WORKER_ID", 0))
+    return len(names.split(",")), int(os.environ.get("TPU_WORKER_ID", "0"))
 
 
 # --- how weights are split --------------------------------------------------------------------------------------------
