@@ -154,7 +154,7 @@ def test_the_same_text_with_numpy_and_jax(call: Call) -> None:
 def test_commands_that_are_not_run_have_right_options(
     block: Block, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("shakespeare.txt", "letters.txt", "book.txt"):
+    for name in ("shakespeare.txt", "letters.txt", "book.txt", "prompts.txt", "text.txt"):
         (tmp_path / name).write_text("To be, or not to be")
     monkeypatch.setattr(click.Command, "invoke", lambda self, context: None)
     for line in commands(block):
