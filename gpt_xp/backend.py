@@ -97,6 +97,10 @@ class Backend:
         """Return an array of the library as a NumPy array."""
         raise NotImplementedError
 
+    def unplaced(self, params: Params, config: GPT2Config) -> Params:
+        """Return params in the checkpoint's shapes, also those of `place`."""
+        return params
+
     def place(self, params: Params, config: GPT2Config) -> Params:
         """Return params, quantized or not, on the device: arrays in the backend's dtype, and codes and scales as is."""
 
@@ -186,9 +190,17 @@ class Backend:
         """Return how many rows to compute for a batch of `rows`: more where several devices share them equally."""
         return rows
 
+    @property
+    def can_speculate(self) -> bool:
+        """Speculation depends on time, so several processes would make different steps."""
+        return self.process_count == 1
+
     def agreed(self, number: int) -> int:
         """Return the number (below 2^32) that process 0 has given."""
         return number
+
+    def check_agreement(self, work: Any) -> None:
+        """Raise `BackendError` where processes were given different work, of which `repr` tells everything."""
 
     def wait_for_others(self, place: str) -> None:
         """Wait until all processes have come to the `place` of the program that this names."""

@@ -60,7 +60,7 @@ class BackendReport:
 class MeshFit:
     """The bytes that one model needs on each device of a mesh: its params, and the cache of one row at full context.
 
-    A device computes every `data`-th row of a batch. `fits` is None if the memory of a device is not known.
+    A device computes one of `data` parts of the rows of a batch. `fits` is None if the memory of a device is not known.
     """
 
     model: str

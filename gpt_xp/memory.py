@@ -53,7 +53,7 @@ def too_little_memory(backend: Any, config: GPT2Config, params_bytes: int, rows:
     if rows:
         needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
         needs += size(cache_bytes(config, rows, n_slots, backend.dtype))
-    has = f", and the device has {size(backend.device_memory)} in all" if backend.device_memory else ""
+    has = f", and there is {size(backend.device_memory)} in all" if backend.device_memory else ""
     return (
         f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
         "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"

@@ -7,6 +7,7 @@ JAX computes on a mesh (`gpt_xp_backends.jax_mesh`). This module computes with s
 
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ class MeshShape:
     data: int | None = 1
     model: int = 1
 
-    def of(self, n_devices: int) -> "MeshShape":
+    def fitted_to(self, n_devices: int) -> "MeshShape":
         """Return the shape with `data` known. Raises `SettingError` if there are fewer devices than it needs."""
         shape = self if self.data else replace(self, data=n_devices)
         if shape.n_devices > n_devices:
@@ -50,7 +51,7 @@ def parse_mesh(text: str) -> MeshShape:
     sizes: dict[str, int] = {}
     for part in text.split(",") if isinstance(text, str) else [repr(text)]:
         name, _, number = part.strip().partition("=")
-        if name not in ("data", "model") or name in sizes or not number.isdecimal() or int(number) < 1:
+        if name not in ("data", "model") or name in sizes or not re.fullmatch(r"[1-9]\d{0,5}", number, re.ASCII):
             raise SettingError(f"mesh must be {MESH_FORMS}, with whole numbers of at least 1, not {text!r:.80}")
         sizes[name] = int(number)
     return MeshShape(**sizes)
@@ -81,10 +82,11 @@ def parse_hosts(text: str) -> Hosts:
 def launched_processes() -> tuple[int, int]:
     """Return how many processes Slurm, Open MPI or a TPU pod has started for this job, and which one this is."""
     for count, index in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-        if count in os.environ and index in os.environ:
-            return int(os.environ[count]), int(os.environ[index])
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return len(names.split(",")), int(os.environ.get("TPU_WORKER_ID", "0"))
+        numbers = [os.environ.get(name, "") for name in (count, index)]
+        if all(map(str.isdecimal, numbers)):
+            return int(numbers[0]), int(numbers[1])
+    names, number = os.environ.get("TPU_WORKER_HOSTNAMES", ""), os.environ.get("TPU_WORKER_ID", "")
+    return len(names.split(",")), int(number) if number.isdecimal() else 0
 
 
 # --- how weights are split --------------------------------------------------------------------------------------------

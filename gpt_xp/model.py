@@ -74,6 +74,7 @@ class Model:
 
     @params.setter
     def params(self, params: Params) -> None:
+        params = self.backend.unplaced(params, self.config)
         check_params(params, self.config)
         if quantization_of(params):
             object.__setattr__(self, "backend", quantized_backend(self.backend))
@@ -151,8 +152,6 @@ class Model:
         """
         called = time.perf_counter()
         chosen = merged(settings, options)
-        if chosen.seed is None:
-            chosen = replace(chosen, seed=self.backend.agreed(randbits(32)))
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
         texts: Any = [prompt] if is_one_prompt(prompt) else prompt
@@ -188,6 +187,7 @@ class Model:
         windows = Windows(convention, window, stride, crops, seed)
         ids = self._token_ids(text, special_tokens)
         with self._memory_errors(batch=batch_size):
+            self.backend.check_agreement((ids, windows, batch_size))
             given = text if isinstance(text, str) else None
             return score_tokens(self._generator, ids, windows, batch_size, progress, given)
 
@@ -213,6 +213,7 @@ class Model:
         given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
         encode = functools.partial(self._token_ids, special_tokens=special_tokens)
         with self._memory_errors(batch=batch_size):
+            self.backend.check_agreement((given, batch_size))
             return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
     def save(self, directory: str | Path) -> None:
@@ -220,9 +221,13 @@ class Model:
         save(self, directory)
 
     def _guarded(self, prompts: list[Prompt], settings: GenerationSettings, called: float) -> Iterator[Piece]:
-        if prompts:
-            with self._memory_errors(batch=len(prompts)):
-                yield from self._generator.run(prompts, settings, called)
+        if not prompts:
+            return
+        with self._memory_errors(batch=len(prompts)):
+            if settings.seed is None and settings.temperature:
+                settings = replace(settings, seed=self.backend.agreed(randbits(32)))
+            self.backend.check_agreement((prompts, settings))
+            yield from self._generator.run(prompts, settings, called)
 
     def _token_ids(self, prompt: Text, special_tokens: bool = False) -> list[int]:
         """Return the token ids of a prompt. Raises `PromptError` for ids outside the vocabulary."""
@@ -337,5 +342,8 @@ def save(model: Model, directory: str | Path) -> None:
     written to temporary names and renamed at the end. Raises `CheckpointError` if writing fails.
     """
     params = model.backend.fetch(model.params, model.config)
-    if model.backend.process_index == 0:
-        checkpoint.save(directory, params, model.config, model.tokenizer, model._carried)
+    try:
+        if model.backend.process_index == 0:
+            checkpoint.save(directory, params, model.config, model.tokenizer, model._carried)
+    finally:
+        model.backend.wait_for_others("the model is saved")

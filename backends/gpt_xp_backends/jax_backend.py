@@ -204,9 +204,9 @@ def _scope(jax: Any, dtype: str) -> Iterator[None]:
 
 
 def _all_devices(jax: Any) -> list[Any]:
-    """Return JAX's devices, its default first. Raises `BackendError` if its settings leave no device."""
+    """Return JAX's devices in this process, its default first. Raises `BackendError` if there are none."""
     try:
-        found = list(jax.devices())
+        found = list(jax.local_devices())
     except (RuntimeError, AssertionError) as error:  # JAX has no special error for this.
         setting = os.environ.get("JAX_PLATFORMS", "")
         raise BackendError(
@@ -214,7 +214,7 @@ def _all_devices(jax: Any) -> list[Any]:
             f"unset that variable; {GPU_FIX}",
         ) from None
     with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may exclude the CPU.
-        found += [device for device in jax.devices("cpu") if device not in found]
+        found += [device for device in jax.local_devices(backend="cpu") if device not in found]
     return found
 
 
@@ -229,13 +229,13 @@ def _find_device(jax: Any, name: str | None) -> Any:
 
 
 def find_devices(jax: Any, platform: str | None, name: str | None = None) -> list[Any]:
-    """Return the devices of a platform ("cpu", "gpu", "cuda", "tpu"; None: JAX's first).
+    """Return this process's devices of a platform ("cpu", "gpu", "cuda", "tpu"; None: JAX's first).
 
     Raises `BackendError`, which names the device that was asked for (default: the platform).
     """
     devices = _all_devices(jax)
     try:
-        return list(jax.devices(platform or devices[0].platform))
+        return list(jax.local_devices(backend=platform or devices[0].platform))
     except RuntimeError:  # an unknown platform
         raise _no_device(jax, name or platform) from None
 

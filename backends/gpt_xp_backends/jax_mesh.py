@@ -8,7 +8,9 @@ vocabulary with zeros where the mesh does not divide them.
 
 import contextlib
 import functools
+import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError, GptXpWarning, SettingError
@@ -29,6 +31,7 @@ from gpt_xp_backends.jax_backend import JaxBackend, find_devices, on_accelerator
 from gpt_xp_backends.jax_mesh_namespace import Heads, Table, flat, mesh_namespace, placement
 
 JOIN_SECONDS = 300  # A process waits so long for the others to start.
+LOST = re.compile("gloo|nccl|coordination|unavailable|deadline|connection|peer|heartbeat", re.IGNORECASE)
 HEARTBEAT_SECONDS = 20  # Processes end so long after one of them has become silent.
 
 
@@ -43,37 +46,34 @@ class JaxMeshBackend(JaxBackend):
         dtype: str = "float32",
         threads: int | None = None,
     ) -> None:
-        self._hosts, self._shape = hosts, shape
+        _join(hosts)
+        self._mesh = _make_mesh(shape, device)
         super().__init__(device, dtype, threads)
-        shape = self._shape
-        self.device = f"mesh {str(shape).replace(',', ' ')} of {self._device.platform}"
+        sizes = self._mesh.shape
+        self._shape = MeshShape(sizes["data"], sizes["model"])
+        self.device = f"mesh {str(self._shape).replace(',', ' ')} of {self._device.platform}"
         if self.device_memory and self._device.platform != "cpu":
-            self.device_memory *= shape.n_devices
+            self.device_memory *= self._shape.n_devices
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         vars(self).update(on_accelerators() | {"xp": mesh_namespace(self._mesh)})
         self._everywhere = jax.jit(lambda x: x, out_shardings=placement(self._mesh))
         self._longer = self.compile(_longer, static=("n_slots",))
+        self._connect()
 
     def _choose_device(self, name: str | None) -> Any:
-        """Join the other processes, make the mesh, and return the first device of this process."""
-        _join(self._hosts)
-        platform, _, index = (name or "").partition(":")
-        if index:
-            raise BackendError(f"a mesh takes all devices of a platform, not {name!r} alone: name it {platform!r}")
-        devices = find_devices(jax, platform or None)
-        try:
-            self._shape = shape = self._shape.of(len(devices))
-        except SettingError as error:
-            raise BackendError(f"{error}; for a trial on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count="
-                               f"{self._shape.n_devices} makes more of them") from None  # fmt: skip
-        if jax.process_count() > 1 and shape.n_devices != len(devices):
-            raise BackendError(
-                f"the mesh {shape} has {shape.n_devices} devices, and with several processes it must have all "
-                f"{len(devices)} of them: take data={len(devices)}, or another mesh of that many"
-            )
-        sizes, used = (shape.n_devices // shape.model, shape.model), devices[: shape.n_devices]
-        self._mesh = jax.make_mesh(sizes, ("data", "model"), (AxisType.Auto,) * 2, devices=used)
         return self._mesh.local_devices[0]
+
+    def _connect(self) -> None:
+        """Let all devices exchange something, while the processes are in step.
+
+        Between CPUs, the first exchange of each group of devices fails if a process comes 30 seconds late.
+        """
+        if self.process_count > 1:
+            for axes in (("data",), ("model",), ("data", "model")):
+                placed = self._put(np.ones(self._mesh.devices.shape, np.int32), ("data", "model"))
+                axis = tuple(self._mesh.axis_names.index(name) for name in axes)
+                self.synchronize(jax.jit(functools.partial(jnp.sum, axis=axis))(placed))
+            self.wait_for_others("all processes have joined")
 
     # --- arrays ---
 
@@ -83,9 +83,11 @@ class JaxMeshBackend(JaxBackend):
         The rows are the first axis, or the second of three ([k, batch, n]). This changes no result.
         """
         if isinstance(array, jax.Array) and array.sharding.device_set == set(self._mesh.devices.flat):
-            return array if dtype is None else array.astype(dtype)
+            with self._scope():
+                return array if dtype is None else array.astype(dtype)
         array = np.asarray(array)
         axis = 1 if array.ndim == 3 else 0
+        # A mask of the vocabulary has no rows.
         is_split = array.ndim > 0 and array.dtype != np.bool_ and array.shape[axis] % self._mesh.shape["data"] == 0
         return self._put(array, (*[None] * axis, "data") if is_split else (), dtype)
 
@@ -94,10 +96,12 @@ class JaxMeshBackend(JaxBackend):
         with self._lost_processes():
             return np.asarray(array if array.is_fully_addressable else self._everywhere(array))
 
+    def unplaced(self, params: Params, config: GPT2Config) -> Params:
+        """Return params in the checkpoint's shapes, also those of `place`."""
+        return self.fetch(params, config) if isinstance(params.get("wte"), Table) else params
+
     def place(self, params: Params, config: GPT2Config) -> Params:
         """Return the params, split as `gpt_xp.mesh.splits` says. Each process reads only its part of a mapped file."""
-        if isinstance(params["wte"], Table):
-            params = self.fetch(params, config)
         if isinstance(params["wte"], Quantized):
             return tree_map(self._replicated, params)  # type: ignore[no-any-return]
         padded = padded_heads(config, self._mesh.shape["model"])
@@ -169,6 +173,18 @@ class JaxMeshBackend(JaxBackend):
         with self._lost_processes():
             return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
 
+    def check_agreement(self, work: Any) -> None:
+        """Raise `BackendError` where processes were given different work. They would hang, or mix two texts."""
+        if self.process_count == 1:
+            return
+        with self._lost_processes():
+            found = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(work).encode())))
+        if len(set(np.asarray(found).tolist())) > 1:
+            raise BackendError(
+                f"the {self.process_count} processes were given different work: start all of them with the same "
+                "options, prompts and files"
+            )
+
     def wait_for_others(self, place: str) -> None:
         """Wait until all processes have come to this place of the program."""
         if self.process_count > 1:
@@ -199,15 +215,15 @@ class JaxMeshBackend(JaxBackend):
 
     @contextlib.contextmanager
     def _lost_processes(self) -> Iterator[None]:
-        """Raise `BackendError` if the body fails because another process has ended."""
+        """Raise `BackendError` if the body fails because another process cannot be reached."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            if self.process_count == 1 or self.is_out_of_memory(error):
+            if self.process_count == 1 or self.is_out_of_memory(error) or not LOST.search(str(error)):
                 raise
             raise BackendError(
-                f"another of the {self.process_count} processes has ended ({str(error).splitlines()[0]:.200}): see "
-                "what it wrote, and start all of them again"
+                f"another of the {self.process_count} processes has died or cannot be reached "
+                f"({str(error).splitlines()[0]:.200}): see what it wrote, and start all of them again"
             ) from None
 
     # --- placing weights ---
@@ -270,6 +286,28 @@ def _split_over_data(shape: tuple[int, ...], n_data: int) -> tuple[str | None, .
     return (*[None] * longest, "data")
 
 
+def _make_mesh(shape: MeshShape, device: str | None) -> Mesh:
+    """Return a mesh of the devices of a platform. Raises `BackendError` if there are too few, or too many."""
+    platform, _, index = (device or "").partition(":")
+    if index:
+        raise BackendError(f"a mesh takes all devices of a platform, not {device!r} alone: name it {platform!r}")
+    devices = jax.devices(find_devices(jax, platform or None)[0].platform)
+    try:
+        shape = shape.fitted_to(len(devices))
+    except SettingError as error:
+        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.n_devices}"
+        trial = "" if jax.process_count() > 1 else f"; for a trial on a CPU, {flag} makes more of them"
+        raise BackendError(f"{error}{trial}") from None
+    if jax.process_count() > 1 and shape.n_devices != len(devices):
+        raise BackendError(
+            f"the mesh {shape} has {shape.n_devices} devices, and with several processes it must have all "
+            f"{len(devices)} of them: take data={len(devices)}, or another mesh of that many"
+        )
+    sizes, used = (shape.n_devices // shape.model, shape.model), devices[: shape.n_devices]
+    # Axes are Explicit by default, and then `transformer.py` would have to say how each result is split.
+    return jax.make_mesh(sizes, ("data", "model"), (AxisType.Auto,) * 2, devices=used)
+
+
 def _join(hosts: Hosts | None) -> None:
     """Join the processes that share the mesh, unless this is done, or there is only one."""
     if jax.distributed.is_initialized() or (hosts is None and launched_processes()[0] < 2):
@@ -283,10 +321,16 @@ def _join(hosts: Hosts | None) -> None:
             "process_id": hosts.index,
             "cluster_detection_method": "deactivate",
         }
+    config: Any = jax.config
+    before = config.jax_enable_preemption_service
     try:
+        config.update("jax_enable_preemption_service", False)  # It would take SIGTERM, which then ends nothing.
         jax.distributed.initialize(
             **named, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
         fix = "" if hosts else "; name them: hosts ADDRESS:PORT,COUNT,INDEX"
-        raise BackendError(f"the processes cannot be joined ({str(error).splitlines()[0]:.200}){fix}") from None
+        reason = str(error).partition("\n")[0]
+        raise BackendError(f"the processes cannot be joined ({reason:.200}){fix}") from None
+    finally:
+        config.update("jax_enable_preemption_service", before)

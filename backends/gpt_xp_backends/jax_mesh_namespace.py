@@ -20,16 +20,6 @@ class Heads(NamedTuple):
 
     array: Any
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape in the checkpoint, with padded heads."""
-        return flat(self.array.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of its numbers."""
-        return self.array.dtype
-
 
 @jax.tree_util.register_pytree_node_class
 class Table:
@@ -37,16 +27,6 @@ class Table:
 
     def __init__(self, array: Any, n_vocab: int) -> None:
         self.array, self.n_vocab = array, n_vocab
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape without padding."""
-        return self.n_vocab, self.array.shape[1]
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of its numbers."""
-        return self.array.dtype
 
     def tree_flatten(self) -> tuple[tuple[Any], int]:
         """Return the array, and what JAX compiles as a constant."""

@@ -44,7 +44,8 @@ def run() -> int:
         import click
 
         from gpt_xp.cli.group import cli
-        from gpt_xp.cli.output import discard_stdout, make_encodable, note, notes_of_warnings
+        from gpt_xp.cli.output import discard_stdout, make_encodable, notes_of_warnings
+        from gpt_xp.cli.several import tell_that_it_ends
         from gpt_xp.errors import GptXpError
 
     make_encodable()
@@ -57,9 +58,10 @@ def run() -> int:
         error.show()
         return error.exit_code
     except (GptXpError, click.ClickException) as error:
-        note(f"error: {error}")
+        tell_that_it_ends()
+        click.echo(f"gpt-xp: error: {error}", err=True)
     except OSError as error:  # The disk is full, or a file cannot be read.
         discard_stdout()
         what = error if error.filename or error.errno != errno.ENOSPC else f"cannot write to stdout: {error.strerror}"
-        note(f"error: {what}")
+        click.echo(f"gpt-xp: error: {what}", err=True)
     return 1

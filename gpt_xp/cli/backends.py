@@ -10,7 +10,7 @@ from gpt_xp.cli.options import CONTEXT, flag, json_option, note_no_effect, optio
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
 from gpt_xp.hardware import BackendReport, MeshFit, ModelFit, mesh_fits, report_on_backends
-from gpt_xp.mesh import parse_mesh
+from gpt_xp.mesh import MeshShape, parse_mesh
 from gpt_xp.registry import backends as find_backends
 from gpt_xp.registry import default_backend
 from gpt_xp.reporting.text import table, wrapped
@@ -25,7 +25,7 @@ from gpt_xp.reporting.text import table, wrapped
 @click.pass_context
 def backends(ctx: click.Context, verbose: bool, mesh: str | None, as_json: bool) -> None:
     """List the array libraries, their devices, and how to install those that are missing."""
-    shape = None if mesh is None else parse_mesh(mesh)
+    shape = parse_mesh(mesh) if verbose and mesh is not None else None
     if not verbose:
         note_no_effect(ctx, ["mesh"], "without --verbose")
     with waiting("looking for devices"):
@@ -35,12 +35,12 @@ def backends(ctx: click.Context, verbose: bool, mesh: str | None, as_json: bool)
     default = default_backend()
     devices = next((info.devices for info in found if info.name == "jax"), ())
     if shape is not None and shape.data is None:
-        shape = shape.of(max(len(devices), 1))
-    fits = mesh_fits(shape, _dtypes_of_jax(reports), devices[0].memory if devices else None) if shape else []
+        shape = shape.fitted_to(max(len(devices), 1))
+    fits = mesh_fits(shape, _dtypes_of_jax(reports), _memory_of_each(devices, shape)) if shape else []
     if as_json:
         record = {"default": default, "backends": [dataclasses.asdict(info) for info in found]}
         more = {"diagnoses": list(map(dataclasses.asdict, reports))} if verbose else {}
-        write_json(record | more | ({"mesh": list(map(dataclasses.asdict, fits))} if verbose and shape else {}))
+        write_json(record | more | ({"mesh": list(map(dataclasses.asdict, fits))} if shape else {}))
         return
     header = ("", "backend", "installed", "devices")
     write(table([header, *(row for info in found for row in _rows(info, default))]))
@@ -48,8 +48,9 @@ def backends(ctx: click.Context, verbose: bool, mesh: str | None, as_json: bool)
     write("".join(map(_report, reports)))
     if reports:
         write(f"\n{EXPLANATION}")
-    if verbose and shape:
-        write(f"\nGB of params + cache of one row on each device of the mesh {shape}, and whether they fit:\n")
+    if shape:
+        here = f"it needs {shape.n_devices} devices, and jax has {len(devices)} here"
+        write(f"\nGB of params + cache of one row on each device of the mesh {shape} ({here}), and whether they fit:\n")
         write(_mesh_table(fits))
 
 
@@ -64,6 +65,12 @@ at that bandwidth, because each token reads all params once.
 def _dtypes_of_jax(reports: Sequence[BackendReport]) -> list[str]:
     found = [each.dtype for report in reports if report.backend == "jax" for each in report.models]
     return list(dict.fromkeys(found)) or ["float32"]
+
+
+def _memory_of_each(devices: Sequence[DeviceInfo], shape: MeshShape) -> int | None:
+    """Return the memory of a device of a mesh; the devices that JAX makes out of one CPU share its memory."""
+    memory = devices[0].memory if devices else None
+    return memory // shape.n_devices if memory is not None and devices[0].name.startswith("cpu") else memory
 
 
 def _mesh_table(fits: Sequence[MeshFit]) -> str:

@@ -13,7 +13,7 @@ from gpt_xp.cli import several
 from gpt_xp.cli.batch import Batches, refuse_errors
 from gpt_xp.cli.loading import load_model
 from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, note_no_effect, output_options, sampling_options
-from gpt_xp.cli.output import is_terminal, note, progress_bar, waiting, write, write_json
+from gpt_xp.cli.output import is_terminal, note, progress_bar, show, waiting, write, write_json
 from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
 from gpt_xp.cli.report import add_stats, continuation_fields, logprob_table, shared_fields, stats_line
@@ -98,7 +98,7 @@ def generate(
         stream = is_terminal(sys.stdout) and not no_stream and settings["num_samples"] == 1
         results = (stream_text if stream else print_text)(session, prompt, prompt if echo else "")
         if logprobs:
-            click.echo("\n".join(logprob_table(session, result) for result in results), err=True, nl=False)
+            show("\n".join(logprob_table(session, result) for result in results).removesuffix("\n"))
         all_stats = [results[0].stats]
         note_full_context(session, results)
     if stats and all_stats:
@@ -119,6 +119,8 @@ def note_options_without_effect(ctx: click.Context, settings: dict[str, Any], in
     """Write a line to stderr for options on the command line that have no effect together with the others."""
     if settings["temperature"] == 0:
         note_no_effect(ctx, ("top_k", "top_p", "min_p", "seed"), "without a temperature: add --temperature 1")
+    if several.are_running():
+        note_no_effect(ctx, ["speculate"], "with several processes")
     if in_json:
         note_no_effect(ctx, ("echo", "no_stream"), "on JSON")
     if not from_file:

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
@@ -21,17 +22,15 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SCHEMA = 2  # the version of the JSON that --json prints; a change that can break a reader adds one
-_silent: list[bool] = []  # not empty where another process prints
-
-
-def be_silent() -> None:
-    """Write nothing from now on, except errors: another process prints the same."""
-    _silent.append(True)
+state = SimpleNamespace(
+    is_silent=False,  # Another process prints the same, so this one writes nothing but errors.
+    reader_is_gone=False,  # The reader of a pipe has gone, and the rest is not wanted.
+)
 
 
 def write(text: str) -> None:
     """Write to stdout at once. Where the reader of a pipe has gone, the command ends without a message."""
-    if _silent:
+    if state.is_silent:
         return
     try:
         if sys.stdout is None:
@@ -66,8 +65,13 @@ def write_many(texts: Iterable[str]) -> None:
 
 def note(text: str) -> None:
     """Write one line to stderr."""
-    if not _silent or text.startswith("error: "):
-        click.echo(f"gpt-xp: {text}", err=True)
+    show(f"gpt-xp: {text}")
+
+
+def show(text: str) -> None:
+    """Write text and a newline to stderr."""
+    if not state.is_silent:
+        click.echo(text, err=True)
 
 
 @contextlib.contextmanager
@@ -89,7 +93,7 @@ def notes_of_warnings() -> Iterator[None]:
 
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether the stream is a terminal that shows something; a closed stream is None."""
-    return stream is not None and not _silent and stream.isatty()
+    return stream is not None and not state.is_silent and stream.isatty()
 
 
 def progress_bar(total: int | None, unit: str) -> "tqdm[NoReturn]":
@@ -153,5 +157,6 @@ def _end(error: OSError) -> NoReturn:
     discard_stdout()
     # Windows reports EINVAL when the other end of a pipe is closed.
     if error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL):
+        state.reader_is_gone = True
         raise click.exceptions.Exit(0) from None
     raise click.ClickException(f"cannot write to stdout: {error.strerror}") from None

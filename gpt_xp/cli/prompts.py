@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from gpt_xp.cli.output import is_terminal, note
+from gpt_xp.cli.output import is_terminal, note, show
 from gpt_xp.cli.several import refuse_stdin
 from gpt_xp.cli.wording import Command
 from gpt_xp.tokenizer.bpe import Tokenizer
@@ -123,7 +123,7 @@ def _hint_at_command(ctx: click.Context, word: str) -> None:
             f"there is no command {word!r}; you may mean: {ELSEWHERE[word]} (as a prompt: gpt-xp -- {word})"
         )
     for command in difflib.get_close_matches(word, group.list_commands(ctx), n=1, cutoff=0.8):
-        click.echo(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}", err=True)
+        show(f"hint: {word!r} is the prompt here; a command's name comes first: gpt-xp {command}")
 
 
 def note_special_tokens(tokenizer: Tokenizer | None, texts: Iterable[str], special_tokens: bool) -> None:

@@ -8,30 +8,34 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from gpt_xp.cli.output import be_silent
+from gpt_xp.cli import output
 from gpt_xp.cli.wording import is_from_variable
 from gpt_xp.mesh import launched_processes, parse_hosts
 from gpt_xp.registry import default_backend
 
 DIED = "gpt-xp: error: another process of this mesh has died or cannot be reached: see what it wrote, and start again"
-# It copies lines until JAX's coordination complains. From then on it writes only that the process was aborted.
+# It drops messages about JAX's coordination, and writes one line where such a message says that JAX aborts. After that,
+# and after the line "ending", it drops everything.
 FILTER = """
 import re, sys
-complained = aborted = False
+drops = aborted = False
 for line in sys.stdin.buffer:
-    complained = complained or re.match(rb"[WEF]\\d{4} .*(coordination|preemption|distributed service)", line)
-    if not complained:
+    aborted = aborted or line == b"ending\\n"
+    if begins := re.match(rb"[IWEF]\\d{4} ", line):
+        drops = re.search(b"coordination|preemption|distributed service", line)
+    if not drops and not aborted:
         sys.stderr.buffer.write(line)
-    elif line.startswith(b"F") and not aborted:
+    elif begins and line.startswith(b"F") and not aborted:
         aborted = True
         sys.stderr.write(sys.argv[1] + "\\n")
     sys.stderr.flush()
 """
-_begun: list[bool] = []  # not empty in one of several processes
+_state = SimpleNamespace(are_running=False)
 
 
 def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
@@ -51,21 +55,32 @@ def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
         count, index = named.count, named.index
     if mesh is None or count < 2:
         return
-    _begun.append(True)
+    _state.are_running = True
     _filter_output_of_libraries()
     if index:
-        be_silent()
+        output.state.is_silent = True
+
+
+def are_running() -> bool:
+    """Return whether this is one of several processes."""
+    return bool(_state.are_running)
 
 
 def refuse_stdin() -> None:
     """Raise a usage error in one of several processes, each of which has another stdin."""
-    if _begun:
+    if are_running():
         raise click.UsageError("stdin cannot be read by several processes: name a file that all of them can read")
 
 
+def tell_that_it_ends() -> None:
+    """Let the filter drop what JAX writes from now on. The command writes its own error."""
+    if are_running():
+        os.write(2, b"ending\n")
+
+
 def end_at_once(code: int) -> None:
-    """End one of several processes at once after an error. JAX would wait for the others, which are ending too."""
-    if code and _begun:
+    """End one of several processes that ends before the others have done their work. JAX would wait for them."""
+    if are_running() and (code or output.state.reader_is_gone):
         os._exit(code)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,13 +29,13 @@ from gpt_xp.cli.options import (
     option,
     together,
 )
-from gpt_xp.cli.output import is_terminal, note, waiting, write, write_json
+from gpt_xp.cli.output import is_terminal, note, show, waiting, write, write_json
 from gpt_xp.cli.prompts import note_plain_token
 from gpt_xp.cli.wording import Command, is_from_variable, is_typed
 from gpt_xp.config import GPT2Config
 from gpt_xp.training.log import Evaluation, Watcher
 from gpt_xp.training.settings import CHANGEABLE, SHAPE, TrainingSettings
-from gpt_xp.training.state import is_begun
+from gpt_xp.training.state import FOLDER, is_begun, settings_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -138,6 +139,8 @@ def train(
     DIR then holds the model that predicts the validation text best (use it with --model DIR), the evaluations in
     train.jsonl, and in the folder `training` everything that --resume needs. Ctrl-C saves the state of the run.
     """
+    if resume and options["mesh"] is None and is_begun(out):
+        options["mesh"] = settings_of(Path(out) / FOLDER).mesh
     several.begin(ctx, options)
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     for name in inapplicable(ctx, given, resume):
@@ -238,8 +241,8 @@ class TrainingBar(Watcher):
         best = ", the best so far" if evaluation.is_best else ""
         with tqdm.external_write_mode(file=sys.stderr):
             note(f"step {evaluation.step}: {training}validation {_losses(evaluation)}{rate}{best}")
-            if evaluation.sample is not None:  # Only the first process has one.
-                click.echo(evaluation.sample, err=True)
+            if evaluation.sample is not None:
+                show(evaluation.sample)
         self._tokens, self._since = 0, time.monotonic()
 
     def interrupted(self) -> None:

@@ -95,8 +95,7 @@ class Generator:
         time_to_first_token = time.perf_counter() - called
         yield from _pieces(rows, state.choice)
         in_blocks = self.decoder.backend.decode_block is not None
-        # Speculation depends on time, so several processes would decide differently.
-        speculates = settings.speculate and self.decoder.backend.process_count == 1
+        speculates = settings.speculate and self.decoder.backend.can_speculate
         choices = (_speculating if speculates else _in_blocks if in_blocks else _one_by_one)(state)
         while any(state.alive):
             yield from _pieces(rows, next(choices))

@@ -41,6 +41,7 @@ from gpt_xp.tree import tree_map
 # Nats above the lowest training loss. A model that knows only how often tokens occur is closer than that.
 DIVERGED = 3.0
 SAMPLE_TOKENS = 64
+PATHS = ("data", "val", "start", "tokenizer")  # Settings that may differ between machines that train together.
 
 
 def train(
@@ -157,6 +158,7 @@ class TrainingRun:
                         raise KeyboardInterrupt
         finally:
             self.watcher.ends()
+        self.backend.wait_for_others("the last files of the run are written")
         best = next(each for each in self.evaluations if each.step == counters.best_step)
         return Training(self.directory, counters.step, best, tuple(self.evaluations), counters.step < settings.steps)
 
@@ -178,6 +180,8 @@ class TrainingRun:
         if (found := load_state(folder, self.state)) is not None:
             self.state, self.counters = self.program.to_device(found[0]), found[1]
             self.evaluations = read_log(self.directory / LOG, self.counters.step)
+        own = {name: value for name, value in settings.as_dict().items() if name not in (*CHANGEABLE, *PATHS)}
+        self.backend.check_agreement((own, self.corpus.counts, self.counters.step))
 
     def _tokenize(self) -> None:
         settings = self.settings
