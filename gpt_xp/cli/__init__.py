@@ -45,7 +45,7 @@ def run() -> int:
 
         from gpt_xp.cli.group import cli
         from gpt_xp.cli.output import discard_stdout, make_encodable, notes_of_warnings
-        from gpt_xp.cli.several import tell_that_it_ends
+        from gpt_xp.cli.several import show_error
         from gpt_xp.errors import GptXpError
 
     make_encodable()
@@ -58,10 +58,9 @@ def run() -> int:
         error.show()
         return error.exit_code
     except (GptXpError, click.ClickException) as error:
-        tell_that_it_ends()
-        click.echo(f"gpt-xp: error: {error}", err=True)
+        show_error(str(error))
     except OSError as error:  # The disk is full, or a file cannot be read.
         discard_stdout()
         what = error if error.filename or error.errno != errno.ENOSPC else f"cannot write to stdout: {error.strerror}"
-        click.echo(f"gpt-xp: error: {what}", err=True)
+        show_error(str(what))
     return 1

@@ -19,21 +19,20 @@ from gpt_xp.mesh import launched_processes, parse_hosts
 from gpt_xp.registry import default_backend
 
 DIED = "gpt-xp: error: another process of this mesh has died or cannot be reached: see what it wrote, and start again"
-# It drops messages about JAX's coordination, and writes one line where such a message says that JAX aborts. After that,
-# and after the line "ending", it drops everything.
+# It drops messages about JAX's coordination. It writes one error: that of the command, or that JAX aborts the process.
 FILTER = """
 import re, sys
-drops = aborted = False
+drops = ends = False
 for line in sys.stdin.buffer:
-    aborted = aborted or line == b"ending\\n"
-    if begins := re.match(rb"[IWEF]\\d{4} ", line):
-        drops = re.search(b"coordination|preemption|distributed service", line)
-    if not drops and not aborted:
+    error = line.startswith(b"gpt-xp: error: ")
+    if begins := error or re.match(rb"[IWEF]\\d{4} ", line):
+        drops = re.search(b"coordination|preemption|distributed service", line) and not error
+    if drops and begins and line.startswith(b"F"):
+        error, line = True, sys.argv[1].encode() + b"\\n"
+    if not ends and (error or not drops):
         sys.stderr.buffer.write(line)
-    elif begins and line.startswith(b"F") and not aborted:
-        aborted = True
-        sys.stderr.write(sys.argv[1] + "\\n")
-    sys.stderr.flush()
+        sys.stderr.flush()
+    ends = ends or error
 """
 _state = SimpleNamespace(are_running=False)
 
@@ -72,10 +71,13 @@ def refuse_stdin() -> None:
         raise click.UsageError("stdin cannot be read by several processes: name a file that all of them can read")
 
 
-def tell_that_it_ends() -> None:
-    """Let the filter drop what JAX writes from now on. The command writes its own error."""
+def show_error(text: str) -> None:
+    """Write the error that ends the command as one line to stderr. JAX may abort the process at the same time."""
+    line = f"gpt-xp: error: {text}"
     if are_running():
-        os.write(2, b"ending\n")
+        os.write(2, f"{line}\n".encode(errors="replace"))
+    else:
+        click.echo(line, err=True)
 
 
 def end_at_once(code: int) -> None:
