@@ -40,7 +40,7 @@ def get_backend(
     """Return the backend called `name` (default: `GPT_XP_BACKEND`, else numpy). A `Backend` is returned unchanged.
 
     `mesh` and `hosts` are those of `load`. Raises `BackendError` if the name, device or dtype is unknown, the library
-    is not installed, or there are too few devices. Raises `SettingError` for another form of `mesh` or `hosts`.
+    is not installed, or there are too few devices. Raises `SettingError` for an invalid `mesh` or `hosts`.
     """
     if isinstance(name, Backend):
         if (device, threads, mesh, hosts) != (None,) * 4 or dtype not in ("float32", name.dtype):

@@ -76,8 +76,9 @@ def train(
 
     Several devices: with `mesh` "data=N" ("auto": all devices), N devices of JAX share each batch, which N must divide,
     and each holds a part of the params and of the optimizer's state (Rajbhandari et al. 2020, "ZeRO", stage 3). The
-    losses are those of one device up to rounding, and a run can be resumed with another `mesh`. `hosts` is that of
-    `load`: all processes need the same files. Ctrl-C then ends at once, and the run goes on from its last evaluation.
+    losses are those of one device up to rounding, and a run can be resumed with another `mesh`. `hosts` joins several
+    processes, as in `load`: all of them need the same files. Ctrl-C then ends the run at once, and it goes on from its
+    last evaluation.
 
     The evaluations: every `eval_every` steps, the loss in nats per token is taken over at most `eval_tokens` of the
     validation text. That text is `val`, a list of files, or the last `val_fraction` of the characters. After `patience`
