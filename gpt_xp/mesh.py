@@ -14,6 +14,7 @@ from typing import Any
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.memory import ITEM_SIZE
+from gpt_xp.tree import leaves
 
 MESH_FORMS = "data=N, model=N, data=N,model=N, or auto"
 
@@ -149,8 +150,6 @@ def padded_heads(config: GPT2Config, n_model: int) -> int:
 
 def params_bytes_on_device(config: GPT2Config, shape: MeshShape, dtype: str) -> int:
     """Return the bytes of the params on each device of a mesh."""
-    from gpt_xp.tree import leaves
-
     total = 0
     for each in leaves(splits(config)):
         total += math.prod(each.padded(shape.model)) // (1 if each.axis is None else shape.model)

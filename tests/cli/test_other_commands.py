@@ -44,16 +44,18 @@ def test_backends_shows_what_the_devices_of_a_mesh_hold(call, monkeypatch):
     monkeypatch.setattr("gpt_xp.cli.backends.report_on_backends", lambda infos: [])
     shown = call("backends", "--verbose", "--mesh", "data=2,model=2").out
     assert (
-        "\nGB of params + cache of one row on each device of the mesh data=2,model=2, and whether they fit:\n" in shown
+        "\nGB of params + cache of one row on each device of the mesh data=2,model=2 (it needs 4 devices, "
+        "and jax has 4 here), and whether they fit:\n" in shown
     )
     assert "  124M         0.25 + 0.038 yes\n" in shown
     assert "  1558M        3.16 + 0.327 no\n" in shown
-    assert "of the mesh data=4, and" in call("backends", "--verbose", "--mesh", "auto").out
+    assert "of the mesh data=4 (it needs 4 devices" in call("backends", "--verbose", "--mesh", "auto").out
     record = json.loads(call("backends", "--verbose", "--json", "--mesh", "model=4").out)
     assert record["mesh"][0] == {
         "model": "124M", "dtype": "float32", "params": 126_971_904, "cache": 18_874_368, "fits": True,
     }  # fmt: skip
-    assert "--mesh must be data=N" in call("backends", "--mesh", "4").err
+    assert "--mesh must be data=N" in call("backends", "--verbose", "--mesh", "4").err
+    assert call("backends", GPT_XP_MESH="nonsense").code == 0
     assert call("backends", "--mesh", "data=2").err == "gpt-xp: --mesh has no effect without --verbose\n"
 
 
