@@ -152,9 +152,14 @@ class Model:
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
         texts: Any = [prompt] if is_one_prompt(prompt) else prompt
+        seeds = chosen.seeds(len(texts))
         encoded = [self._encode(text, chosen.special_tokens) for text in texts]
         self._check_memory(encoded, chosen)
-        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
+        prompts = [
+            Prompt(ids, sample, seed)
+            for ids, seed in zip(encoded, seeds, strict=True)
+            for sample in range(chosen.num_samples)
+        ]
         return self._guarded(prompts, chosen, called)
 
     def score(
