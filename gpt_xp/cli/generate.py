@@ -15,10 +15,11 @@ from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, note_no_effect, o
 from gpt_xp.cli.output import is_terminal, note, progress_bar, waiting, write, write_json
 from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
-from gpt_xp.cli.report import add_stats, continuation_fields, logprob_table, shared_fields, stats_line
+from gpt_xp.cli.report import add_stats, logprob_table, shared_fields, stats_line
 from gpt_xp.cli.session import Session, check_settings
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
+from gpt_xp.reporting.records import continuation_fields
 from gpt_xp.settings import GenerationSettings
 
 LOADING_OPTIONS = ("model", "offline", "model_size", "models_dir", "backend", "device", "dtype", "quantize", "threads")
