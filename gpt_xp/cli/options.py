@@ -109,6 +109,9 @@ model_option = together(
     flag("--offline", help="Never use the network."),
 )  # fmt: skip
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
+logprobs_option = flag(
+    "--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."
+)
 SPECIAL_TOKENS = "Read the spelling of a special token, such as <|endoftext|>, as that token and not as plain text."
 special_tokens_option = flag("--special-tokens", help=SPECIAL_TOKENS)
 loading_options = together(
@@ -153,7 +156,7 @@ sampling_options = together(
 output_options = together(
     flag("--no-stream", help="Print the text when it is complete, on a terminal too."),
     flag("--echo", help="Print the prompt before its continuation."),
-    flag("--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."),
+    logprobs_option,
     json_option,
     flag("--stats", help="Print a line of statistics to stderr."),
     flag("--json-full", help="Like --json; with --prompt-file, print settings and statistics in each line."),
