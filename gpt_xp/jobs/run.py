@@ -183,6 +183,10 @@ def _check(
     if gpus:
         check_count("gpus", gpus)
     check_format(format)
+    if engine == "ray":
+        from gpt_xp.jobs.ray_engine import check_ray
+
+        check_ray()
 
 
 def _fair_threads(engine: str, workers: int) -> int | None:
