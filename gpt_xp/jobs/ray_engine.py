@@ -61,8 +61,8 @@ def run_ray(
                 result = dict(zip(batch, values, strict=True))
                 if result.pop("kind"):
                     raise getattr(errors, result["how"], GptXpError)(result["error"])
-                del result["error"]
-                yield ShardResult(*(value if isinstance(value, str) else int(value) for value in result.values()))
+                figures = {name: int(result[name]) for name in ("number", "prompts", "errors")}
+                yield ShardResult(how=result["how"], **figures)
 
 
 class ShardActor:
