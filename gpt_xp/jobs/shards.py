@@ -85,13 +85,12 @@ def raw_lines(stream: BinaryIO, begin: int, end: int | None) -> Iterator[tuple[i
         stream.seek(begin - 1)
         begin += _skip_line(stream) - 1
     while end is None or begin < end:
-        data: bytes | None = stream.readline(MAX_LINE_BYTES)
+        data: bytes | None = stream.readline(MAX_LINE_BYTES + 1)
         if not data:
             return
         n_bytes = len(data)
-        if n_bytes == MAX_LINE_BYTES and not data.endswith(b"\n"):
-            n_bytes += _skip_line(stream)
-            data = None if n_bytes > MAX_LINE_BYTES + 1 else data
+        if n_bytes > MAX_LINE_BYTES and not data.endswith(b"\n"):
+            n_bytes, data = n_bytes + _skip_line(stream), None
         elif begin == 0:
             data = data.removeprefix(BYTE_ORDER_MARK)
         if data is None or data.strip():
