@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.errors import GptXpError, SettingError
 from gpt_xp.hub.find import default_model, find_model
 from gpt_xp.jobs.inputs import find_inputs
@@ -81,6 +82,8 @@ def bulk(
     files = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     found, directory, name = find_inputs(files, kind), Path(out), str(model or default_model())
     folder = find_model(name, offline=offline)
+    if kind == "score":
+        Windows(chosen["convention"], chosen["window"], chosen["stride"]).resolve(read_config(folder).n_ctx)
     size = sum(each.size for each in found)
     job = Job(
         kind=kind, model=name, digest=model_digest(folder), dtype=dtype, quantize=quantize, settings=chosen,
@@ -153,10 +156,8 @@ def job_settings(kind: str, logprobs: bool, settings: dict[str, Any]) -> dict[st
     values = defaults | settings
     if kind == "choices" and values["by"] not in MEASURES:
         raise SettingError(f"by must be one of {', '.join(MEASURES)}, not {values['by']!r}")
-    if kind == "score":
-        if values["convention"] == "nanogpt":
-            raise SettingError("convention must be huggingface or lm-eval: nanogpt's random crops need one long text")
-        Windows(values["convention"], values["window"], values["stride"])
+    if values.get("convention") == "nanogpt":
+        raise SettingError("convention must be huggingface or lm-eval: nanogpt's random crops need one long text")
     return values | {"logprobs": logprobs}
 
 

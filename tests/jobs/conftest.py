@@ -16,8 +16,14 @@ from gpt_xp.jobs.worker import ShardResult, Worker, WorkerOptions
 Bulk = Callable[..., BulkStatus]
 
 
+@pytest.fixture(scope="session")
+def one_thread() -> gpt_xp.Model:
+    """Return the bundled model on one thread. Two threads of each of pytest's processes would take 10 times as long."""
+    return gpt_xp.load("shakespeare", backend="numpy", threads=1)
+
+
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, shakespeare: gpt_xp.Model) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, one_thread: gpt_xp.Model) -> None:
     """Run jobs in this process, with the bundled model on NumPy unless a test names another backend."""
     from gpt_xp.jobs import worker
 
@@ -31,7 +37,7 @@ def here(monkeypatch: pytest.MonkeyPatch, shakespeare: gpt_xp.Model) -> None:
             yield one.run(number)
 
     def load_here(job: Any, options: WorkerOptions) -> gpt_xp.Model:
-        return shakespeare if options.backend in (None, "numpy") and job.dtype == "float32" else load(job, options)
+        return one_thread if options.backend in (None, "numpy") and job.dtype == "float32" else load(job, options)
 
     monkeypatch.setattr("gpt_xp.jobs.run._engine", lambda name: run_here)
     monkeypatch.setattr(worker, "load_model", load_here)
