@@ -56,15 +56,21 @@ class Parts:
         path = self._path(number, "attempts")
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.open("a+") as file:
-                file.seek(0)
-                before = file.read().split().count(run)
+            before = self.n_attempts(number, run)
+            with path.open("a") as file:
                 file.write(f"{run}\n")
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {path} ({error.strerror or error}); make room, or check the permissions"
             ) from error
         return before
+
+    def n_attempts(self, number: int, run: str) -> int:
+        """Return how many workers of this run have begun a shard, and not ended it."""
+        try:
+            return self._path(number, "attempts").read_text().split().count(run)
+        except FileNotFoundError:
+            return 0
 
     def end_attempts(self, number: int) -> None:
         """Forget the attempts of a shard, which is done."""

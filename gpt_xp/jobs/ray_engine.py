@@ -91,7 +91,8 @@ class ShardActor:
             parts = Parts(out, read_job(out).format)
             if parts.is_done(number):
                 return ShardResult(number, "there")
-            if parts.begin_attempt(number, f"loading-{self._options.run}") >= MAX_ATTEMPTS:
+            loadings = parts.begin_attempt(number, f"loading-{self._options.run}")
+            if loadings - parts.n_attempts(number, self._options.run) >= MAX_ATTEMPTS:
                 raise GptXpError(f"a worker has ended {MAX_ATTEMPTS} times before it had loaded the model")
             self._worker = Worker(self._options)
         return self._worker.run(number)

@@ -22,7 +22,7 @@ from gpt_xp.jobs.status import BulkStatus, join, status
 from gpt_xp.jobs.watcher import Watcher
 from gpt_xp.jobs.worker import DEADLY
 
-KILLS = int(os.environ.get("GPT_XP_TEST_KILLS", "4"))  # on each number of workers; 20 takes a minute
+KILLS = int(os.environ.get("GPT_XP_TEST_KILLS", "2"))  # on each number of workers; 20 takes a minute
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
 
 # A worker that ends itself at lines that hold "deadly", and at its start as often as the file `starts` has bytes.
@@ -167,7 +167,7 @@ def state(pid: int) -> str:
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("never-killed")
-    file = prompts(folder, count=200)
+    file = prompts(folder, count=100)
     run(file, folder / "out", shard_bytes=150, max_tokens=12)
     return file, joined(folder / "out")
 
