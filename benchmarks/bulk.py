@@ -68,6 +68,7 @@ def script() -> None:
     made.add_argument("--prompts", type=int, default=2000, help="prompts against the plain loop (default: 2000)")
     made.add_argument("--tokens", type=int, default=20, help="tokens of each (default: 20)")
     made.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    made.add_argument("--threads", type=int, default=1, help="threads of the model (default: 1)")
     made.add_argument("--workers", type=int, default=1, help="workers of --null and --ray (default: 1)")
     made.add_argument("--shard-bytes", type=int, help="bytes of a shard (default: a thousandth, at least 64 KiB)")
     options = made.parse_args()
@@ -83,13 +84,15 @@ def script() -> None:
 def against_the_loop(options: argparse.Namespace, folder: Path) -> None:
     """Print the seconds of bulk and of the plain loop, and their ratio, for each round."""
     file = write_prompts(folder / "prompts.txt", options.prompts)
-    model = gpt_xp.load("shakespeare", backend="numpy")
+    model = gpt_xp.load("shakespeare", backend="numpy", threads=options.threads)
     ratios = []
     for turn in range(options.rounds):
         loop, clock = plain_loop(model, file, options.tokens), Clock()
         sampling = {"temperature": 1.0, "top_k": 40, "max_tokens": options.tokens, "seed": 1}
-        out, size = folder / f"out{turn}", options.shard_bytes
-        gpt_xp.bulk(file, out, model="shakespeare", backend="numpy", watcher=clock, shard_bytes=size, **sampling)
+        gpt_xp.bulk(
+            file, folder / f"out{turn}", model="shakespeare", backend="numpy", threads=options.threads, watcher=clock,
+            shard_bytes=options.shard_bytes, **sampling,
+        )  # fmt: skip
         ratios.append(clock.seconds / loop)
         print(f"round {turn + 1}: loop {loop:.2f} s, bulk {clock.seconds:.2f} s, ratio {ratios[-1]:.4f}", flush=True)
     print(f"median of the ratios: {statistics.median(ratios):.4f} (at most 1.02)")
@@ -102,7 +105,8 @@ def plain_loop(model: gpt_xp.Model, file: Path, tokens: int) -> float:
     for first in range(0, len(lines), worker.WINDOW):
         window = sorted(lines[first : first + worker.WINDOW], key=len, reverse=True)
         for at in range(0, len(window), 8):
-            model.generate(window[at : at + 8], max_tokens=tokens, temperature=1.0, top_k=40, seed=[*range(at, at + 8)])
+            batch = window[at : at + 8]
+            model.generate(batch, max_tokens=tokens, temperature=1.0, top_k=40, seed=[*range(len(batch))])
     return time.perf_counter() - begin
 
 
@@ -116,9 +120,8 @@ def null_job(options: argparse.Namespace, folder: Path) -> None:
         file, folder / "out", model="shakespeare", temperature=1.0, workers=options.workers, watcher=clock,
         shard_bytes=options.shard_bytes,
     )  # fmt: skip
-    own, workers = (
-        resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    own, workers = (resource.getrusage(who).ru_maxrss / 1000 for who in whose)
     print(
         f"{found.prompts} lines of {file.stat().st_size} bytes in {found.shards} shards: {clock.seconds:.1f} s, "
         f"{found.prompts / clock.seconds:.0f} lines/s; peak memory {own:.0f} MB (driver), {workers:.0f} MB (a worker)"
@@ -147,9 +150,8 @@ def ray_shards(options: argparse.Namespace, folder: Path) -> None:
             )  # fmt: skip
             seconds[shards] = clock.seconds
         each = 1000 * (seconds[MANY] - seconds[FEW]) / (MANY - FEW)
-        print(
-            f"{FEW} shards {seconds[FEW]:.2f} s, {MANY} shards {seconds[MANY]:.2f} s: {each:.1f} ms a shard (at most 20)"
-        )
+        times = ", ".join(f"{shards} shards {taken:.2f} s" for shards, taken in seconds.items())
+        print(f"{times}: {each:.1f} ms a shard (at most 20)", flush=True)
 
 
 def write_prompts(path: Path, count: int) -> Path:
