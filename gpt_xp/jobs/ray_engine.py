@@ -20,6 +20,7 @@ from gpt_xp.jobs.job import read_job
 from gpt_xp.jobs.parts import MAX_ATTEMPTS, Parts
 from gpt_xp.jobs.watcher import Watcher
 from gpt_xp.jobs.worker import ShardResult, Worker, WorkerOptions
+from gpt_xp.processes import one_line
 
 MAX_BLOCKS = 10_000  # Ray keeps an object for each; a block of a larger job has several shards.
 # Variables of the cluster that this module starts.
@@ -114,7 +115,11 @@ def _cluster(workers: int) -> Iterator[Any]:
         yield ray
         return
     with _variables({} if os.environ.get("RAY_ADDRESS") else VARIABLES):
-        ray.init(log_to_driver=False, logging_level="ERROR", **address)
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **address)
+        except Exception as error:  # Ray has no error of its own for all that can be wrong with a cluster.
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            raise GptXpError(f"Ray cannot be used on {where} ({one_line(error)}); see RAY_ADDRESS") from error
         try:
             if address and not ray.util.get_node_ip_address().startswith("127."):
                 raise SettingError(

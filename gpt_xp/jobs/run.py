@@ -78,7 +78,8 @@ def bulk(
     """
     _check(kind, dtype, quantize, format, shard_bytes, seed, batch_size, engine, workers, gpus)
     chosen = job_settings(kind, logprobs, settings)
-    check_installed(backend or default_backend(), bool(quantize))
+    backend = backend or default_backend()
+    check_installed(backend, bool(quantize))
     files = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     found, directory, name = find_inputs(files, kind), Path(out), str(model or default_model())
     folder = find_model(name, offline=offline)
