@@ -252,8 +252,8 @@ def test_parts_of_a_job_with_two_workers_are_those_of_one(tmp_path: Path) -> Non
     args = ["-m", "shakespeare", "--seed", "7", "--temperature", "1", "-n", "4", "--threads", "1"]
     command = ["bulk", *args, "--shard-bytes", "60", str(file), str(tmp_path / "two")]
     other = start(*command, "--from-end")
-    assert process(*command, "--batch-size", "3").code == 0
-    assert other.wait(PATIENCE) == 0
-    other.communicate()
+    result = process(*command, "--batch-size", "3")
+    _, err = other.communicate(timeout=PATIENCE)
+    assert (result.code, other.returncode) == (0, 0), (result.err, err)
     assert joined(tmp_path / "two") == joined(tmp_path / "one")
     assert Parts(tmp_path / "two", "jsonl").scan()[1] == {}
