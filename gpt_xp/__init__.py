@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         TokenizerError,
     )
     from gpt_xp.generation.results import Generation, Piece, Stats
+    from gpt_xp.jobs.run import bulk
+    from gpt_xp.jobs.status import BulkStatus
     from gpt_xp.kv_cache import KVCache, new_cache
     from gpt_xp.model import Model, load, save
     from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
@@ -55,6 +57,7 @@ __all__ = [
     "BackendError",
     "BackendInfo",
     "Benchmark",
+    "BulkStatus",
     "CheckpointError",
     "Comparison",
     "ConfigError",
@@ -82,6 +85,7 @@ __all__ = [
     "Training",
     "backends",
     "bench",
+    "bulk",
     "compare",
     "get_backend",
     "gpt2",
@@ -126,6 +130,8 @@ _NAMES_OF = {
         "TextError",
         "TokenizerError",
     ),
+    "jobs.run": ("bulk",),
+    "jobs.status": ("BulkStatus",),
     "transformer": ("gpt2", "gpt2_with_cache", "hidden_states", "lm_loss", "unembed"),
     "picogpt": ("load_encoder_hparams_and_params", "shape_tree"),
     "quantization": ("quantize",),

@@ -155,9 +155,14 @@ class Model:
         if chosen.stop_strings and self.tokenizer is None:
             raise SettingError("a stop string needs a tokenizer, and this model has none")
         texts: Any = [prompt] if is_one_prompt(prompt) else prompt
+        seeds = chosen.seeds(len(texts))
         encoded = [self._encode(text, chosen.special_tokens) for text in texts]
         self._check_memory(encoded, chosen)
-        prompts = [Prompt(ids, sample) for ids in encoded for sample in range(chosen.num_samples)]
+        prompts = [
+            Prompt(ids, sample, seed)
+            for ids, seed in zip(encoded, seeds, strict=True)
+            for sample in range(chosen.num_samples)
+        ]
         return self._guarded(prompts, chosen, called)
 
     def score(
@@ -225,7 +230,8 @@ class Model:
             return
         with self._memory_errors(batch=len(prompts)):
             if settings.seed is None and settings.temperature:
-                settings = replace(settings, seed=self.backend.agreed(randbits(32)))
+                seed = self.backend.agreed(randbits(32))
+                prompts = [replace(prompt, seed=seed) for prompt in prompts]
             self.backend.check_agreement((prompts, settings))
             yield from self._generator.run(prompts, settings, called)
 

@@ -1,14 +1,14 @@
-"""Helpers for the processes that `compare` and `bench` start, each with one array library."""
+"""Helpers for the processes that `compare`, `bench` and `bulk` start."""
 
 import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from gpt_xp import json_text
-from gpt_xp.errors import BackendError, SettingError
+from gpt_xp.errors import BackendError, GptXpError, SettingError
 from gpt_xp.memory import ITEM_SIZE
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "NUMBA_NUM_THREADS")
@@ -57,3 +57,20 @@ def usable_backends() -> list[str]:
     if done.returncode:
         raise BackendError(f"the installed backends cannot be listed: {failure_reason(done.stderr, done.returncode)}")
     return [info["name"] for info in json_text.parse(done.stdout)["backends"] if info["problem"] is None]
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line, with the name of its class unless it is one of gpt-xp's errors."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, GptXpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def take_streams() -> tuple[TextIO, TextIO]:
+    """Return stdin and stdout under new numbers. Then stdin is empty, and stdout goes to stderr."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, answers

@@ -21,7 +21,7 @@ class GenerationSettings:
     - `top_k`, `top_p`, `min_p`, `repetition_penalty`: the filters, see `generation.sampling`. None turns one off, and
       so does 0 for `top_k`.
     - `stop`: one string or several that end a continuation.
-    - `seed`: 0 to 2^64 - 1; None draws one for each call.
+    - `seed`: 0 to 2^64 - 1; None draws one for each call. A list holds one seed for each prompt of the call.
     - `ignore_eos`: continue after an end token, and keep it.
     - `num_samples`: the number of continuations of each prompt.
     - `speculate`: guess tokens from repeats in the text and check several at once, while that saves time. The text is
@@ -36,7 +36,7 @@ class GenerationSettings:
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop: str | Sequence[str] | None = None
-    seed: int | None = None
+    seed: int | list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
     num_samples: int = 1
     speculate: bool = False
@@ -50,7 +50,10 @@ class GenerationSettings:
         _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 (off) to 1")
         _check_number("repetition_penalty", self.repetition_penalty, lambda x: TINY <= x <= HUGE,
                       "a number from 1e-30 to 1e30 (1 is off)")  # fmt: skip
-        _check_number("seed", self.seed, lambda x: _is_whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
+        for seed in self.seed if isinstance(self.seed, list | tuple) else (self.seed,):
+            _check_number("seed", seed, lambda x: _is_whole(x) and x < 2**64, "a whole number from 0 to 2^64 - 1")
+        if isinstance(self.seed, list | tuple) and None in self.seed:
+            raise SettingError("seed must hold a whole number for each prompt, and one of them is None")
         if self.max_tokens is not None:
             check_count("max_tokens", self.max_tokens)
         check_count("num_samples", self.num_samples)
@@ -73,6 +76,14 @@ class GenerationSettings:
             "repetition_penalty": None if self.repetition_penalty in (None, 1) else self.repetition_penalty,
         }
 
+    def seeds(self, n_prompts: int) -> list[int]:
+        """Return the seed of each prompt. Raises `SettingError` for a list of another length."""
+        if not isinstance(self.seed, list | tuple):
+            return [int(self.seed or 0)] * n_prompts
+        if len(self.seed) != n_prompts:
+            raise SettingError(f"seed is a list of {len(self.seed)}, and there are {n_prompts} prompts: give one each")
+        return [int(seed) for seed in self.seed]
+
 
 class GenerationOptions(TypedDict, total=False):
     """The fields of `GenerationSettings` as keyword arguments, except `num_samples`, which decides the return type."""
@@ -84,7 +95,7 @@ class GenerationOptions(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     stop: str | Sequence[str] | None
-    seed: int | None
+    seed: int | list[int] | tuple[int, ...] | None
     ignore_eos: bool
     speculate: bool
     special_tokens: bool

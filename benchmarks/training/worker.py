@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts' folder, as for those that are started from there
 
-from gpt_xp.benchmark.worker import one_line
 from gpt_xp.checkpoint.config_json import read_config
+from gpt_xp.processes import one_line
 
 
 def main() -> None:

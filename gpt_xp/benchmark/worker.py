@@ -11,15 +11,14 @@ The answer to a request that fails is {"error": "in one line"}. To measure anoth
 """
 
 import json
-import os
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.errors import GptXpError
 from gpt_xp.memory import peak_process_memory
+from gpt_xp.processes import one_line, take_streams
 
 
 class Contender(Protocol):
@@ -54,7 +53,7 @@ def serve(make: Callable[[], Contender]) -> None:
 
     Everything that libraries write to stdout goes to stderr.
     """
-    requests, answers = _take_streams()
+    requests, answers = take_streams()
     contender: Contender | None = None
     for line in requests:
         request = json_text.parse(line)
@@ -67,23 +66,6 @@ def serve(make: Callable[[], Contender]) -> None:
             answer = {"error": one_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line, with the name of its class unless it is one of gpt-xp's errors."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, GptXpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def _take_streams() -> tuple[TextIO, TextIO]:
-    """Return stdin and stdout under new numbers. Then stdin is empty, and stdout goes to stderr."""
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return requests, answers
 
 
 def _logits(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from gpt_xp.cli.output import progress_bar, write_json
 from gpt_xp.cli.prompt_files import PromptLine
-from gpt_xp.cli.report import continuation_fields, session_fields, shared_fields, stats_fields
+from gpt_xp.cli.report import session_fields, shared_fields, stats_fields
 from gpt_xp.cli.session import Session
-from gpt_xp.errors import DeviceMemoryError, GptXpError, NumericalError, PromptError
+from gpt_xp.errors import GptXpError, PromptError
+from gpt_xp.generation.halving import halved
 from gpt_xp.generation.results import Generation, Stats
+from gpt_xp.reporting.records import continuation_fields
 
 
 def refuse_errors(lines: Iterable[PromptLine]) -> None:
@@ -56,18 +58,16 @@ class Batches:
                 bar.update(len(batch))
 
     def _continue(self, batch: Sequence[PromptLine]) -> None:
-        try:
-            results = self.session.generate([str(line.prompt) for line in batch if line.error is None])
-        except (DeviceMemoryError, NumericalError) as error:  # Perhaps only one of the lines causes it.
-            if self.strict:
-                raise
-            if len(batch) == 1:
-                self._print([replace(batch[0], error=str(error))], [])
+        # Where one of several processes halved a batch, the others would wait for it for ever.
+        at_once = self.strict or self.session.model.backend.process_count > 1
+        for lines, results in [(batch, self._generate(batch))] if at_once else halved(batch, self._generate):
+            if isinstance(results, GptXpError):
+                self._print([replace(lines[0], error=str(results))], [])
             else:
-                self._continue(batch[: len(batch) // 2])
-                self._continue(batch[len(batch) // 2 :])
-        else:
-            self._print(batch, results)
+                self._print(lines, results)
+
+    def _generate(self, lines: Sequence[PromptLine]) -> list[Generation]:
+        return self.session.generate([str(line.prompt) for line in lines if line.error is None])
 
     def _print(self, batch: Sequence[PromptLine], results: Sequence[Generation]) -> None:
         each = iter(results)

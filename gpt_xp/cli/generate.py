@@ -12,14 +12,23 @@ import click
 from gpt_xp.cli import several
 from gpt_xp.cli.batch import Batches, refuse_errors
 from gpt_xp.cli.loading import load_model
-from gpt_xp.cli.options import CONTEXT, TEXT, loading_options, note_no_effect, output_options, sampling_options
+from gpt_xp.cli.options import (
+    CONTEXT,
+    TEXT,
+    hosts_option,
+    loading_options,
+    note_no_effect,
+    output_options,
+    sampling_options,
+)
 from gpt_xp.cli.output import is_terminal, note, progress_bar, show, waiting, write, write_json
 from gpt_xp.cli.prompt_files import read_prompt_files
 from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
-from gpt_xp.cli.report import add_stats, continuation_fields, logprob_table, shared_fields, stats_line
+from gpt_xp.cli.report import add_stats, logprob_table, shared_fields, stats_line
 from gpt_xp.cli.session import Session, check_settings
 from gpt_xp.cli.wording import is_from_variable, is_typed
 from gpt_xp.generation.results import Generation, Piece, Stats
+from gpt_xp.reporting.records import continuation_fields
 from gpt_xp.settings import GenerationSettings
 
 LOADING_OPTIONS = (
@@ -45,6 +54,7 @@ fish_source are for other shells):
 @click.command(cls=PromptCommand, context_settings=CONTEXT, epilog=EPILOG)
 @click.argument("words", metavar="[PROMPT]", nargs=-1, type=TEXT)
 @loading_options
+@hosts_option
 @sampling_options
 @output_options
 @click.pass_context

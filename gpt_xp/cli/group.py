@@ -16,6 +16,7 @@ COMMANDS = {
     "backends": "backends",
     "bench": "bench",
     "bench-worker": "bench",
+    "bulk": "bulk",
     "compare": "compare",
     "compare-backend": "compare",
     "models": "models",

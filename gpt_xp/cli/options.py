@@ -109,14 +109,19 @@ model_option = together(
     flag("--offline", help="Never use the network."),
 )  # fmt: skip
 json_option = flag("--json", "as_json", help="Print JSON, one object a line, with a version number `schema`.")
+logprobs_option = flag(
+    "--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."
+)
 SPECIAL_TOKENS = "Read the spelling of a special token, such as <|endoftext|>, as that token and not as plain text."
 special_tokens_option = flag("--special-tokens", help=SPECIAL_TOKENS)
-mesh_options = together(
+mesh_option = together(
     option(
         "--mesh", metavar="MESH",
         help="Compute on several devices of jax: data=N splits the rows of a batch, model=N the weights, "
         "data=N,model=N both; auto is data= all devices.",
     ),
+)  # fmt: skip
+hosts_option = together(
     option(
         "--hosts", metavar="ADDRESS:PORT,COUNT,INDEX",
         help="For --mesh: COUNT processes run this command, each with its INDEX from 0, and number 0 listens on "
@@ -141,7 +146,7 @@ loading_options = together(
         help="Keep the weights in 8 or 4 bits: int8 or int4. Faster and smaller, a little less exact.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
-    mesh_options,
+    mesh_option,
 )  # fmt: skip
 sampling_options = together(
     option(
@@ -166,7 +171,7 @@ sampling_options = together(
 output_options = together(
     flag("--no-stream", help="Print the text when it is complete, on a terminal too."),
     flag("--echo", help="Print the prompt before its continuation."),
-    flag("--logprobs", help="Show each token's log probability (natural): as a table on stderr, or in the JSON."),
+    logprobs_option,
     json_option,
     flag("--stats", help="Print a line of statistics to stderr."),
     flag("--json-full", help="Like --json; with --prompt-file, print settings and statistics in each line."),

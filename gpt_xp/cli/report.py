@@ -15,17 +15,6 @@ from gpt_xp.version import __version__
 SESSION_STATS = ("backend", "device", "dtype", "quantize")  # fields of `Stats` that are equal in all batches
 
 
-def continuation_fields(sample: int, result: Generation, logprobs: bool) -> dict[str, Any]:
-    """Return the JSON fields of one continuation."""
-    return {
-        "sample": sample,
-        "text": result.text,
-        "token_ids": result.token_ids,
-        **({"logprobs": result.logprobs} if logprobs else {}),
-        "finish_reason": result.finish_reason,
-    }
-
-
 def shared_fields(session: Session, result: Generation) -> dict[str, Any]:
     """Return the JSON fields that a continuation shares with others: the session's, and `batch`, the statistics."""
     return {**session_fields(session), "batch": stats_fields(result.stats)}

@@ -16,6 +16,7 @@ from gpt_xp.cli.options import (
     FILE,
     TEXT,
     flag,
+    hosts_option,
     json_option,
     loading_options,
     option,
@@ -25,15 +26,14 @@ from gpt_xp.cli.options import (
 from gpt_xp.cli.output import progress_bar, waiting, write, write_json
 from gpt_xp.cli.prompts import LITERAL, PromptCommand, join_stdin, note_special_tokens, sources
 from gpt_xp.cli.wording import is_from_variable, is_typed
-from gpt_xp.errors import SettingError, TokenizerError
+from gpt_xp.errors import SettingError
 from gpt_xp.model import Model
+from gpt_xp.reporting.records import choice_fields, score_fields, token_fields
 from gpt_xp.reporting.text import table
 from gpt_xp.scoring.rank import MEASURES, RankedChoice
 from gpt_xp.scoring.score import Score
 from gpt_xp.scoring.windows import CONVENTIONS, Windows
-from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tokenizer.text_files import read_text
-from gpt_xp.tree import finite
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
 FILE_OPTIONS = ("last", "convention", "window", "stride", "crops", "seed")  # options that --choices does not use
@@ -63,6 +63,7 @@ window_options = together(
 @click.command(cls=PromptCommand, context_settings=CONTEXT, epilog=EPILOG)
 @click.argument("arguments", metavar="FILE | --choices PROMPT CHOICE...", nargs=-1)
 @loading_options
+@hosts_option
 @window_options
 @special_tokens_option
 @flag("--choices", help="Rank each CHOICE by how likely it is to follow PROMPT (-: stdin).")
@@ -216,53 +217,25 @@ def _choices_table(ranked: Sequence[RankedChoice]) -> str:
 
 
 def _record(score: Score, seconds: float, model: Model) -> dict[str, Any]:
-    record = {
+    return {
         **dataclasses.asdict(score.windows),
-        "tokens": len(score.token_ids),
-        "scored_tokens": score.n_scored,
-        "words": score.n_words,
-        "characters": score.n_characters,
-        "bytes": score.n_bytes,
-        "logprob": score.logprob,
-        "nats_per_token": score.nats_per_token,
-        "nats_per_character": score.nats_per_character,
-        "bits_per_byte": score.bits_per_byte,
-        "perplexity": score.perplexity,
-        "word_perplexity": score.word_perplexity,
-        "byte_perplexity": score.byte_perplexity,
+        **score_fields(score),
         "seconds": seconds,
         "tokens_per_second": score.n_scored / seconds,
         "per_token": _per_token(score.token_ids.tolist(), score.logprobs.tolist(), model),
     }
-    return dict(finite(record))
 
 
 def _choices(ranked: Sequence[RankedChoice], model: Model) -> list[dict[str, Any]]:
     return [
-        {
-            "index": each.index,
-            "choice": each.choice,
-            "logprob": each.logprob,
-            "logprob_per_token": each.logprob_per_token,
-            "logprob_per_byte": each.logprob_per_byte,
-            "per_token": _per_token(each.token_ids, each.logprobs.tolist(), model),
-        }
+        {**choice_fields(each), "per_token": _per_token(each.token_ids, each.logprobs.tolist(), model)}
         for each in ranked
     ]
 
 
 def _per_token(ids: Sequence[int], logprobs: Sequence[float], model: Model) -> list[dict[str, Any]]:
     assert model.tokenizer is not None  # `load` always reads a tokenizer.
-    texts = {id: _text(id, model.tokenizer) for id in set(ids)}
-    return [{"id": id, "text": texts[id], "logprob": logprob} for id, logprob in zip(ids, logprobs, strict=True)]
-
-
-def _text(id: int, tokenizer: Tokenizer) -> str | None:
-    """Return the text of a token; None where it is not whole characters."""
-    try:
-        return tokenizer.decode([id], errors="strict")
-    except TokenizerError:
-        return None
+    return token_fields(ids, logprobs, model.tokenizer)
 
 
 def _about(name: str, model: Model) -> dict[str, Any]:

@@ -43,8 +43,7 @@ def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
     Options that variables set are removed from `loading` where they do not apply: `mesh` without jax, and `hosts`
     without a mesh.
     """
-    if (loading.get("backend", "jax") or default_backend()) != "jax" and is_from_variable(ctx, "mesh"):
-        loading["mesh"] = None
+    leave_mesh_aside(ctx, loading)
     if loading["mesh"] is None and is_from_variable(ctx, "hosts"):
         loading["hosts"] = None
     mesh, hosts = loading["mesh"], loading["hosts"]
@@ -58,6 +57,12 @@ def begin(ctx: click.Context, loading: dict[str, Any]) -> None:
     _filter_output_of_libraries()
     if index:
         output.state.is_silent = True
+
+
+def leave_mesh_aside(ctx: click.Context, loading: dict[str, Any]) -> None:
+    """Remove a mesh that a variable sets where the backend is not jax."""
+    if (loading.get("backend", "jax") or default_backend()) != "jax" and is_from_variable(ctx, "mesh"):
+        loading["mesh"] = None
 
 
 def are_running() -> bool:

@@ -24,8 +24,9 @@ from gpt_xp.cli.options import (
     TEXT,
     Decorator,
     flag,
+    hosts_option,
     json_option,
-    mesh_options,
+    mesh_option,
     option,
     together,
 )
@@ -121,7 +122,8 @@ evaluation_settings = together(
 )
 @option("--device", of="train", metavar="NAME", help="A device of JAX, such as cpu, gpu or cuda:1.")
 @option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: JAX's choice]")
-@mesh_options
+@mesh_option
+@hosts_option
 @json_option
 @click.pass_context
 def train(

@@ -125,7 +125,8 @@ def generate(model: Model, prompts: list[list[int]], job: dict[str, Any], mode: 
 
 def follow(model: Model, ids: list[int], expected: list[int], settings: GenerationSettings) -> list[tuple[int, float]]:
     """Return the token and margin that would be chosen at each step; the text goes on with `expected`."""
-    decoder, choosing = model._decoder, Choosing(model._generator.chooser, [Prompt(ids)], settings)
+    prompt = Prompt(ids, seed=settings.seeds(1)[0])
+    decoder, choosing = model._decoder, Choosing(model._generator.chooser, [prompt], settings)
     logits, cache = decoder.prefill([ids])
     choices = []
     for step, token in enumerate(expected):

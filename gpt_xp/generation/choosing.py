@@ -45,7 +45,7 @@ class Choosing:
 
     def __init__(self, chooser: Chooser, prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
         self.chooser, self.filters = chooser, settings.filters
-        self._prompts, self._seed = prompts, settings.seed or 0
+        self._prompts = prompts
         self.seen: Array | None = None  # [batch, n_vocab] bool; only the repetition penalty needs it
         if self.filters["repetition_penalty"] is not None:
             seen = np.zeros((len(prompts), chooser.n_vocab), dtype=np.bool_)
@@ -90,11 +90,12 @@ class Choosing:
 
     def _noise(self, step: int) -> "np.ndarray[Any, Any]":
         n_vocab = self.chooser.n_vocab
-        return np.stack([gumbel_noise(self._seed, prompt.sample, step, n_vocab) for prompt in self._prompts])
+        return np.stack([gumbel_noise(each.seed, each.sample, step, n_vocab) for each in self._prompts])
 
     def _drawing(self, step: int) -> Any:
         def draw(row: int, ids: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-            return gumbel_noise(self._seed, self._prompts[row].sample, step, self.chooser.n_vocab, ids)
+            prompt = self._prompts[row]
+            return gumbel_noise(prompt.seed, prompt.sample, step, self.chooser.n_vocab, ids)
 
         return draw
 

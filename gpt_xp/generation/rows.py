@@ -9,10 +9,11 @@ from gpt_xp.generation.stop_strings import TextStream
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of one row: its token ids, and the number of the sample among those of the same prompt."""
+    """The prompt of one row: its token ids, the number of the sample among those of the same prompt, and its seed."""
 
     token_ids: Sequence[int]
     sample: int = 0
+    seed: int = 0
 
 
 @dataclass

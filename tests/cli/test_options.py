@@ -66,21 +66,26 @@ def test_a_variable_means_the_same_in_each_command_that_reads_it() -> None:
 
 def test_the_commands_that_share_a_variable() -> None:
     shared = {variable: sorted(found) for variable, found in readers().items() if len(found) > 1}
-    models = ["bench", "compare", "generate", "score", "tokens"]
+    models = ["bench", "bulk", "compare", "generate", "score", "tokens"]
+    loading = ["bulk", "generate", "score"]
+    sampling = ("MAX_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "MIN_P", "REPETITION_PENALTY", "STOP", "SEED")
+    sampling += ("NUM_SAMPLES", "IGNORE_EOS", "SPECULATE", "LOGPROBS")
     assert (
         shared
         == {
             "GPT_XP_MODEL": models,
             "GPT_XP_OFFLINE": models,
-            **{f"GPT_XP_{name}": ["generate", "score"] for name in ("BACKEND", "DEVICE", "DTYPE", "QUANTIZE")},
-            "GPT_XP_MESH": ["backends", "generate", "score", "train"],
+            **{f"GPT_XP_{name}": loading for name in ("BACKEND", "DEVICE", "DTYPE", "QUANTIZE")},
+            **{f"GPT_XP_{name}": ["bulk", "generate"] for name in sampling},
+            **{f"GPT_XP_{name}": ["bulk", "score"] for name in ("BY", "WINDOW", "STRIDE")},
+            "GPT_XP_MESH": ["backends", *loading, "train"],
             "GPT_XP_HOSTS": ["generate", "score", "train"],
-            "GPT_XP_BATCH_SIZE": ["generate", "score"],  # rows that are computed together: no result depends on it
-            "GPT_XP_THREADS": ["bench", "compare", "generate", "score", "train"],
-            "GPT_XP_SPECIAL_TOKENS": ["generate", "score", "tokens", "train"],
+            "GPT_XP_BATCH_SIZE": loading,  # rows that are computed together: no result depends on it
+            "GPT_XP_THREADS": ["bench", "bulk", "compare", "generate", "score", "train"],
+            "GPT_XP_SPECIAL_TOKENS": ["bulk", "generate", "score", "tokens", "train"],
             "GPT_XP_DTYPES": ["bench", "compare"],
             "GPT_XP_MARKDOWN": ["bench", "compare"],
-            "GPT_XP_JSON": ["backends", *models[:3], "models", "score", "tokens", "train"],
+            "GPT_XP_JSON": ["backends", *models[:4], "models", "score", "tokens", "train"],
         }
     )
 

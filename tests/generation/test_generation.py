@@ -103,6 +103,28 @@ def test_another_seed_is_another_text_and_no_seed_draws_one() -> None:
     assert len(texts) == 3
 
 
+def test_each_prompt_may_have_its_own_seed(backend: Backend) -> None:
+    model, prompts, seeds = small(backend), [[5, 6, 7], [8], [5, 6, 7]], [3, 2**64 - 1, 4]
+    for options in (SAMPLED, SAMPLED | {"top_k": None, "num_samples": 2}):
+        together = model.generate(prompts, **options | {"seed": seeds})
+        alone = [model.generate([ids], **options | {"seed": seed}) for ids, seed in zip(prompts, seeds, strict=True)]
+        for actual, expected in zip(together, [result for results in alone for result in results], strict=True):
+            same_tokens(actual, expected)
+        assert together[0].token_ids != together[-1].token_ids  # One prompt, two seeds.
+    assert (
+        model.generate([5], **SAMPLED | {"seed": [3]}).token_ids
+        == model.generate([5], **SAMPLED | {"seed": 3}).token_ids
+    )
+
+
+@pytest.mark.parametrize(
+    "seed", [[1, 2], [], [1, -1, 2], [1, 2**64, 3], [1, None, 2], [1, 2.5, 3], [True, 1, 2], "123"]
+)
+def test_seeds_that_do_not_fit_are_refused(seed: Any) -> None:
+    with pytest.raises(SettingError, match=r"^seed (is a list of \d, and there are 3 prompts|must )"):
+        small(make_backend("numpy")).generate([[1], [2], [3]], temperature=1.0, seed=seed)
+
+
 def test_repetition_penalty_counts_prompt_and_continuation() -> None:
     model, ids = small(make_backend("numpy")), [5, 6, 7]
     out = model.generate(ids, max_tokens=20, repetition_penalty=1.7)
