@@ -71,9 +71,9 @@ def bulk(
     `special_tokens` as in `Model.score`; or `by` and `special_tokens` as in `Model.rank`.
 
     The others may change while a job is under way: `backend`, `device`, `mesh` (of each worker), `threads` and
-    `offline` as in `load`; `batch_size`; `engine` "local" (processes of this machine) or "ray"; `workers`, each with `gpus` GPUs; `slice`, such
-    as "3/64", for the third of 64 shares; `from_end` to begin with the last shard. `strict` ends the job at the first
-    line with an error, instead of writing an error record.
+    `offline` as in `load`; `batch_size`; `engine` "local" (processes of this machine) or "ray"; `workers`, each with
+    `gpus` GPUs; `slice`, such as "3/64", for the third of 64 shares; `from_end` to begin with the last shard. `strict`
+    ends the job at the first line with an error, instead of writing an error record.
 
     Raises `SettingError`, `TextError` and `PromptError` before any work; the errors of `load`; `CheckpointError` where
     the disk is full.
@@ -82,6 +82,8 @@ def bulk(
     chosen = job_settings(kind, logprobs, settings)
     backend = backend or default_backend()
     check_installed(backend, bool(quantize))
+    if mesh is not None:
+        parse_mesh(mesh)  # Its error comes before anything is written.
     files = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     found, directory, name = find_inputs(files, kind), Path(out), str(model or default_model())
     folder = find_model(name, offline=offline)
@@ -97,8 +99,8 @@ def bulk(
     job = begin_job(directory, job, has_seed=seed is not None)
     options = WorkerOptions(
         out=str(directory.absolute()), folder=str(folder.absolute()), run=secrets.token_hex(8), backend=backend,
-        device=device, mesh=mesh, threads=threads or _fair_threads(engine, workers), offline=offline, batch_size=batch_size,
-        strict=strict, is_remote=engine == "ray",
+        device=device, mesh=mesh, threads=threads or _fair_threads(engine, workers), offline=offline,
+        batch_size=batch_size, strict=strict, is_remote=engine == "ray",
     )  # fmt: skip
     numbers = numbers_of(len(Shards(job)), slice, from_end)
     return _run(job, directory, options, numbers, engine, workers, gpus, watcher or Watcher())
