@@ -120,6 +120,9 @@ class _Pool:
             except WorkerEndedError as ended:
                 reason = str(ended)
                 self._end(process)
+            except BaseException:
+                self._end(process)
+                raise
         raise GptXpError(f"a worker has ended {MAX_STARTS} times before it had loaded the model: {reason}")
 
     def _compute(self, process: "_Process", number: int) -> ShardResult:
