@@ -5,9 +5,11 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from gpt_xp.config import GPT2Config
+from gpt_xp.errors import DeviceMemoryError
 from gpt_xp.reporting.text import size
 
 ITEM_SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # bytes per number, by dtype
@@ -47,14 +49,27 @@ def cache_bytes(config: GPT2Config, rows: int, n_slots: int, dtype: str) -> int:
     return 2 * rows * n_slots * config.n_layer * config.n_embd * ITEM_SIZE[dtype]
 
 
-def too_little_memory(backend: Any, config: GPT2Config, params_bytes: int, rows: int, n_slots: int) -> str:
-    """Return the message of a `DeviceMemoryError`, with the sizes of params, cache and device."""
+@contextlib.contextmanager
+def memory_errors(backend: Any, config: GPT2Config, params_bytes: int, rows: int) -> Iterator[None]:
+    """Raise `DeviceMemoryError`, with the sizes, when the device runs out of memory in the body."""
+    try:
+        yield
+    except Exception as error:
+        if not backend.is_out_of_memory(error):
+            raise
+        raise too_little_memory(backend, config, params_bytes, rows, config.n_ctx) from error
+
+
+def too_little_memory(
+    backend: Any, config: GPT2Config, params_bytes: int, rows: int, n_slots: int
+) -> DeviceMemoryError:
+    """Return the error for too little memory, with the sizes of params, cache and device."""
     needs = f"the params take {size(params_bytes)} in {backend.dtype}"
     if rows:
         needs += f" and the cache for {rows} {'row' if rows == 1 else 'rows'} up to "
         needs += size(cache_bytes(config, rows, n_slots, backend.dtype))
     has = f", and there is {size(backend.device_memory)} in all" if backend.device_memory else ""
-    return (
+    return DeviceMemoryError(
         f"{backend.name} ran out of memory on {backend.device}: {needs}{has}; "
         "take fewer prompts or samples at once, fewer max_tokens, a smaller model, or another device"
     )

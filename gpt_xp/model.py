@@ -1,6 +1,5 @@
 """A `Model` ties params, config, tokenizer and backend together; `load` makes one, and `save` writes one."""
 
-import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,19 @@ from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.carried import Carried
 from gpt_xp.checkpoint.tensors import check_params
 from gpt_xp.config import GPT2Config, check_config
-from gpt_xp.errors import DeviceMemoryError, PromptError, SettingError
+from gpt_xp.errors import PromptError, SettingError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.results import Generation, Piece
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.hub.find import find_model
-from gpt_xp.memory import array_bytes, cache_bytes, too_little_memory
-from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, is_one_prompt, token_array
+from gpt_xp.memory import array_bytes, cache_bytes, memory_errors, too_little_memory
+from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, check_ids, is_one_prompt, token_array
 from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
 from gpt_xp.quantization import quantize as quantize_params
 from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
-from gpt_xp.scoring.score import Score, TokensDone, score_tokens
+from gpt_xp.scoring.score import Score, TokenizedText, TokensDone, score_texts
 from gpt_xp.scoring.windows import Windows
 from gpt_xp.settings import GenerationOptions as Options
 from gpt_xp.settings import GenerationSettings, StreamOptions, merged
@@ -80,7 +79,7 @@ class Model:
             object.__setattr__(self, "backend", quantized_backend(self.backend))
         dtype = self.backend.dtype
         self._bytes = sum(n_bytes(x) if isinstance(x, Quantized) else array_bytes(x, dtype) for x in leaves(params))
-        with self._memory_errors(batch=0):
+        with memory_errors(self.backend, self.config, self._bytes, 0):
             placed = self.backend.place(params, self.config)
         self._decoder = Decoder(placed, self.config, self.backend)
         self._generator = Generator(self._decoder, self.tokenizer)
@@ -101,10 +100,10 @@ class Model:
         `PromptError` for ids outside the vocabulary, and for more than `n_ctx` of them.
         """
         ids = token_array(token_ids)
-        self._check_ids(ids)
+        check_ids(ids, self.config, self.tokenizer)
         self.config.check_length(ids.shape[-1])
         rows = ids[None] if ids.ndim == 1 else ids
-        with self._memory_errors(batch=len(rows)):
+        with memory_errors(self.backend, self.config, self._bytes, len(rows)):
             logits = np.concatenate(list(self._decoder.prompt_logits(rows)), axis=1)
         return logits[0] if ids.ndim == 1 else logits
 
@@ -190,11 +189,31 @@ class Model:
         arguments, `NumericalError` and `DeviceMemoryError`.
         """
         windows = Windows(convention, window, stride, crops, seed)
-        ids = self._token_ids(text, special_tokens)
-        with self._memory_errors(batch=batch_size):
-            self.backend.check_agreement((ids, windows, batch_size))
-            given = text if isinstance(text, str) else None
-            return score_tokens(self._generator, ids, windows, batch_size, progress, given)
+        return self._scores([text], windows, batch_size, progress, special_tokens)[0]
+
+    def score_each(
+        self,
+        texts: Sequence[Text],
+        *,
+        convention: str = "huggingface",
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 8,
+        special_tokens: bool = False,
+    ) -> list[Score]:
+        """Return the `score` of each text. Texts of similar length are best given together: `batch_size` at a time."""
+        windows = Windows(convention, window, stride)
+        return self._scores(texts, windows, batch_size, None, special_tokens)
+
+    def _scores(
+        self, texts: Sequence[Text], windows: Windows, batch_size: int, progress: TokensDone | None, special: bool
+    ) -> list[Score]:
+        found = [
+            TokenizedText(self._token_ids(each, special), each if isinstance(each, str) else None) for each in texts
+        ]
+        with memory_errors(self.backend, self.config, self._bytes, batch_size):
+            self.backend.check_agreement((found, windows, batch_size))
+            return score_texts(self._generator, found, windows, batch_size, progress) if found else []
 
     def rank(
         self,
@@ -217,7 +236,7 @@ class Model:
             raise PromptError("choices must be a list, of texts where the prompt is text, else of lists of token ids")
         given = [each if isinstance(each, str) else self._token_ids(each) for each in (prompt, *choices)]
         encode = functools.partial(self._token_ids, special_tokens=special_tokens)
-        with self._memory_errors(batch=batch_size):
+        with memory_errors(self.backend, self.config, self._bytes, batch_size):
             self.backend.check_agreement((given, batch_size))
             return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
@@ -228,7 +247,7 @@ class Model:
     def _guarded(self, prompts: list[Prompt], settings: GenerationSettings, called: float) -> Iterator[Piece]:
         if not prompts:
             return
-        with self._memory_errors(batch=len(prompts)):
+        with memory_errors(self.backend, self.config, self._bytes, len(prompts)):
             if settings.seed is None and settings.temperature:
                 seed = self.backend.agreed(randbits(32))
                 prompts = [replace(prompt, seed=seed) for prompt in prompts]
@@ -246,7 +265,7 @@ class Model:
             ids = list(prompt) if is_list else []
             if not is_list or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
                 raise PromptError(f"a prompt is text (str) or a list of token ids (whole numbers), not {prompt!r:.80}")
-        self._check_ids(np.asarray(ids))
+        check_ids(np.asarray(ids), self.config, self.tokenizer)
         return ids
 
     def _encode(self, prompt: Text, special_tokens: bool) -> list[int]:
@@ -269,31 +288,7 @@ class Model:
         n_slots = self.backend.cache_slots(min(longest + (settings.max_tokens or n_ctx), n_ctx), n_ctx)
         has = self.backend.device_memory
         if has and cache_bytes(self.config, rows, n_slots, self.backend.dtype) > has:
-            raise self._memory_error(rows, n_slots)
-
-    def _check_ids(self, ids: "np.ndarray[Any, Any]") -> None:
-        # They are checked on the host, because CuPy wraps an id that is out of range, and JAX clamps it, silently.
-        wrong = ids[(ids < 0) | (ids >= self.config.n_vocab)]
-        if wrong.size:
-            token = None if self.tokenizer is None else self.tokenizer.decoder.get(int(wrong[0]))
-            spelled = "" if token is None else f", {token!r} in the tokenizer,"
-            raise PromptError(
-                f"token id {wrong[0]}{spelled} is not in the model's vocabulary: ids go from 0 to "
-                f"{self.config.n_vocab - 1}"
-            )
-
-    @contextlib.contextmanager
-    def _memory_errors(self, batch: int) -> Iterator[None]:
-        """Raise `DeviceMemoryError`, with the sizes, when the device runs out of memory."""
-        try:
-            yield
-        except Exception as error:
-            if not self.backend.is_out_of_memory(error):
-                raise
-            raise self._memory_error(batch, self.config.n_ctx) from error
-
-    def _memory_error(self, rows: int, n_slots: int) -> DeviceMemoryError:
-        return DeviceMemoryError(too_little_memory(self.backend, self.config, self._bytes, rows, n_slots))
+            raise too_little_memory(self.backend, self.config, self._bytes, rows, n_slots)
 
 
 def load(

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gpt_xp.config import GPT2Config
 from gpt_xp.errors import PromptError
 
 Text: TypeAlias = str | Sequence[int]  # a prompt: text, or token ids
@@ -40,3 +41,17 @@ def token_array(token_ids: Any) -> "np.ndarray[Any, Any]":
             f"token_ids must be whole numbers in an array [n_seq] or [batch, n_seq], not {ids.dtype} {ids.shape}"
         )
     return ids
+
+
+def check_ids(ids: "np.ndarray[Any, Any]", config: GPT2Config, tokenizer: Any) -> None:
+    """Raise `PromptError` for ids outside the vocabulary. `tokenizer` (or None) tells what such an id stands for.
+
+    They are checked on the host, because CuPy wraps an id that is out of range, and JAX clamps it, silently.
+    """
+    wrong = ids[(ids < 0) | (ids >= config.n_vocab)]
+    if wrong.size:
+        token = None if tokenizer is None else tokenizer.decoder.get(int(wrong[0]))
+        spelled = "" if token is None else f", {token!r} in the tokenizer,"
+        raise PromptError(
+            f"token id {wrong[0]}{spelled} is not in the model's vocabulary: ids go from 0 to {config.n_vocab - 1}"
+        )

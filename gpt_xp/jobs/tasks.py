@@ -10,6 +10,7 @@ from gpt_xp.jobs.job import Job
 from gpt_xp.jobs.shards import Line
 from gpt_xp.model import Model
 from gpt_xp.reporting.records import choice_fields, continuation_fields, score_fields, token_fields
+from gpt_xp.scoring.score import Score
 from gpt_xp.settings import GenerationSettings
 
 Record = dict[str, Any]
@@ -35,7 +36,7 @@ class Task:
         self._logprobs = self._settings.pop("logprobs", False)
         self._compute: Callable[[Sequence[Row]], list[Outcome]] = {
             "generate": self._continue,
-            "score": lambda rows: [self._alone(self._score, row) for row in rows],
+            "score": self._score,
             "choices": lambda rows: [self._alone(self._rank, row) for row in rows],
         }[job.kind]
         self._generation = GenerationSettings(**self._settings) if job.kind == "generate" else None
@@ -90,13 +91,19 @@ class Task:
         except REFUSALS as error:
             return error
 
-    def _score(self, row: Row) -> list[Record]:
-        score = self._model.score(row.text, batch_size=self._batch_size, **self._settings)
+    def _score(self, rows: Sequence[Row]) -> list[Outcome]:
+        try:
+            scores = self._model.score_each([row.text for row in rows], batch_size=self._batch_size, **self._settings)
+        except REFUSALS as error:  # Nothing is computed yet, because all texts are checked first.
+            return [error] if len(rows) == 1 else [outcome for row in rows for outcome in self._score([row])]
+        return [[self._score_record(score)] for score in scores]
+
+    def _score_record(self, score: Score) -> Record:
         fields = score_fields(score)
         if self._logprobs and self._model.tokenizer is not None:
             ids, logprobs = score.token_ids.tolist(), score.logprobs.tolist()
             fields["per_token"] = token_fields(ids, logprobs, self._model.tokenizer)
-        return [fields]
+        return fields
 
     def _rank(self, row: Row) -> list[Record]:
         ranked = self._model.rank(row.text, row.choices, batch_size=self._batch_size, **self._settings)

@@ -14,7 +14,7 @@ from gpt_xp.generation.choosing import not_finite
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.sampling import log_probability
-from gpt_xp.scoring.windows import Windows
+from gpt_xp.scoring.windows import Window, Windows
 from gpt_xp.settings import check_count
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.transformer import hidden_states, unembed
@@ -99,32 +99,59 @@ class Score:
         return -self.logprob * (self.n_bytes / self.n_scored_bytes) / count
 
 
-def score_tokens(
+class TokenizedText(NamedTuple):
+    """The token ids of a text, and the text itself; None where only ids were given."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+def score_texts(
     generator: Generator,
-    token_ids: Sequence[int],
+    texts: Sequence[TokenizedText],
     windows: Windows,
     batch_size: int,
     progress: TokensDone | None = None,
-    text: str | None = None,
-) -> Score:
-    """Return the `Score` of the token ids of `text`; see `Model.score`."""
+) -> list[Score]:
+    """Return the `Score` of each text; see `Model.score`. Windows of several texts are computed together."""
     check_count("batch_size", batch_size)
     windows = windows.resolve(generator.decoder.config.n_ctx)
-    ids = np.asarray(token_ids, dtype=np.int32)
-    sequence = ids
-    if windows.convention == "lm-eval" and ids.size:
-        sequence = np.concatenate([[begin_token(generator, "the convention lm-eval")], ids]).astype(np.int32)
-    _check_length(len(sequence), windows)
-    cut = [window for window in windows.cut(len(sequence)) if window.first < window.end]
-    total, done = sum(window.end - window.first for window in cut), 0
+    sequences = [_sequence(generator, each.token_ids, windows) for each in texts]
+    cuts = [[w for w in windows.cut(len(each)) if w.first < w.end] for each in sequences]
+    rows = [
+        ScoredRow(sequence[w.begin : w.end], w.first - w.begin)
+        for sequence, cut in zip(sequences, cuts, strict=True)
+        for w in cut
+    ]
+    total, done = sum(len(row.token_ids) - row.n_context for row in rows), 0
     found: list[Floats] = []
-    for part in row_logprobs(
-        generator.decoder, [ScoredRow(sequence[w.begin : w.end], w.first - w.begin) for w in cut], batch_size
-    ):
+    for part in row_logprobs(generator.decoder, rows, batch_size):
         found.append(part)
         done += len(part)
         if progress is not None:
             progress(done, total)
+    each_found = iter(found)
+    return [
+        _assembled(generator, text, sequence, windows, cut, [next(each_found) for _ in cut])
+        for text, sequence, cut in zip(texts, sequences, cuts, strict=True)
+    ]
+
+
+def _sequence(generator: Generator, token_ids: Sequence[int], windows: Windows) -> Ints:
+    """Return the token ids that windows are cut from. Raises `PromptError` where there is nothing to score."""
+    ids = np.asarray(token_ids, dtype=np.int32)
+    if windows.convention == "lm-eval" and ids.size:
+        ids = np.concatenate([[begin_token(generator, "the convention lm-eval")], ids]).astype(np.int32)
+    _check_length(len(ids), windows)
+    return ids
+
+
+def _assembled(
+    generator: Generator, text: TokenizedText, sequence: Ints, windows: Windows, cut: Sequence[Window],
+    found: Sequence[Floats],
+) -> Score:  # fmt: skip
+    """Return the score of a text from the log-probabilities of its windows."""
+    ids = np.asarray(text.token_ids, dtype=np.int32)
     if windows.convention == "nanogpt":
         scored, logprobs = np.concatenate([sequence[w.first : w.end] for w in cut]), np.concatenate(found)
     else:
@@ -133,7 +160,7 @@ def score_tokens(
             logprobs[window.first : window.end] = part
         logprobs = logprobs[len(sequence) - len(ids) :]
     result = Score(scored, logprobs, windows)
-    return result if generator.tokenizer is None else _with_counts(result, ids, generator.tokenizer, text)
+    return result if generator.tokenizer is None else _with_counts(result, ids, generator.tokenizer, text.text)
 
 
 def _with_counts(score: Score, ids: Ints, tokenizer: Tokenizer, text: str | None) -> Score:

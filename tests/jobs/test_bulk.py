@@ -242,7 +242,7 @@ def test_an_object_among_texts_is_an_error(run: Bulk, lines_of: Lines, tmp_path:
 def test_a_line_at_which_the_model_fails_is_alone_to_fail(
     run: Bulk, lines_of: Lines, prompts: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], kind: str
 ) -> None:
-    method = {"generate": "generate", "score": "score"}[kind]
+    method = {"generate": "generate", "score": "score_each"}[kind]
     original = getattr(gpt_xp.Model, method)
 
     def fail(model: gpt_xp.Model, given: Any, *args: Any, **options: Any) -> Any:

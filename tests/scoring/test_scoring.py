@@ -435,3 +435,16 @@ def test_perplexity_is_that_of_transformers(backend: Backend, window: int, strid
     assert score.n_scored == count
     assert score.nats_per_token == pytest.approx(total / count, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@pytest.mark.parametrize("convention", ["huggingface", "lm-eval"])
+def test_several_texts_have_the_scores_of_each_alone(backend: Backend, convention: str) -> None:
+    model = gpt_xp.load("shakespeare", backend=backend)
+    texts = ["To be", "KING HENRY:\nWhat say you to that, my lord? " * 9, "Enter the king, and his men", "O night!"]
+    options: dict[str, Any] = {"convention": convention, "window": 53, "batch_size": 3}
+    for found, text in zip(model.score_each(texts, **options), texts, strict=True):
+        alone = model.score(text, **options)
+        np.testing.assert_array_equal(found.token_ids, alone.token_ids)
+        np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=1e-4)
+        assert (found.n_bytes, found.n_words) == (alone.n_bytes, alone.n_words)
+    assert model.score_each([]) == []
