@@ -80,9 +80,13 @@ def parse_hosts(text: str) -> Hosts:
     return Hosts(address, whole[1], whole[2])
 
 
+# Variables in which Slurm and Open MPI tell a process how many there are, and which one it is.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+
+
 def launched_processes() -> tuple[int, int]:
     """Return how many processes Slurm, Open MPI or a TPU pod has started for this job, and which one this is."""
-    for count, index in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+    for count, index in LAUNCHERS.items():
         numbers = [os.environ.get(name, "") for name in (count, index)]
         if all(map(str.isdecimal, numbers)):
             return int(numbers[0]), int(numbers[1])

@@ -17,9 +17,11 @@ from gpt_xp import errors, json_text
 from gpt_xp.errors import BackendError, GptXpError, JsonError
 from gpt_xp.jobs.watcher import Watcher
 from gpt_xp.jobs.worker import ShardResult, WorkerOptions
+from gpt_xp.mesh import LAUNCHERS
 from gpt_xp.processes import failure_reason
 
 COMMAND = [sys.executable, "-m", "gpt_xp.jobs.worker_process"]
+ALONE = dict.fromkeys(LAUNCHERS, "")  # A worker shares its mesh with no other process that Slurm has started.
 MAX_STARTS = 3  # times that a worker may end before it has loaded the model
 PATIENCE = 10  # seconds for a process to end
 
@@ -156,7 +158,7 @@ class _Process:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, `close` closes it
         self._process = subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-            encoding="utf-8", errors="replace", env=os.environ | variables,
+            encoding="utf-8", errors="replace", env=os.environ | ALONE | variables,
         )  # fmt: skip
 
     def send(self, request: dict[str, Any]) -> None:

@@ -170,6 +170,20 @@ def test_scores_are_those_of_numpy(bundled: Model, shakespeare: Model) -> None:
     ]
 
 
+def test_each_worker_of_a_bulk_job_has_a_mesh_of_its_own(
+    on_mesh: Meshes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm may have started several commands, each with its slice."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options: dict[str, Any] = {"model": "shakespeare", "max_tokens": 5, "temperature": 0.8, "seed": 11}
+    gpt_xp.bulk(tmp_path / "prompts.txt", tmp_path / "a", backend="jax", mesh="data=2,model=2", **options)
+    gpt_xp.bulk(tmp_path / "prompts.txt", tmp_path / "b", backend="numpy", **options)
+    parts = [(tmp_path / name / "000" / "part-000000.jsonl").read_bytes() for name in "ab"]
+    assert parts[0] == parts[1]
+
+
 # What the devices exchange, and what they hold.
 
 WIDE = GPT2Config(n_vocab=1021, n_ctx=128, n_embd=192, n_head=12, n_layer=2)
