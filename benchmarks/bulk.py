@@ -70,7 +70,7 @@ def script() -> None:
     made.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     made.add_argument("--threads", type=int, default=1, help="threads of the model (default: 1)")
     made.add_argument("--workers", type=int, default=1, help="workers of --null and --ray (default: 1)")
-    made.add_argument("--shard-bytes", type=int, help="bytes of a shard (default: a thousandth, at least 64 KiB)")
+    made.add_argument("--shard-bytes", type=int, help="bytes of a shard (default: a thousandth, at least 4 KiB)")
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.null:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,16 +17,22 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def written_aside(target: str | os.PathLike[str], n_bytes: int, fix: str = "check the permissions") -> Iterator[str]:
+def written_aside(
+    target: str | os.PathLike[str],
+    n_bytes: int,
+    fix: str = "check the permissions",
+    put: Callable[[str, Any], object] = os.replace,
+) -> Iterator[str]:
     """Yield a temporary name beside `target` to write about `n_bytes` to; at the end, rename that file to `target`.
 
     Each call uses a different name, so two calls may write the same target at once. After a failure, the temporary
     file is removed. Raises `CheckpointError` if writing or renaming fails. `fix` says what to do if it is not allowed.
+    `put(temporary, target)` may take the place of the renaming.
     """
     temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
     try:
         yield temporary
-        os.replace(temporary, target)
+        put(temporary, target)
     except OSError as error:
         if error.errno in _NO_SPACE:
             fix = f"it needs {size(n_bytes)} there: make room and try again"

@@ -54,10 +54,12 @@ class JaxBackend(Backend):
     @classmethod
     def on_mesh(cls, shape: MeshShape, hosts: Hosts | None, **options: Any) -> Backend:
         """Return JAX on a mesh."""
-        import_library("jax", FIX)
-        from gpt_xp_backends.jax_mesh import JaxMeshBackend
+        threads = options.get("threads")
+        with contextlib.nullcontext() if threads is None else _starting_with(threads):
+            import_library("jax", FIX)
+            from gpt_xp_backends.jax_mesh import JaxMeshBackend
 
-        return JaxMeshBackend(shape, hosts, **options)
+            return JaxMeshBackend(shape, hosts, **options)
 
     def _choose_device(self, name: str | None) -> Any:
         return _find_device(self._jax, name)

@@ -329,7 +329,9 @@ def _join(hosts: Hosts | None) -> None:
             **named, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
-        fix = "" if hosts else "; name them: hosts ADDRESS:PORT,COUNT,INDEX"
+        fix = "; name them: hosts ADDRESS:PORT,COUNT,INDEX"
+        if hosts:
+            fix = f": is {hosts.address} an address of process 0 with a free port, and has each process its own INDEX?"
         reason = str(error).partition("\n")[0]
         raise BackendError(f"the processes cannot be joined ({reason:.200}){fix}") from None
     finally:

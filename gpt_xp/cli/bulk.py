@@ -85,7 +85,7 @@ job_options = together(
     ),
     option(
         "--shard-bytes", metavar="SIZE", type=SizeType(),
-        help="Bytes of the input in a shard, such as 16M.  [default: a thousandth, 64K to 16M]",
+        help="Bytes of the input in a shard, such as 16M.  [default: a thousandth, 4K to 16M]",
     ),
     flag("--strict", of="bulk", help="End at the first line with an error, instead of writing an error record."),
     option(
@@ -94,7 +94,10 @@ job_options = together(
     ),
     option("--workers", metavar="N", type=COUNT, default=1, show_default=True, help="Workers, each with the model."),
     option("--gpus", metavar="N", type=click.IntRange(min=0), default=0, help="GPUs of each worker."),
-    option("--batch-size", metavar="N", type=COUNT, default=8, show_default=True, help="Lines to compute at a time."),
+    option(
+        "--batch-size", metavar="N", type=COUNT, default=8, show_default=True,
+        help="Lines to compute at a time; with --choices, choices of a line.",
+    ),
     option("--slice", metavar="K/N", help="Compute only the K-th of N shares of the shards, such as 3/64."),
     flag("--from-end", help="Begin with the last shard, beside a job that began with the first."),
     flag("--status", help="Print how far the job in DIR has come."),
@@ -148,7 +151,8 @@ def bulk(
         raise
     _tell(found, bar.seconds, as_json)
     if found.n_errors:
-        note(f"{_count(found.n_errors, 'line')} could not be computed: `gpt-xp bulk --status {paths[-1]}` says where")
+        failed = _count(found.n_errors, "line")
+        note(f"{failed} could not be computed: `gpt-xp bulk --status {paths[-1]}` names the parts")
         ctx.exit(1)
 
 
@@ -261,6 +265,10 @@ class BulkBar(Watcher):
             self._warned, self._since = True, time.monotonic()
             for each in warnings:
                 note(each)
+
+    def worker_ended(self, reason: str) -> None:
+        """Write why a worker has ended."""
+        note(f"a worker has ended and is started again: {reason}")
 
     def advanced(self, prompts: int, n_bytes: int) -> None:
         """Move the bar; tqdm draws it at most ten times a second."""

@@ -32,12 +32,16 @@ class Input:
     def open(self) -> BinaryIO:
         """Open the file for reading its text. Raises `TextError` where it is not what it was when the job began."""
         try:
-            status = os.stat(self.path)
-            if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-                raise TextError(f"{self.path} has changed since the job began: put it back, or begin another job")
+            self.check()
             return cast(BinaryIO, gzip.open(self.path)) if self.gzip else open(self.path, "rb")
         except OSError as error:
             raise TextError(f"{self.path} cannot be read: {error.strerror or error}") from None
+
+    def check(self) -> None:
+        """Raise `TextError` where the file is not what it was when the job began."""
+        status = os.stat(self.path)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise TextError(f"{self.path} has changed since the job began: put it back, or begin another job")
 
 
 def find_inputs(files: Sequence[str | os.PathLike[str]], kind: str) -> tuple[Input, ...]:

@@ -54,17 +54,20 @@ class Job:
         return dataclasses.asdict(self)
 
 
-def begin_job(out: Path, asked: Job, has_seed: bool) -> Job:
-    """Write `job.json` to `out`, or return the job that is there already. One of several processes at once writes it.
+def begin_job(out: Path, asked: Job, has_seed: bool) -> tuple[Job, bool]:
+    """Write `job.json` to `out`, and return the job and True; or return the job that is there already, and False.
 
-    Without `has_seed`, the seed of `asked` is drawn at random, and that of the job counts. Raises `SettingError` where
-    the job there has other settings, and `CheckpointError` where the file cannot be written.
+    One of several processes at once writes it. Without `has_seed`, the seed of `asked` is drawn at random, and that of
+    the job counts. Raises `SettingError` where the job there has other settings, and `CheckpointError` where the file
+    cannot be written.
     """
     path = out / JOB
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"{out} is a file, and a job writes to a directory: name one as the last argument (out)")
     with _writing(path):
         out.mkdir(parents=True, exist_ok=True)
         if not path.exists() and _create(path, asked.as_dict()):
-            return asked
+            return asked, True
     job = read_job(out)
     if (difference := _difference(job, asked, has_seed)) is not None:
         name, ours, theirs = difference
@@ -72,7 +75,14 @@ def begin_job(out: Path, asked: Job, has_seed: bool) -> Job:
             f"this job was begun with {name} {ours}, not {theirs}: give what it was begun with to go on, or write to "
             "another directory"
         )
-    return job
+    return job, False
+
+
+def forget_job(out: Path) -> None:
+    """Remove `job.json`, and the directory if it holds nothing else."""
+    with suppress(OSError):
+        (out / JOB).unlink()
+        out.rmdir()
 
 
 def read_job(out: Path) -> Job:
@@ -92,7 +102,7 @@ def read_job(out: Path) -> Job:
         except JsonError:  # Where the file system has no hard links, another process may be writing it.
             patience -= 1
             if not patience:
-                raise SettingError(f"{path} is damaged: delete {out}, or write to another directory") from None
+                raise SettingError(f"{path} is damaged: put it back, or write to another directory") from None
             time.sleep(0.1)
         except (TypeError, KeyError):
             raise SettingError(f"{path} is of another version of gpt-xp: write to another directory") from None
@@ -110,24 +120,39 @@ def model_digest(folder: Path) -> str:
     return f"sha256:{whole.hexdigest()}"
 
 
+def model_stamp(folder: Path) -> str:
+    """Return the names, sizes and times of the files that `model_digest` hashes. It takes no time."""
+    try:
+        found = [(each.name, each.stat()) for each in sorted(folder.iterdir()) if MODEL_FILES.fullmatch(each.name)]
+    except OSError:
+        return ""
+    return repr([(name, status.st_size, status.st_mtime_ns) for name, status in found])
+
+
 def _create(path: Path, entries: dict[str, Any]) -> bool:
-    """Write the file if it does not exist; return False if another process was first."""
+    """Write the file if it does not exist; return False if another process was first. Raises `OSError`."""
     aside = f"{path}.{secrets.token_hex(4)}.part"
     try:
         write_json(aside, entries)
         sync(aside)
+        return _put(aside, path)
+    finally:
+        with suppress(OSError):
+            os.remove(aside)
+
+
+def _put(aside: str, path: Path) -> bool:
+    """Make a file `path` unless that exists; return False if it does."""
+    try:
         os.link(aside, path)  # Unlike a renaming, this fails if the file exists.
     except FileExistsError:
         return False
     except OSError:  # The file system has no hard links.
         try:
-            with open(path, "xb") as file:
-                file.write(Path(aside).read_bytes())
+            path.open("xb").close()  # Another process may find the file empty for a moment.
         except FileExistsError:
             return False
-    finally:
-        with suppress(OSError):
-            os.remove(aside)
+        os.replace(aside, path)
     sync_folder(path.parent)
     return True
 
@@ -169,6 +194,7 @@ def _other_input(ours: Sequence[Input], theirs: Sequence[Input]) -> tuple[str, s
     for mine, other in zip(ours, theirs, strict=True):
         for name in ("size", "mtime_ns"):
             if getattr(mine, name) != getattr(other, name):
-                shown = [f"{getattr(each, name)} ({name})" for each in (mine, other)]
+                unit = "bytes" if name == "size" else "ns (time of its last change)"
+                shown = [f"of {getattr(each, name)} {unit}" for each in (mine, other)]
                 return mine.path, *shown  # type: ignore[return-value]
     return None

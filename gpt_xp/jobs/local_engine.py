@@ -82,7 +82,8 @@ class _Pool:
                     process = process or self._start(variables)
                     try:
                         result = self._compute(process, number)
-                    except WorkerEndedError:
+                    except WorkerEndedError as ended:
+                        self.events.put(functools.partial(self._watcher.worker_ended, str(ended)))
                         self._end(process)
                         process = None
                 self.events.put(result)

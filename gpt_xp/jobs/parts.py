@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from gpt_xp.atomic_files import sync
 from gpt_xp.errors import CheckpointError
+from gpt_xp.jobs.writers import count_errors
 
 PER_FOLDER = 1000
 MAX_ATTEMPTS = 3
@@ -43,11 +45,25 @@ class Parts:
                     done.add(int(match[1]))
         return done, {number: self._n_errors(number) for number in sorted(with_errors) if number in done}
 
+    def put(self, aside: str, number: int, n_errors: int) -> None:
+        """Make a finished file the part of a shard, unless another worker was first."""
+        part = self.part(number)
+        self.write_errors(number, n_errors)
+        try:
+            os.link(
+                aside, part
+            )  # Unlike a renaming, this replaces no part. One with errors must not replace a good one.
+        except FileExistsError:
+            self.write_errors(number, count_errors(part, self.format))
+        except OSError:  # The file system has no hard links.
+            os.replace(aside, part)
+
     def write_errors(self, number: int, count: int) -> None:
         """Keep the number of error records of a shard whose part is about to be renamed."""
         path = self._path(number, "errors")
         if count:
             path.write_text(f"{count}\n")
+            sync(str(path))
         else:
             path.unlink(missing_ok=True)
 

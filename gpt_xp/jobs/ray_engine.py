@@ -50,7 +50,8 @@ def run_ray(
     shards = [{"shard": number} for number in numbers]
     if not shards:
         return
-    with _cluster(workers) as ray, _quiet_data(ray):
+    with _cluster(workers * (options.threads or 1)) as ray, _quiet_data(ray):
+        _check_place(ray, options.threads or 1, gpus)
         strategy = ray.data.ActorPoolStrategy(size=min(workers, len(shards)), max_tasks_in_flight_per_actor=1)
         results = ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_BLOCKS)).map_batches(
             ShardActor, fn_constructor_args=(asdict(options),), batch_size=1, compute=strategy,
@@ -62,8 +63,16 @@ def run_ray(
                 result = dict(zip(batch, values, strict=True))
                 if result.pop("kind"):
                     raise getattr(errors, result["how"], GptXpError)(result["error"])
-                figures = {name: int(result[name]) for name in ("number", "prompts", "errors")}
+                figures = {name: int(result[name]) for name in ("number", "prompts")}
                 yield ShardResult(how=result["how"], **figures)
+
+
+def _check_place(ray: Any, cpus: int, gpus: int) -> None:
+    """Raise `SettingError` where no machine of the cluster has a place for a worker. Ray would wait for ever."""
+    found = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    if not any(each.get("CPU", 0) >= cpus and each.get("GPU", 0) >= gpus for each in found):
+        has = ", ".join(f"{each.get('CPU', 0):.0f} CPUs and {each.get('GPU', 0):.0f} GPUs" for each in found)
+        raise SettingError(f"a worker asks for {cpus} CPUs (threads) and {gpus} GPUs (gpus), and Ray has {has}")
 
 
 class ShardActor:
@@ -100,7 +109,7 @@ class ShardActor:
 
 
 @contextmanager
-def _cluster(workers: int) -> Iterator[Any]:
+def _cluster(n_processors: int) -> Iterator[Any]:
     """Connect to a cluster, or start one that listens on loopback alone; yield the module `ray`."""
     if os.environ.get("RAY_ADDRESS"):
         import ray
@@ -109,7 +118,7 @@ def _cluster(workers: int) -> Iterator[Any]:
     else:
         with _variables(VARIABLES):
             import ray
-        processors = max(os.cpu_count() or 1, workers)  # All workers find a place, though not each a processor.
+        processors = max(os.cpu_count() or 1, n_processors)  # All workers find a place, though not each a processor.
         address = {"address": "local", "include_dashboard": False, "num_cpus": processors}
     if ray.is_initialized():
         yield ray

@@ -1,8 +1,10 @@
 """`gpt_xp.bulk`: run a job, or go on with it."""
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.errors import GptXpError, SettingError
 from gpt_xp.hub.find import default_model, find_model
 from gpt_xp.jobs.inputs import find_inputs
-from gpt_xp.jobs.job import FORMATS, KINDS, Job, begin_job, model_digest
+from gpt_xp.jobs.job import FORMATS, KINDS, Job, begin_job, forget_job, model_digest, model_stamp
 from gpt_xp.jobs.local_engine import run_local
 from gpt_xp.jobs.parts import Parts
 from gpt_xp.jobs.shards import Shards
@@ -28,7 +30,7 @@ from gpt_xp.settings import GenerationSettings, check_count, merged
 
 ENGINES = ("local", "ray")
 # A shard is a thousandth of the input: minutes of work in large jobs, and bars that move in small ones.
-SHARDS, LEAST_BYTES, MOST_BYTES = 1000, 1 << 16, 1 << 24
+SHARDS, LEAST_BYTES, MOST_BYTES = 1000, 1 << 12, 1 << 24
 MAX_GIVEN_UP = 3  # shards in a row that end their workers three times each
 
 
@@ -66,7 +68,7 @@ def bulk(
 
     These make the job, and a later call must give the same: `kind` "generate", "score" or "choices"; `model`, `dtype`
     and `quantize` as in `load`; the `settings` of the kind; `logprobs`; `format` "jsonl" or "parquet"; `shard_bytes`
-    (default: a thousandth of the input, at least 64 KiB and at most 16 MiB); `seed` (default: that of the job, drawn
+    (default: a thousandth of the input, at least 4 KiB and at most 16 MiB); `seed` (default: that of the job, drawn
     when it began). Settings are the fields of `GenerationSettings`; or `convention`, `window`, `stride` and
     `special_tokens` as in `Model.score`; or `by` and `special_tokens` as in `Model.rank`.
 
@@ -78,7 +80,7 @@ def bulk(
     Raises `SettingError`, `TextError` and `PromptError` before any work; the errors of `load`; `CheckpointError` where
     the disk is full.
     """
-    _check(kind, dtype, quantize, format, shard_bytes, seed, batch_size, engine, workers, gpus)
+    _check(kind, dtype, quantize, format, shard_bytes, seed, batch_size, threads, engine, workers, gpus)
     chosen = job_settings(kind, logprobs, settings)
     backend = backend or default_backend()
     check_installed(backend, bool(quantize))
@@ -89,21 +91,26 @@ def bulk(
     folder = find_model(name, offline=offline)
     if kind == "score":
         Windows(chosen["convention"], chosen["window"], chosen["stride"]).resolve(read_config(folder).n_ctx)
-    size = sum(each.size for each in found)
+    size, stamp = sum(each.size for each in found), model_stamp(folder)
     job = Job(
         kind=kind, model=name, digest=model_digest(folder), dtype=dtype, quantize=quantize, settings=chosen,
-        format=format, shard_bytes=shard_bytes or min(max(size // SHARDS, LEAST_BYTES), MOST_BYTES),
+        format=format, shard_bytes=int(shard_bytes or min(max(size // SHARDS, LEAST_BYTES), MOST_BYTES)),
         seed=secrets.randbits(32) if seed is None else int(seed), inputs=found,
     )  # fmt: skip
     numbers_of(0, slice)  # Its error comes before anything is written.
-    job = begin_job(directory, job, has_seed=seed is not None)
+    job, is_new = begin_job(directory, job, has_seed=seed is not None)
     options = WorkerOptions(
         out=str(directory.absolute()), folder=str(folder.absolute()), run=secrets.token_hex(8), backend=backend,
         device=device, mesh=mesh, threads=threads or _fair_threads(engine, workers), offline=offline,
-        batch_size=batch_size, strict=strict, is_remote=engine == "ray",
+        batch_size=batch_size, strict=strict, stamp=stamp,
     )  # fmt: skip
     numbers = numbers_of(len(Shards(job)), slice, from_end)
-    return _run(job, directory, options, numbers, engine, workers, gpus, watcher or Watcher())
+    try:
+        return _run(job, directory, options, numbers, engine, workers, gpus, watcher or Watcher())
+    except GptXpError:
+        if is_new and not any(each.is_dir() for each in directory.iterdir()):  # No worker has begun a shard.
+            forget_job(directory)
+        raise
 
 
 def _run(
@@ -116,9 +123,10 @@ def _run(
         if not before.is_complete:
             done, _ = parts.scan()
             missing = (n for n in numbers if n not in done and not parts.is_done(n))
-            for result in _guarded(_engine(engine)(options, missing, workers, gpus, watcher), options.batch_size):
-                prompts += result.prompts
-                watcher.advanced(result.prompts, shards[result.number].n_bytes)
+            with contextlib.closing(_engine(engine)(options, missing, workers, gpus, watcher)) as results:
+                for result in _guarded(results, options.batch_size):
+                    prompts += result.prompts
+                    watcher.advanced(result.prompts, shards[result.number].n_bytes)
     finally:
         watcher.ends()
     if status_of(out, job, range(len(shards))).is_complete:
@@ -152,7 +160,8 @@ def job_settings(kind: str, logprobs: bool, settings: dict[str, Any]) -> dict[st
     """Return the settings of a kind as values that JSON can hold. Raises `SettingError` for those that are invalid."""
     if kind == "generate":
         chosen = merged(None, settings)
-        values = {name: getattr(chosen, name) for name in GenerationSettings.__dataclass_fields__ if name != "seed"}
+        fields = (name for name in GenerationSettings.__dataclass_fields__ if name != "seed")
+        values = {name: _plain(getattr(chosen, name)) for name in fields}
         return values | {"stop": list(chosen.stop_strings), "logprobs": logprobs}
     defaults: dict[str, Any] = {"special_tokens": False}
     defaults |= {"by": "total"} if kind == "choices" else {"convention": "huggingface", "window": None, "stride": None}
@@ -166,9 +175,16 @@ def job_settings(kind: str, logprobs: bool, settings: dict[str, Any]) -> dict[st
     return values | {"logprobs": logprobs}
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of any library as Python's, which JSON can hold."""
+    if isinstance(value, Real) and not isinstance(value, bool | float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
 def _check(
     kind: str, dtype: str, quantize: str | None, format: str, shard_bytes: int | None, seed: int | None,
-    batch_size: int, engine: str, workers: int, gpus: int,
+    batch_size: int, threads: int | None, engine: str, workers: int, gpus: int,
 ) -> None:  # fmt: skip
     for name, value, known in (
         ("kind", kind, KINDS),
@@ -186,6 +202,8 @@ def _check(
     check_count("workers", workers)
     if shard_bytes is not None:
         check_count("shard_bytes", shard_bytes)
+    if threads is not None:
+        check_count("threads", threads)
     if gpus:
         check_count("gpus", gpus)
     check_format(format)

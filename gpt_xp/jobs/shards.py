@@ -5,6 +5,7 @@ shards, and no process keeps a list of lines.
 """
 
 import bisect
+import gzip
 import hashlib
 import itertools
 import zlib
@@ -37,7 +38,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not empty: the byte at which it begins in the text of its file, its length, and its content."""
+    """A line that is not empty: the byte at which it begins in its text, the bytes of the file, and its content."""
 
     offset: int
     n_bytes: int
@@ -69,8 +70,13 @@ class Shards:
         source = self.job.inputs[shard.file]
         try:
             with source.open() as stream:
+                before = 0
                 for offset, data, n_bytes in raw_lines(stream, shard.begin, None if source.gzip else shard.end):
-                    yield Line(offset, n_bytes, _content(data, source, self.job.kind))
+                    read = n_bytes
+                    if isinstance(stream, gzip.GzipFile):  # Progress counts the bytes of the compressed file.
+                        before, read = stream.fileobj.tell(), stream.fileobj.tell() - before
+                    yield Line(offset, read, _content(data, source, self.job.kind))
+            source.check()  # A file that has changed while it was read may have given lines of both.
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise TextError(f"{source.path} cannot be read: {reason}") from None

@@ -40,7 +40,7 @@ class Task:
             "choices": lambda rows: [self._alone(self._rank, row) for row in rows],
         }[job.kind]
         self._generation = GenerationSettings(**self._settings) if job.kind == "generate" else None
-        self._n_sampled = self._generation is not None and self._generation.temperature > 0
+        self._is_sampled = self._generation is not None and self._generation.temperature > 0
 
     def outcomes(self, lines: Sequence[Line], seeds: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """Yield the place of each line without an error, and its outcome; texts of similar length come together."""
@@ -50,9 +50,14 @@ class Task:
             if line.content.error is None
         ]
         rows.sort(key=lambda row: len(row.text), reverse=True)  # The largest batch fails first, if one fails.
+        n_failed = 0
         for begin in range(0, len(rows), self._batch_size):
             for part, outcomes in halved(rows[begin : begin + self._batch_size], self._compute):
                 each = [outcomes] if isinstance(outcomes, GptXpError) else outcomes
+                if isinstance(outcomes, GptXpError):
+                    n_failed += 1
+                    if n_failed == len(rows) > 1:  # The machine or the dtype is at fault, and not a line.
+                        raise outcomes
                 yield from zip((row.place for row in part), each, strict=True)
 
     def _continue(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -71,7 +76,7 @@ class Task:
         return [
             [
                 continuation_fields(sample, results[index * samples + sample], self._logprobs)
-                | ({"seed": row.seed} if self._n_sampled else {})
+                | ({"seed": row.seed} if self._is_sampled else {})
                 for sample in range(samples)
             ]
             for index, row in enumerate(rows)

@@ -7,16 +7,19 @@ from gpt_xp.jobs.status import BulkStatus
 
 
 class Watcher:
-    """Is told of the progress of a job. Override what you need; every method does nothing here."""
+    """Receives the progress of a job. Override the methods that you need; here they do nothing."""
 
     def begins(self, job: Job, status: BulkStatus) -> None:
-        """The job begins, or goes on after what `status` says is done."""
+        """Called when the job begins, or goes on; `status` says what is done."""
 
     def loaded(self, warnings: Sequence[str]) -> None:
-        """A worker has loaded the model, with these warnings."""
+        """Called when a worker has loaded the model, with these warnings."""
+
+    def worker_ended(self, reason: str) -> None:
+        """Called when a worker has ended in the middle of a shard, and is started again."""
 
     def advanced(self, prompts: int, n_bytes: int) -> None:
-        """More prompts are done, of so many bytes. Both are negative where a worker has ended and starts again."""
+        """Called when more prompts are done. Both numbers are negative where a worker has ended and starts again."""
 
     def ends(self) -> None:
-        """The job ends, whole or not."""
+        """Called when the job ends, whole or not."""

@@ -10,7 +10,7 @@ from typing import Any
 from gpt_xp.atomic_files import written_aside
 from gpt_xp.errors import CheckpointError, GptXpError, PromptError
 from gpt_xp.hub.find import find_model
-from gpt_xp.jobs.job import Job, model_digest, read_job, sync_folder
+from gpt_xp.jobs.job import Job, model_digest, model_stamp, read_job, sync_folder
 from gpt_xp.jobs.parts import MAX_ATTEMPTS, Parts
 from gpt_xp.jobs.shards import Line, Shard, Shards, line_number, line_seed
 from gpt_xp.jobs.tasks import Outcome, Record, Task
@@ -38,7 +38,7 @@ class WorkerOptions:
     offline: bool = False
     batch_size: int = 8
     strict: bool = False
-    is_remote: bool = False  # The worker may be on another machine, with another model there.
+    stamp: str = ""  # `model_stamp` of that directory when the job's model was hashed
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class ShardResult:
     number: int
     how: str
     prompts: int = 0
-    errors: int = 0
 
 
 class Worker:
@@ -74,27 +73,29 @@ class Worker:
         if attempts > 2 * MAX_ATTEMPTS:
             raise PromptError(f"shard {number} ends its worker even when it is only read: take its lines out")
         give_up = attempts >= MAX_ATTEMPTS
-        prompts, errors = self._write(self._shards[number], give_up, advance)
+        prompts = self._write(self._shards[number], give_up, advance)
         parts.end_attempts(number)
-        return ShardResult(number, "given up" if give_up else "computed", prompts, errors)
+        return ShardResult(number, "given up" if give_up else "computed", prompts)
 
-    def _write(self, shard: Shard, give_up: bool, advance: Advance) -> tuple[int, int]:
-        """Write the records of a shard; return the number of its lines, and of those with an error."""
+    def _write(self, shard: Shard, give_up: bool, advance: Advance) -> int:
+        """Write the records of a shard; return the number of its lines."""
         job, part = self._job, self._parts.part(shard.number)
         prompts = errors = 0
+
+        def put(aside: str, part: Path) -> None:
+            self._parts.put(aside, shard.number, errors)
+
         try:
-            with written_aside(part, shard.n_bytes, "check the permissions") as aside:
-                with open_writer(aside, job) as writer:
-                    for lines, outcomes in self._windows(shard, give_up, advance):
-                        writer.write(self._records(shard, lines, outcomes))
-                        prompts += len(lines)
-                        errors += sum(isinstance(outcome, GptXpError) for outcome in outcomes)
-                self._parts.write_errors(shard.number, errors)
+            with written_aside(part, shard.n_bytes, put=put) as aside, open_writer(aside, job) as writer:
+                for lines, outcomes in self._windows(shard, give_up, advance):
+                    writer.write(self._records(shard, lines, outcomes))
+                    prompts += len(lines)
+                    errors += sum(isinstance(outcome, GptXpError) for outcome in outcomes)
         except CheckpointError:
             if not part.exists():  # Otherwise another worker was first, and has removed our file.
                 raise
         sync_folder(part.parent)
-        return prompts, errors
+        return prompts
 
     def _windows(self, shard: Shard, give_up: bool, advance: Advance) -> Iterator[tuple[list[Line], list[Outcome]]]:
         """Yield the lines of a shard, a limited number at a time, with their outcomes in the same order."""
@@ -132,11 +133,11 @@ class Worker:
 
 
 def load_model(job: Job, options: WorkerOptions) -> Model:
-    """Load the model of a job. Raises `CheckpointError` where this machine has another model of that name."""
+    """Load the model of a job. Raises `CheckpointError` where that directory holds another model by now or here."""
     here = os.path.isdir(options.folder)
     folder = Path(options.folder) if here else find_model(job.model, offline=options.offline)
-    if (options.is_remote or not here) and model_digest(folder) != job.digest:
-        raise CheckpointError(f"{folder} on this machine is another model than that of the job: copy the model here")
+    if model_stamp(folder) != options.stamp and model_digest(folder) != job.digest:
+        raise CheckpointError(f"{folder} is another model than that of the job: put that model there")
     backend = get_backend(
         options.backend, device=options.device, dtype=job.dtype, threads=options.threads, mesh=options.mesh
     )

@@ -82,6 +82,17 @@ def open_writer(path: str, job: Job) -> Writer:
     return Parquet(path, job) if job.format == "parquet" else JsonLines(path)
 
 
+def count_errors(path: str | os.PathLike[str], format: str) -> int:
+    """Return the number of error records in a part."""
+    if format == "parquet":
+        import pyarrow.parquet
+
+        types = pyarrow.parquet.read_table(path, columns=["type"]).column("type").to_pylist()
+        return int(types.count("error"))
+    with open(path, "rb") as file:
+        return sum(line.startswith(b'{"type": "error"') for line in file)
+
+
 def check_format(format: str) -> None:
     """Raise `SettingError` where a library for the format is missing."""
     if format == "parquet" and importlib.util.find_spec("pyarrow") is None:

@@ -44,7 +44,7 @@ def test_a_job_its_state_and_its_records(call: Call, job: list[str], tmp_path: P
     assert warning == "gpt-xp: a warning of the model"
     assert last.startswith(f"gpt-xp: 4 of 4 shards done in {out}; 4 prompts now in ")
     assert last.endswith(" prompts/s; 1 error record")
-    assert errors == f"gpt-xp: 1 line could not be computed: `gpt-xp bulk --status {out}` says where"
+    assert errors == f"gpt-xp: 1 line could not be computed: `gpt-xp bulk --status {out}` names the parts"
     part = tmp_path / "out" / "000" / "part-000002.jsonl"
     shown = f"4 of 4 shards are done, 100.0% of the input\n1 error record:\n  {part}: 1\n"
     assert call("bulk", "--status", out) == (0, shown, "")
@@ -173,3 +173,16 @@ def test_a_terminal_shows_prompts_a_second_and_the_time_left(tmp_path: Path) -> 
     assert "%|" in terminal.seen
     assert " prompts, " in terminal.seen
     assert "prompts/s" in terminal.seen
+
+
+def test_a_call_that_computes_nothing_leaves_no_job(call: Call, tmp_path: Path) -> None:
+    """Otherwise the corrected command would be refused."""
+    (tmp_path / "prompts.txt").write_text("ROMEO:\n")
+    args = ["bulk", "-m", "shakespeare", "-n", "3", str(tmp_path / "prompts.txt"), str(tmp_path / "out")]
+    for wrong in (["--dtype", "float16"], ["--device", "cuda"], ["--mesh", "data=2"]):
+        assert call(*args, *wrong).code == 1
+        assert not (tmp_path / "out").exists()
+    assert call(*args).code == 0
+    result = call(*args[:-1], str(tmp_path / "prompts.txt"))
+    assert (result.code, result.out) == (1, "")
+    assert "prompts.txt is a file, and a job writes to a directory" in result.err

@@ -26,8 +26,11 @@ from gpt_xp.errors import (
     TextError,
 )
 from gpt_xp.jobs import inputs, worker
+from gpt_xp.jobs.job import model_digest, model_stamp
 from gpt_xp.jobs.parts import Parts
 from gpt_xp.jobs.status import BulkStatus, join, status
+from gpt_xp.jobs.tasks import Task
+from gpt_xp.jobs.writers import count_errors
 
 Bulk = Callable[..., BulkStatus]
 Lines = Callable[..., list[dict[str, Any]]]
@@ -90,7 +93,13 @@ def test_windows_limit_what_is_in_memory(
 ) -> None:
     run(prompts, out="whole", **SAMPLED)
     monkeypatch.setattr(worker, "WINDOW", 4)
+    given: list[int] = []
+    original = Task.outcomes
+    monkeypatch.setattr(
+        Task, "outcomes", lambda self, lines, seeds: [given.append(len(lines)), *original(self, lines, seeds)][1:]
+    )
     run(prompts, **SAMPLED)
+    assert given == [4] * 7 + [2]
     assert joined(tmp_path, "out") == joined(tmp_path, "whole")
 
 
@@ -266,6 +275,68 @@ def test_an_error_of_all_lines_ends_the_job(
     with pytest.raises(SettingError, match="this is wrong for every line"):
         run(prompts)
     assert status(tmp_path / "out").done == 0
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError, NumericalError])
+def test_a_machine_at_which_all_lines_fail_ends_the_job(
+    run: Bulk, prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
+) -> None:
+    """Otherwise a GPU that another process fills would give a job of errors."""
+
+    def fail(model: gpt_xp.Model, *args: Any, **options: Any) -> Any:
+        raise error("it has failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt_xp.Model, "generate", fail)
+        with pytest.raises(error, match="it has failed"):
+            run(prompts, shard_bytes=100)
+    assert status(tmp_path / "out").done == 0
+    assert run(prompts, shard_bytes=100).n_errors == 0
+
+
+def test_a_part_with_errors_does_not_replace_a_good_one(run: Bulk, prompts: Path, tmp_path: Path) -> None:
+    """Two jobs compute a shard; the one that ends first has no errors, and the other has given the shard up."""
+    run(prompts)
+    parts = Parts(tmp_path / "out", "jsonl")
+    good = parts.part(0).read_bytes()
+    (tmp_path / "aside").write_bytes(b'{"type": "error"}\n' * 30)
+    parts.put(str(tmp_path / "aside"), 0, 30)
+    assert parts.part(0).read_bytes() == good
+    assert status(tmp_path / "out").errors == {}
+    # The other way round, the errors that are there are counted.
+    parts.part(0).unlink()
+    parts.put(str(tmp_path / "aside"), 0, 30)
+    parts.put(str(tmp_path / "aside"), 0, 0)
+    assert status(tmp_path / "out").n_errors == 30
+
+
+def test_the_error_records_of_parquet_are_counted(run: Bulk, prompts: Path, tmp_path: Path) -> None:
+    with skipping_what_is_missing("pyarrow"):
+        import pyarrow  # noqa: F401
+    prompts.write_text("ROMEO:\n" + TOO_LONG + "\nTo be\n" + TOO_LONG + "\n")
+    assert run(prompts, format="parquet").n_errors == 2
+    assert count_errors(Parts(tmp_path / "out", "parquet").part(0), "parquet") == 2
+
+
+def test_the_bytes_that_the_watcher_hears_of_are_those_of_the_files(
+    run: Bulk, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gzip.open(tmp_path / "more.gz", "wb") as file:
+        file.write(prompts.read_bytes() * 20)
+    told: list[int] = []
+    original = worker.Worker.run
+    monkeypatch.setattr(
+        worker.Worker, "run", lambda self, number: original(self, number, lambda n, n_bytes: told.append(n_bytes))
+    )
+    run(tmp_path / "more.gz")
+    assert 0 < sum(told) <= (tmp_path / "more.gz").stat().st_size
+
+
+def test_numbers_of_numpy_are_numbers(run: Bulk, prompts: Path, lines_of: Lines) -> None:
+    import numpy as np
+
+    run(prompts, max_tokens=np.int64(2), temperature=np.float32(0.5), shard_bytes=np.int32(1000))
+    assert len(lines_of()[0]["token_ids"]) == 2
 
 
 # A shard that ends its worker
@@ -532,14 +603,16 @@ def test_a_model_on_another_machine_must_be_the_same(here: None, tmp_path: Path)
     [source] = inputs.find_inputs([Path(__file__)], "generate")
     job = worker.Job("generate", "shakespeare", "sha256:0", "float32", None, {}, "jsonl", 10, 1, (source,))
     options = worker.WorkerOptions(out="", folder="/nowhere", run="")
-    load = importlib.import_module("gpt_xp.jobs.worker")
-    assert load is worker
-    with pytest.raises(CheckpointError, match="on this machine is another model than that of the job"):
+    with pytest.raises(CheckpointError, match="is another model than that of the job: put that model there"):
         LOAD_MODEL(job, options)
     folder = gpt_xp.hub.find.BUNDLED / "shakespeare"
     with pytest.raises(CheckpointError, match="another model"):
-        LOAD_MODEL(job, replace(options, folder=str(folder), is_remote=True))
-    assert LOAD_MODEL(job, replace(options, folder=str(folder))).config.n_ctx == 256
+        LOAD_MODEL(job, replace(options, folder=str(folder)))
+    # The files are hashed again only where one has another time or size.
+    assert LOAD_MODEL(job, replace(options, folder=str(folder), stamp=model_stamp(folder))).config.n_ctx == 256
+    assert (
+        LOAD_MODEL(replace(job, digest=model_digest(folder)), replace(options, folder=str(folder))).config.n_ctx == 256
+    )
 
 
 LOAD_MODEL = worker.load_model  # before a fixture replaces it

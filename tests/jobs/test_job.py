@@ -28,7 +28,7 @@ def at_once(out: Path, count: int = 8) -> list[int]:
 
     def begin(seed: int) -> None:
         barrier.wait()
-        seeds.append(begin_job(out, replace(JOB, seed=seed), has_seed=False).seed)
+        seeds.append(begin_job(out, replace(JOB, seed=seed), has_seed=False)[0].seed)
 
     threads = [threading.Thread(target=begin, args=(seed,)) for seed in range(count)]
     for thread in threads:
@@ -53,10 +53,10 @@ def test_of_several_at_once_one_writes_the_job(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_same_job_goes_on(tmp_path: Path) -> None:
-    assert begin_job(tmp_path / "out", JOB, has_seed=True) == JOB
-    assert begin_job(tmp_path / "out", JOB, has_seed=True) == JOB
-    assert begin_job(tmp_path / "out", replace(JOB, seed=99), has_seed=False) == JOB
-    assert begin_job(tmp_path / "out", replace(JOB, model="the same files"), has_seed=True) == JOB
+    assert begin_job(tmp_path / "out", JOB, has_seed=True) == (JOB, True)
+    assert begin_job(tmp_path / "out", JOB, has_seed=True) == (JOB, False)
+    assert begin_job(tmp_path / "out", replace(JOB, seed=99), has_seed=False) == (JOB, False)
+    assert begin_job(tmp_path / "out", replace(JOB, model="the same files"), has_seed=True) == (JOB, False)
     assert read_job(tmp_path / "out") == JOB
 
 
@@ -72,8 +72,8 @@ def test_the_same_job_goes_on(tmp_path: Path) -> None:
         ({"settings": {"max_tokens": 6}}, "max_tokens 5, not 6"),
         ({"digest": "sha256:123456789"}, "model 'm' (sha256:0), not 'm' (sha256:1234567)"),
         ({"inputs": (INPUT, INPUT)}, "inputs /a, not /a, /a"),
-        ({"inputs": (replace(INPUT, size=7),)}, "/a 5 (size), not 7 (size)"),
-        ({"inputs": (replace(INPUT, mtime_ns=7),)}, "/a 6 (mtime_ns), not 7 (mtime_ns)"),
+        ({"inputs": (replace(INPUT, size=7),)}, "/a of 5 bytes, not of 7 bytes"),
+        ({"inputs": (replace(INPUT, mtime_ns=7),)}, "/a of 6 ns (time of its last change), not of 7 ns (time of its last change)"),
     ],
 )
 def test_another_job_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -100,14 +100,16 @@ def test_a_job_of_another_version_is_one_error(tmp_path: Path, change: dict[str,
 def test_a_damaged_job_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     (tmp_path / "job.json").write_text('{"kind": ')
-    with pytest.raises(SettingError, match="is damaged: delete"):
+    with pytest.raises(SettingError, match="is damaged: put it back"):
         read_job(tmp_path)
 
 
 def test_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write .*job\.json"):
+    with pytest.raises(SettingError, match="file is a file, and a job writes to a directory"):
         begin_job(tmp_path / "file", JOB, has_seed=True)
+    with pytest.raises(CheckpointError, match=r"cannot write .*job\.json"):
+        begin_job(tmp_path / "file" / "out", JOB, has_seed=True)
 
 
 def test_the_digest_is_of_all_files_that_decide_the_text(tmp_path: Path, shakespeare: gpt_xp.Model) -> None:
@@ -137,3 +139,19 @@ def test_slices_are_disjoint_and_complete() -> None:
 def test_a_slice_that_does_not_exist_is_refused(slice: str) -> None:
     with pytest.raises(SettingError, match=r"^slice must be K/N, with K from 1 to N, such as 3/64, not"):
         numbers_of(7, slice)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_full_disk_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def full(path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_links(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(module, "sync", full)
+    with pytest.raises(CheckpointError, match=r"make room|No space left"):
+        begin_job(tmp_path / "out", JOB, has_seed=True)
+    assert os.listdir(tmp_path / "out") == []

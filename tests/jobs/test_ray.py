@@ -198,3 +198,13 @@ print(found.prompts, ray.data.DataContext.get_current().enable_progress_bars)
     result = process(command=[sys.executable, "-c", script])
     assert result.out.splitlines()[-1:] == ["300 True"], result.err
     assert joined(tmp_path / "out") == expected
+
+
+def test_a_worker_for_which_there_is_no_place_is_one_error(tmp_path: Path) -> None:
+    """Ray would wait for ever, without a word."""
+    (tmp_path / "prompts.txt").write_text("ROMEO:\n")
+    result = process(*command(tmp_path / "prompts.txt", tmp_path / "out", "--gpus", "1", workers=1))
+    assert result.code == 1
+    assert "error: a worker asks for 1 CPUs (--threads) and 1 GPUs (--gpus), and Ray has " in result.err
+    many = str(4 * (os.cpu_count() or 1))
+    assert process(*command(tmp_path / "prompts.txt", tmp_path / "out", "--threads", many, workers=1)).code == 0
