@@ -73,7 +73,10 @@ def test_the_same_job_goes_on(tmp_path: Path) -> None:
         ({"digest": "sha256:123456789"}, "model 'm' (sha256:0), not 'm' (sha256:1234567)"),
         ({"inputs": (INPUT, INPUT)}, "inputs /a, not /a, /a"),
         ({"inputs": (replace(INPUT, size=7),)}, "/a of 5 bytes, not of 7 bytes"),
-        ({"inputs": (replace(INPUT, mtime_ns=7),)}, "/a of 6 ns (time of its last change), not of 7 ns (time of its last change)"),
+        (
+            {"inputs": (replace(INPUT, mtime_ns=7),)},
+            "/a of 6 ns (time of its last change), not of 7 ns (time of its last change)",
+        ),
     ],
 )
 def test_another_job_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

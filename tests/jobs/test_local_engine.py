@@ -177,7 +177,7 @@ def state(pid: int) -> str:
 def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("never-killed")
     file = prompts(folder, count=60 * KILLS)
-    run(file, folder / "out", shard_bytes=150, max_tokens=12)
+    run(file, folder / "out", shard_bytes=150, max_tokens=60)
     return file, joined(folder / "out")
 
 
@@ -189,12 +189,13 @@ def test_killed_at_random_it_ends_with_the_bytes_of_a_run_that_never_was(
 ) -> None:
     """The driver or a worker is killed, each time after more was done; no part that is there is written again."""
     file, expected = never_killed
-    options = ["-m", "shakespeare", "--seed", "7", "--temperature", "1", "-n", "12", "--threads", "1"]
+    options = ["-m", "shakespeare", "--seed", "7", "--temperature", "1", "-n", "60", "--threads", "1"]
     out, chance = tmp_path / "out", random.Random(workers)
     args = ["bulk", *options, "--shard-bytes", "150", "--workers", str(workers), str(file), str(out)]
     done: dict[Path, int] = {}
 
     def more_is_done() -> bool:
+        assert driver.poll() is None, "the job is done before it was killed often enough"
         now = {part: part.stat().st_mtime_ns for part in out.rglob("*.jsonl")}
         assert now.items() >= done.items()
         more = len(now) > len(done)
@@ -207,10 +208,11 @@ def test_killed_at_random_it_ends_with_the_bytes_of_a_run_that_never_was(
         for victim in [*["worker"] * chance.randrange(3), "driver"][: KILLS - kills]:  # It outlives its workers.
             wait_until(more_is_done)
             time.sleep(chance.uniform(0, 0.05))
-            assert driver.poll() is None, "the job is done before it was killed often enough"
             pids = children(driver.pid)
-            kill(driver.pid if victim == "driver" or not pids else chance.choice(pids))
+            kill(chance.choice(pids) if victim == "worker" and pids else driver.pid)
             kills += 1
+            if not pids:  # A worker that was killed is not started again yet, so the driver was killed.
+                break
         kill(driver.pid)
         driver.wait(PATIENCE)
         wait_for_end(pids)
