@@ -151,15 +151,15 @@ def test_the_command_keeps_what_jax_compiles_by_cpu_and_versions(
 
 def test_the_folder_has_another_name_on_another_cpu(monkeypatch: pytest.MonkeyPatch, needs_jax: None) -> None:
     import jax
-    from gpt_xp_backends import jax_backend as adapter
+    from gpt_xp_backends import jax_programs as adapter
 
-    here = adapter._shareable(jax)
-    assert here == adapter._shareable(jax)
+    here = adapter.shareable(jax)
+    assert here == adapter.shareable(jax)
     monkeypatch.setattr(adapter, "_cpu", lambda: ["flags: avx512_bf16"])
-    assert adapter._shareable(jax) != here
+    assert adapter.shareable(jax) != here
     monkeypatch.undo()
     monkeypatch.setattr(jax, "__version__", "0.11.13")
-    assert adapter._shareable(jax) != here
+    assert adapter.shareable(jax) != here
 
 
 def test_the_user_s_own_place_for_jax_is_left(

@@ -2,14 +2,10 @@
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import os
-import platform
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -17,13 +13,13 @@ import numpy as np
 
 from gpt_xp.backend import Backend, BackendInfo, DecodeStep, DeviceInfo, check_dtype, few_sizes, import_library
 from gpt_xp.config import GPT2Config
-from gpt_xp.environment import gpt_xp_home
 from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
 from gpt_xp.mesh import Hosts, MeshShape
 from gpt_xp.types import Array, Namespace
+from gpt_xp_backends.jax_programs import keep_compiled
 
 GPU_FIX = f"for an NVIDIA GPU, {install_command('jax-cuda13')} (for CUDA 12: jax-cuda12)"
 FIX = f"{install_command('jax')}; for an NVIDIA GPU, jax-cuda13 or jax-cuda12 in place of jax"
@@ -139,7 +135,7 @@ class JaxBackend(Backend):
 
     def keep_compiled(self) -> None:
         """Keep compiled programs in the user's cache folder."""
-        _keep_compiled(self._jax)
+        keep_compiled(self._jax)
 
     def settings(self) -> dict[str, str]:
         """Return the versions, precision and environment variables that affect XLA."""
@@ -296,49 +292,6 @@ def _stopwatch(jax: Any) -> Callable[[], float]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: spent[0]
-
-
-def _keep_compiled(jax: Any) -> None:
-    """Keep compiled programs in the user's cache folder, unless the user has chosen another, or there is none.
-
-    JAX uses the folder for the whole process, from its first program on. So only the command calls this.
-    """
-    kept = gpt_xp_home()
-    if jax.config.jax_compilation_cache_dir is not None or kept is None:
-        return
-    folder = kept / "jax" / _shareable(jax)
-    if not _can_be_written(folder):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # After an error of the disk, the program is only compiled again, so the user needs no warning.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-
-
-def _can_be_written(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        return False
-
-
-def _shareable(jax: Any) -> str:
-    """Return the name of a folder for programs of these versions, compiled for this kind of CPU.
-
-    JAX's own keys do not include the CPU. Machines that share a home folder would load programs for other CPUs.
-    """
-    cpu = hashlib.sha256("\n".join(_cpu()).encode()).hexdigest()[:12]
-    return f"jax-{jax.__version__}-jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{cpu}"
-
-
-def _cpu() -> list[str]:
-    """Return a description of the kind of CPU: Linux's description of the first core, or the processor's name."""
-    kinds = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features", "isa")
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
-        return [line for line in info.read().partition("\n\n")[0].splitlines() if line.startswith(kinds)]
-    return [platform.processor()]
 
 
 def _settings(jax: Any, device: Any, scope: Callable[..., Any]) -> dict[str, str]:
