@@ -21,7 +21,7 @@ def written_aside(
     target: str | os.PathLike[str],
     n_bytes: int,
     fix: str = "check the permissions",
-    put: Callable[[str, Any], object] = os.replace,
+    put: Callable[[str, Any], object] | None = None,
 ) -> Iterator[str]:
     """Yield a temporary name beside `target` to write about `n_bytes` to; at the end, rename that file to `target`.
 
@@ -32,7 +32,7 @@ def written_aside(
     temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
     try:
         yield temporary
-        put(temporary, target)
+        (put or os.replace)(temporary, target)
     except OSError as error:
         if error.errno in _NO_SPACE:
             fix = f"it needs {size(n_bytes)} there: make room and try again"
