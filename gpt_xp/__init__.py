@@ -35,10 +35,12 @@ if TYPE_CHECKING:
         TokenizerError,
     )
     from gpt_xp.generation.results import Generation, Piece, Stats
+    from gpt_xp.inspection.trace import trace
     from gpt_xp.jobs.run import bulk
     from gpt_xp.jobs.status import BulkStatus
     from gpt_xp.kv_cache import KVCache, new_cache
-    from gpt_xp.model import Model, load, save
+    from gpt_xp.loading import load, save
+    from gpt_xp.model import Model
     from gpt_xp.picogpt import load_encoder_hparams_and_params, shape_tree
     from gpt_xp.quantization import quantize
     from gpt_xp.registry import backends, get_backend, with_parts
@@ -98,6 +100,7 @@ __all__ = [
     "quantize",
     "save",
     "shape_tree",
+    "trace",
     "train",
     "train_tokenizer",
     "unembed",
@@ -107,7 +110,8 @@ __all__ = [
 # The modules of the public names. Each is imported when one of its names is first asked for: `import gpt_xp` takes a
 # few milliseconds, and the command can prepare for Ctrl-C before NumPy is imported.
 _NAMES_OF = {
-    "model": ("Model", "load", "save"),
+    "model": ("Model",),
+    "loading": ("load", "save"),
     "backend": ("Backend", "BackendInfo"),
     "kv_cache": ("KVCache", "new_cache"),
     "benchmark.results": ("Benchmark",),
@@ -130,6 +134,7 @@ _NAMES_OF = {
         "TextError",
         "TokenizerError",
     ),
+    "inspection.trace": ("trace",),
     "jobs.run": ("bulk",),
     "jobs.status": ("BulkStatus",),
     "transformer": ("gpt2", "gpt2_with_cache", "hidden_states", "lm_loss", "unembed"),

@@ -1,4 +1,4 @@
-"""A `Model` ties params, config, tokenizer and backend together; `load` makes one, and `save` writes one."""
+"""A `Model` ties params, config, tokenizer and backend together: the object that users hold."""
 
 import functools
 import time
@@ -21,11 +21,10 @@ from gpt_xp.generation.decoder import Decoder
 from gpt_xp.generation.loop import Generator
 from gpt_xp.generation.results import Generation, Piece
 from gpt_xp.generation.rows import Prompt
-from gpt_xp.hub.find import find_model
+from gpt_xp.inspection.trace import Names, trace_names, wide_trace
 from gpt_xp.memory import array_bytes, cache_bytes, memory_errors, too_little_memory
 from gpt_xp.prompts import Numbers, OnePrompt, Prompts, Text, check_ids, is_one_prompt, token_array
-from gpt_xp.quantization import Quantized, check_kind, n_bytes, quantization_of, quantized_backend
-from gpt_xp.quantization import quantize as quantize_params
+from gpt_xp.quantization import Quantized, n_bytes, quantization_of, quantized_backend
 from gpt_xp.registry import get_backend
 from gpt_xp.scoring.rank import RankedChoice, rank_choices
 from gpt_xp.scoring.score import Score, TokenizedText, TokensDone, score_texts
@@ -34,7 +33,7 @@ from gpt_xp.settings import GenerationOptions as Options
 from gpt_xp.settings import GenerationSettings, StreamOptions, merged
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves
-from gpt_xp.types import Params
+from gpt_xp.types import NumpyArray, Params
 
 Settings: TypeAlias = GenerationSettings | None
 
@@ -61,7 +60,7 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.params = params
-        self._carried: Carried | None = None  # entries and files that gpt-xp does not use, for `save`
+        self.carried: Carried | None = None  # entries and files that gpt-xp does not use, for `save`
 
     @property
     def params(self) -> Params:
@@ -240,9 +239,34 @@ class Model:
             self.backend.check_agreement((given, batch_size))
             return rank_choices(self._generator, given[0], given[1:], by, batch_size, encode)
 
+    def trace(self, prompt: Text, names: Names = None, *, special_tokens: bool = False) -> dict[str, NumpyArray]:
+        """Return named intermediates of the forward pass over one prompt, as NumPy arrays without a batch axis.
+
+        `names` are names of `gpt_xp.trace`, which describes them, or patterns: "blocks.*.attn.hook_pattern". None takes
+        all of them, which needs much memory for a long prompt. The arrays are float32, or float64 for a float64 model.
+        `special_tokens` is as in `generate`. Raises `SettingError` for a name that matches nothing, and the errors of
+        `generate`.
+        """
+        wanted = trace_names(self.config, names)
+        ids = self.backend.asarray(np.asarray(self._encode(prompt, special_tokens), np.int32))
+        step = self.backend.compile(wide_trace, static=("config", "names", "xp"))
+        with memory_errors(self.backend, self.config, self._bytes, 1):
+            found = step(self.params, ids, config=self.config, names=wanted, xp=self.backend.xp)
+            return {name: self.backend.to_numpy(x) for name, x in found.items()}
+
     def save(self, directory: str | Path) -> None:
-        """Write the model to `directory` in the layout of transformers; see `gpt_xp.save`."""
-        save(self, directory)
+        """Write the model to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
+
+        transformers and `gpt_xp.load` read this layout. bfloat16 is written as float32. For a loaded model, config
+        entries and files of its directory that gpt-xp does not use are written too; files that exist already stay. All
+        files are written to temporary names and renamed at the end. Raises `CheckpointError` if writing fails.
+        """
+        params = self.backend.fetch(self.params, self.config)
+        try:
+            if self.backend.process_index == 0:
+                checkpoint.save(directory, params, self.config, self.tokenizer, self.carried)
+        finally:
+            self.backend.wait_for_others("the model is saved")
 
     def _guarded(self, prompts: list[Prompt], settings: GenerationSettings, called: float) -> Iterator[Piece]:
         if not prompts:
@@ -289,62 +313,3 @@ class Model:
         has = self.backend.device_memory
         if has and cache_bytes(self.config, rows, n_slots, self.backend.dtype) > has:
             raise too_little_memory(self.backend, self.config, self._bytes, rows, n_slots)
-
-
-def load(
-    name: str | Path | None = None,
-    *,
-    backend: str | Backend | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    threads: int | None = None,
-    quantize: str | None = None,
-    mesh: str | None = None,
-    hosts: str | None = None,
-) -> Model:
-    """Return the model called `name`: a directory, a published model such as "124M" or "gpt2", or a bundled one.
-
-    A published model that is not on this machine is fetched, unless `GPT_XP_OFFLINE` is set; `gpt-xp models` lists
-    them. None means `GPT_XP_MODEL`, else 124M if it is on this machine, else the bundled model "shakespeare".
-
-    `backend` is a name from `gpt_xp.backends()` (default: `GPT_XP_BACKEND`, else numpy), and `device` one of its
-    devices. `dtype` is "float32", "float64", or, on some backends, "float16" or "bfloat16". `threads` limits the
-    threads of the CPU. On NumPy the params are mapped from the file, without a copy, if they are stored in `dtype`.
-
-    `quantize` "int8" or "int4" stores the weights in 8 or 4 bits (see `gpt_xp.quantize`): faster, smaller, and a little
-    less exact. A model that was saved quantized needs no `quantize`.
-
-    `mesh` "data=2,model=4" computes on 8 devices of JAX: rows are split over 2, weights over 4 ("auto": rows over all).
-    `hosts` "ADDRESS:PORT,COUNT,INDEX" joins COUNT processes, of which this is number INDEX (from 0) and number 0
-    listens on that address; processes that Slurm, Open MPI or a TPU pod started are joined without it. All processes
-    must make the same calls, and all get the results. Process 0 alone writes files.
-
-    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError` and
-    `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized in that way.
-    """
-    check_kind(quantize)
-    # before anything is fetched
-    chosen = get_backend(backend, device=device, dtype=dtype, threads=threads, mesh=mesh, hosts=hosts)
-    if quantize:
-        chosen = quantized_backend(chosen)
-    # The params are read as stored, because 16 bits travel faster than 32. The device converts them.
-    found = checkpoint.read(find_model(name))
-    params = quantize_params(found.params, quantize) if quantize else found.params
-    model = Model(params, found.config, found.tokenizer, chosen)
-    model._carried = found.carried
-    return model
-
-
-def save(model: Model, directory: str | Path) -> None:
-    """Write `model` to `directory` as config.json, model.safetensors, vocab.json and merges.txt.
-
-    transformers and `gpt_xp.load` read this layout. bfloat16 is written as float32. For a loaded model, config entries
-    and files of its directory that gpt-xp does not use are written too; files that exist already stay. All files are
-    written to temporary names and renamed at the end. Raises `CheckpointError` if writing fails.
-    """
-    params = model.backend.fetch(model.params, model.config)
-    try:
-        if model.backend.process_index == 0:
-            checkpoint.save(directory, params, model.config, model.tokenizer, model._carried)
-    finally:
-        model.backend.wait_for_others("the model is saved")

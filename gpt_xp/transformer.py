@@ -23,6 +23,7 @@ def gelu(x: Array, xp: Namespace) -> Array:
     return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
+@part
 def softmax(x: Array, xp: Namespace) -> Array:
     """Return exponentials that sum to one over the last axis. Subtracting the maximum prevents overflow."""
     x = at_least_float32(x, xp)

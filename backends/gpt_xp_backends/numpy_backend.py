@@ -189,7 +189,8 @@ def _matmul(x: Any, w: Any) -> Any:
 def _attention(share: Callable[..., None], q: Any, k: Any, v: Any, mask: Any, xp: Any) -> Any:
     """Compute `attention` for some queries and heads at a time, without the keys that these queries may not look at."""
     is_large = q.ndim == 4 and q.shape[2] > 1 and q.size // q.shape[3] * k.shape[2] > MAX_SCORES
-    if not is_large or not q.shape[:2] == k.shape[:2] == v.shape[:2] or mask.shape[-3:-2] not in ((), (1,)):
+    is_plain = q.shape[:2] == k.shape[:2] == v.shape[:2] and mask.shape[-3:-2] in ((), (1,))
+    if not is_large or not is_plain or "softmax" in xp.parts:  # A replaced softmax takes the scores of all keys.
         return attention(q, k, v, mask, xp)
     mixed = np.empty((*q.shape[:3], v.shape[-1]), v.dtype)
 

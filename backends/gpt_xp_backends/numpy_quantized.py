@@ -104,7 +104,12 @@ def attention(
     """Compute `transformer.attention`: by one kernel if each head has one query, and otherwise by `in_blocks`."""
     batch, n_head, n_seq, d_head = q.shape if q.ndim == 4 else (0, 0, 0, 0)
     is_cached = k.shape == v.shape == (batch, n_head, mask.shape[-1], d_head) and mask.shape[:-1] == (batch, 1, 1)
-    if n_seq != 1 or not is_cached or not q.dtype == k.dtype == v.dtype == mask.dtype == FLOAT32:
+    if (
+        "softmax" in xp.parts
+        or n_seq != 1
+        or not is_cached
+        or not q.dtype == k.dtype == v.dtype == mask.dtype == FLOAT32
+    ):
         return in_blocks(q, k, v, mask, xp)
     queries = np.ascontiguousarray(q).reshape(-1, d_head)
     out = np.empty(queries.shape, np.float32)

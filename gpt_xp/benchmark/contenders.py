@@ -9,7 +9,7 @@ import numpy as np
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.generation.loop import BLOCK_STEPS
-from gpt_xp.model import load
+from gpt_xp.loading import load
 from gpt_xp.registry import get_backend
 
 NumpyArray = np.ndarray[Any, np.dtype[np.floating[Any]]]

@@ -19,7 +19,8 @@ from gpt_xp.generation.choosing import Choosing
 from gpt_xp.generation.results import Stats
 from gpt_xp.generation.rows import Prompt
 from gpt_xp.kv_cache import KVCache, Past
-from gpt_xp.model import Model, load
+from gpt_xp.loading import load
+from gpt_xp.model import Model
 from gpt_xp.parts import ReplacedParts
 from gpt_xp.registry import get_backend
 from gpt_xp.settings import GenerationSettings

@@ -15,7 +15,8 @@ from gpt_xp.jobs.parts import MAX_ATTEMPTS, Parts
 from gpt_xp.jobs.shards import Line, Shard, Shards, line_number, line_seed
 from gpt_xp.jobs.tasks import Outcome, Record, Task
 from gpt_xp.jobs.writers import open_writer
-from gpt_xp.model import Model, load
+from gpt_xp.loading import load
+from gpt_xp.model import Model
 from gpt_xp.registry import get_backend
 
 WINDOW = 1024  # lines that are read, sorted and computed before their records are written

@@ -1,0 +1,1 @@
+"""Looking inside the model: its named intermediates."""

@@ -1,0 +1,106 @@
+"""The records of a look inside the model. The page and the tables of the terminal show them."""
+
+from dataclasses import dataclass, field
+
+from gpt_xp.config import GPT2Config
+from gpt_xp.types import NumpyArray
+
+TOP = 256  # tokens whose logits are kept at each position
+BINS = 64  # of the histogram of the other logits
+LENS_TOP = 5  # tokens of each cell of the logit lens
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The logits after each token.
+
+    `ids` int32 and `logits` float32 [n_seq, TOP] are the largest, the largest first; with a smaller vocabulary they are
+    all. The other logits of a position are counted in BINS bins: `counts` int32 [n_seq, BINS], and `levels` float32
+    [n_seq, BINS], one number that stands for each logit of a bin. The sum of exp(logits) is exact with these numbers;
+    at other temperatures it is an approximation. `all_logits` float32 [n_vocab] are those of `position`, all exact.
+    """
+
+    ids: NumpyArray
+    logits: NumpyArray
+    counts: NumpyArray
+    levels: NumpyArray
+    position: int
+    all_logits: NumpyArray
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The logit lens: `unembed(layer_norm(x, **ln_f))` of the residual stream before the first and after each block.
+
+    The rows are the embedding and the `n_layer` blocks, the columns the positions from `first` on. `ids` int32 and
+    `logprobs` float32 [n_layer + 1, n, LENS_TOP] are the likeliest tokens and their log-probabilities in nats. `final`
+    float32 [n_layer + 1, n] is the log-probability of the token that the whole model finds likeliest.
+    """
+
+    first: int
+    ids: NumpyArray
+    logprobs: NumpyArray
+    final: NumpyArray
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The weights of attention.
+
+    `kind` says what `weights` hold. "float32" and "uint8" are [n_layer, n_head, n_seq * (n_seq + 1) / 2]: the lower
+    triangle, row by row. Bytes are 255 times the square root of the weight, rounded. "small" are pictures, bytes
+    [n_layer, n_head, s, s] in the same scale: each number is the largest of a square of `square` x `square` weights.
+    `last` float32 [n_layer, n_head, n_seq] are the exact weights of the last token.
+    """
+
+    kind: str
+    weights: NumpyArray
+    last: NumpyArray
+    square: int = 1
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one backend is from float64 on NumPy, for this prompt. The figures are those of `compare`.
+
+    `relative` float64 [n_layer + 3, n_seq] is the largest error of a token after each layer (the embedding, the blocks,
+    ln_f, the logits), divided by the layer's largest number. Its largest number in a row is `compare`'s figure.
+    `allowed` [n_layer + 3] is the tolerance of the row. `is_same` bool [n_seq] tells whether the likeliest next token is the
+    same, and `margins` float64 [n_seq] by how much the reference's is ahead. `problems` are empty if all is within the
+    tolerance; arrays are None where the backend could not run, and `problems` says why.
+    """
+
+    backend: str
+    dtype: str
+    version: str | None = None
+    device: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    relative: NumpyArray | None = None
+    allowed: NumpyArray | None = None
+    is_same: NumpyArray | None = None
+    margins: NumpyArray | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What happens inside the model for one prompt.
+
+    `vocabulary` has the bytes of each token id that is mentioned anywhere in this record; it is empty for a model
+    without a tokenizer. `surprise` float64 [n_seq] is -log p of each token in nats, NaN for the first, which nothing
+    predicts. `distances` is empty unless backends were named. `left_out` are sentences about what was left out, because it was
+    too large. `made_by` are the versions and settings that made the numbers, by name.
+    """
+
+    model: str
+    config: GPT2Config
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    vocabulary: dict[int, bytes]
+    surprise: NumpyArray
+    predictions: Predictions
+    lens: Lens
+    attention: Attention
+    distances: tuple[Distance, ...] = ()
+    left_out: tuple[str, ...] = ()
+    made_by: dict[str, str] = field(default_factory=dict)
