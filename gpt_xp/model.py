@@ -252,7 +252,7 @@ class Model:
         step = self.backend.compile(wide_trace, static=("config", "names", "xp"))
         with memory_errors(self.backend, self.config, self._bytes, 1):
             found = step(self.params, ids, config=self.config, names=wanted, xp=self.backend.xp)
-            return {name: self.backend.to_numpy(x) for name, x in found.items()}
+            return {name: self.backend.to_numpy(found[name]) for name in wanted}
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` as config.json, model.safetensors, vocab.json and merges.txt.

@@ -16,6 +16,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 NAMES: list[str] = []  # the names of all parts; `part` adds them
 
 
+def replaced_parts(xp: Namespace) -> dict[str, Callable[..., Any]]:
+    """Return the replacements in a namespace by the name of the part; most namespaces have none."""
+    found: dict[str, Callable[..., Any]] = getattr(xp, "parts", {})
+    return found
+
+
 def part(function: F) -> F:
     """Return the function as a part: a replacement in the namespace is called in its place."""
     name, place = function.__name__, [*inspect.signature(function).parameters].index("xp")
@@ -24,7 +30,7 @@ def part(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         xp: Any = args[place] if len(args) > place else kwargs.get("xp")
-        replacement = getattr(xp, "parts", {}).get(name)
+        replacement = replaced_parts(xp).get(name)
         if replacement is None:
             return function(*args, **kwargs)
         # The replacement may call the original part, so its namespace has this part unreplaced.

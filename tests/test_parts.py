@@ -10,7 +10,7 @@ from comparison import TOLERANCE, assert_close, assert_values
 from libraries import quantized
 from naive_gpt2 import gpt2 as naive_gpt2
 from small_models import CONFIGS, small_params, small_tokens, tree_map
-from small_quantized import small
+from small_quantized import float64_of, small
 
 import gpt_xp
 from gpt_xp import Backend, Model, transformer
@@ -61,8 +61,37 @@ def test_a_part_of_the_same_maths_is_the_same_model(backend: Backend) -> None:
     assert ours.generate(TOKENS[:5], **MORE).token_ids == expected.generate(TOKENS[:5], **MORE).token_ids
 
 
+def halved(x: Any, xp: Any) -> Any:
+    """The weights of attention at temperature 2."""
+    return transformer.softmax(x / 2, xp)
+
+
+def with_halved_queries(params: Any) -> Any:
+    """Params of the model in which `halved` stands."""
+
+    def block(each: Any) -> Any:
+        halves = np.repeat(np.float32([0.5, 1, 1]), CONFIG.n_embd)
+        c_attn = {name: leaf * halves for name, leaf in each["attn"]["c_attn"].items()}
+        return each | {"attn": each["attn"] | {"c_attn": c_attn}}
+
+    return params | {"blocks": list(map(block, params["blocks"]))}
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_replaced_softmax_counts_everywhere(backend: Backend, kind: str | None) -> None:
+    """A backend's own attention steps aside, for one query as for many."""
+    if kind:
+        quantized(backend)  # or the test is skipped
+    params = small("int8")[0] if kind else PARAMS
+    ours = Model(params, CONFIG, backend=gpt_xp.with_parts(backend, softmax=halved))
+    expected = Model(with_halved_queries(float64_of(params)), CONFIG, backend=backend)
+    assert_values(ours.logits(TOKENS), expected.logits(TOKENS), TOLERANCE["logits", "float32"])
+    assert ours.generate(TOKENS[:5], **MORE).token_ids == expected.generate(TOKENS[:5], **MORE).token_ids
+
+
 @pytest.mark.parametrize(
-    "name", ["gelu", "layer_norm", "linear", "attention", "mha", "ffn", "transformer_block", "embed", "unembed"]
+    "name",
+    ["gelu", "softmax", "layer_norm", "linear", "attention", "mha", "ffn", "transformer_block", "embed", "unembed"],
 )
 def test_each_part_may_call_the_one_that_it_replaces(name: str) -> None:
     calls = []
@@ -113,9 +142,9 @@ def test_jit_sees_the_replaced_part() -> None:
     assert np.abs(np.asarray(after - before)).max() > 0.1
 
 
-@pytest.mark.parametrize("parts", [{"glu": cube}, {"softmax": cube}])
+@pytest.mark.parametrize("parts", [{"glu": cube}, {"lm_loss": cube}])
 def test_what_replaces_no_part_is_refused(parts: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match=r"has no part '(glu|softmax)'; its parts are: gelu, layer_norm, linear"):
+    with pytest.raises(SettingError, match=r"has no part '(glu|lm_loss)'; its parts are: gelu, softmax, layer_norm"):
         gpt_xp.with_parts("numpy", **parts)
 
 

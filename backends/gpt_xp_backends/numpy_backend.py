@@ -17,7 +17,7 @@ from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.memory import physical_memory
-from gpt_xp.parts import ReplacedParts
+from gpt_xp.parts import ReplacedParts, replaced_parts
 from gpt_xp.quantization import QuantizedNamespace
 from gpt_xp.transformer import attention, gelu
 
@@ -190,7 +190,8 @@ def _attention(share: Callable[..., None], q: Any, k: Any, v: Any, mask: Any, xp
     """Compute `attention` for some queries and heads at a time, without the keys that these queries may not look at."""
     is_large = q.ndim == 4 and q.shape[2] > 1 and q.size // q.shape[3] * k.shape[2] > MAX_SCORES
     is_plain = q.shape[:2] == k.shape[:2] == v.shape[:2] and mask.shape[-3:-2] in ((), (1,))
-    if not is_large or not is_plain or "softmax" in xp.parts:  # A replaced softmax takes the scores of all keys.
+    # A replaced softmax takes the scores of all keys.
+    if not is_large or not is_plain or "softmax" in replaced_parts(xp):
         return attention(q, k, v, mask, xp)
     mixed = np.empty((*q.shape[:3], v.shape[-1]), v.dtype)
 

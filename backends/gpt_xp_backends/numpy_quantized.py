@@ -25,6 +25,7 @@ import numba
 import numpy as np
 
 from gpt_xp import transformer
+from gpt_xp.parts import replaced_parts
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 from gpt_xp.types import Namespace, NumpyArray
 from gpt_xp_backends.numpy_backend import with_spare_room
@@ -92,7 +93,7 @@ def linear(x: NumpyArray, w: NumpyArray | QuantizedWeight, b: NumpyArray, xp: Na
 def layer_norm(x: NumpyArray, g: NumpyArray, b: NumpyArray, xp: Namespace, eps: float = 1e-5) -> NumpyArray:
     """Compute `transformer.layer_norm`: rows [rows, n_embd] of float32 by one kernel."""
     if not x.shape[1:] == g.shape == b.shape or not x.dtype == g.dtype == b.dtype == FLOAT32:
-        return np.asarray(transformer.layer_norm(x, g, b, xp, eps))
+        return np.asarray(transformer.layer_norm(x, g, b, xp=xp, eps=eps))
     out = np.empty(x.shape, np.float32)
     layer_norm_kernel()(*map(np.ascontiguousarray, (x, g, b)), eps, out)
     return out
@@ -104,12 +105,8 @@ def attention(
     """Compute `transformer.attention`: by one kernel if each head has one query, and otherwise by `in_blocks`."""
     batch, n_head, n_seq, d_head = q.shape if q.ndim == 4 else (0, 0, 0, 0)
     is_cached = k.shape == v.shape == (batch, n_head, mask.shape[-1], d_head) and mask.shape[:-1] == (batch, 1, 1)
-    if (
-        "softmax" in xp.parts
-        or n_seq != 1
-        or not is_cached
-        or not q.dtype == k.dtype == v.dtype == mask.dtype == FLOAT32
-    ):
+    is_plain = is_cached and n_seq == 1 and "softmax" not in replaced_parts(xp)
+    if not is_plain or not q.dtype == k.dtype == v.dtype == mask.dtype == FLOAT32:
         return in_blocks(q, k, v, mask, xp)
     queries = np.ascontiguousarray(q).reshape(-1, d_head)
     out = np.empty(queries.shape, np.float32)

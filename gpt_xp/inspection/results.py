@@ -64,10 +64,10 @@ class Distance:
     """How far one backend is from float64 on NumPy, for this prompt. The figures are those of `compare`.
 
     `relative` float64 [n_layer + 3, n_seq] is the largest error of a token after each layer (the embedding, the blocks,
-    ln_f, the logits), divided by the layer's largest number. Its largest number in a row is `compare`'s figure.
-    `allowed` [n_layer + 3] is the tolerance of the row. `is_same` bool [n_seq] tells whether the likeliest next token is the
+    ln_f, the logits), divided by the layer's largest number. The largest of a row is `compare`'s figure. `allowed`
+    [n_layer + 3] is the tolerance of the row. `is_same` bool [n_seq] tells whether the likeliest next token is the
     same, and `margins` float64 [n_seq] by how much the reference's is ahead. `problems` are empty if all is within the
-    tolerance; arrays are None where the backend could not run, and `problems` says why.
+    tolerance. The arrays are None where the backend could not run, and `problems` says why.
     """
 
     backend: str
@@ -88,8 +88,8 @@ class Look:
 
     `vocabulary` has the bytes of each token id that is mentioned anywhere in this record; it is empty for a model
     without a tokenizer. `surprise` float64 [n_seq] is -log p of each token in nats, NaN for the first, which nothing
-    predicts. `distances` is empty unless backends were named. `left_out` are sentences about what was left out, because it was
-    too large. `made_by` are the versions and settings that made the numbers, by name.
+    predicts. `distances` is empty unless backends were named. `left_out` are sentences that say what was too large.
+    `made_by` are the versions and settings that made the numbers, by name.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """`gpt_xp.trace`: return the named intermediates of the forward pass.
 
-The names are those of TransformerLens (`HookedTransformer`), so that its tutorials can be followed. Nothing is computed
-a second time: each part of the model is replaced by itself, with a note of what goes in or comes out.
+The names are those of TransformerLens (`HookedTransformer`), so that its tutorials can be followed. Each part of the
+model is replaced by itself, with a note of what goes in or comes out.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +56,10 @@ def trace(
     `trace_names`; None takes all, which needs the memory of them all. In the shapes, `...` is the batch, if there is
     one:
 
-    - `hook_embed`, `hook_pos_embed`, `hook_resid_pre`, `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`,
-      `hook_resid_post` and `hook_normalized` are [..., n_seq, n_embd]. `hook_scale` is [..., n_seq, 1].
+    - `hook_embed`, `hook_pos_embed`, `hook_resid_pre`, `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out` and
+      `hook_resid_post` are [..., n_seq, n_embd].
+    - `hook_scale` [..., n_seq, 1] is what a layer norm divides by, and `hook_normalized` [..., n_seq, n_embd] the
+      quotient, before `g` and `b`. They are float32 at least.
     - `hook_q`, `hook_k`, `hook_v` and `hook_z` are [..., n_seq, n_head, d_head].
     - `hook_attn_scores` (scaled; the smallest float32 where a token may not look) and `hook_pattern` (the weights of
       attention) are [..., n_head, n_seq, n_seq]: the query, then the key. They are float32 at least.
@@ -76,9 +78,7 @@ def trace(
     if "logits" in wanted:
         seen.found["logits"] = transformer.unembed(x, params["wte"], xp)
     if missing := [name for name in wanted if name not in seen.found]:
-        raise SettingError(
-            f"a part of the model was replaced, and does not compute {missing[0]}: leave it out of `names`"
-        )
+        raise _other_part(missing[0], "does not compute")
     return {name: seen.found[name] for name in wanted}
 
 
@@ -121,14 +121,13 @@ class _Seen:
     def layer_norm(self, x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -> Array:
         norm, reads = self._norms.pop(0) if self._norms else ("", "")
         self._note(reads, x, xp)
-        if f"{norm}.hook_scale" in self._wanted:
+        if not self._wanted.isdisjoint((f"{norm}.hook_scale", f"{norm}.hook_normalized")):
             wide = at_least_float32(x, xp)
             centered = wide - xp.mean(wide, axis=-1, keepdims=True)
             scale = xp.sqrt(xp.mean(centered * centered, axis=-1, keepdims=True) + eps)
             self._note(f"{norm}.hook_scale", scale, xp)
-        normalized = transformer.layer_norm(x, g, b, xp, eps)
-        self._note(f"{norm}.hook_normalized", normalized, xp)
-        return normalized
+            self._note(f"{norm}.hook_normalized", centered / scale, xp)
+        return transformer.layer_norm(x, g, b, xp=xp, eps=eps)
 
     def mha(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
         attended, past = transformer.mha(x, **rest, xp=xp)

@@ -189,6 +189,22 @@ def test_attention_that_an_experiment_replaces_is_called_with_all_heads() -> Non
     assert set(shapes) == {(1, 3, len(tokens), 13)}
 
 
+def test_softmax_that_an_experiment_replaces_is_called_with_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is computed in blocks for long prompts, and in one piece where its softmax is replaced."""
+    monkeypatch.setattr(numpy_backend, "MAX_SCORES", 30)
+    shapes: list[tuple[int, ...]] = []
+
+    def softmax(x: Any, xp: Any) -> Any:
+        shapes.append(x.shape)
+        return transformer.softmax(x, xp)
+
+    plain = make()
+    ours = Model(plain.params, plain.config, backend=gpt_xp.with_parts("numpy", softmax=softmax))
+    tokens = small_tokens("prime")[0]
+    assert_values(ours.logits(tokens), plain.logits(tokens), TOLERANCE["same", "float32"])
+    assert {shape[:3] for shape in shapes} == {(1, 3, len(tokens))}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_another_namespace_is_used_as_it_is(dtype: str) -> None:
     plain = make(dtype=dtype)
