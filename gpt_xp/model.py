@@ -7,7 +7,7 @@ from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from secrets import randbits
-from typing import Any, Literal, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from gpt_xp.settings import GenerationSettings, StreamOptions, merged
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tree import leaves
 from gpt_xp.types import NumpyArray, Params
+
+if TYPE_CHECKING:
+    from gpt_xp.inspection.results import Look
 
 Settings: TypeAlias = GenerationSettings | None
 
@@ -253,6 +256,29 @@ class Model:
         with memory_errors(self.backend, self.config, self._bytes, 1):
             found = step(self.params, ids, config=self.config, names=wanted, xp=self.backend.xp)
             return {name: self.backend.to_numpy(found[name]) for name in wanted}
+
+    def look(
+        self,
+        prompt: Text,
+        backends: str | Sequence[str] | None = None,
+        *,
+        position: int | None = None,
+        max_size: int = 8_000_000,
+        special_tokens: bool = False,
+    ) -> "Look":
+        """Return what happens inside the model for one prompt: a `Look`, which a notebook shows as a page.
+
+        It has the logits, the logit lens and the weights of attention, and for each of `backends` (names, as for
+        `compare`) the distance from float64 on NumPy. All logits of the token at `position` (default: the last) are
+        kept, and the largest of the others. `max_size` are the bytes that the page may have: of a long prompt, the
+        weights of attention are rounded or made smaller, and the page says so. `special_tokens` is as in `generate`.
+
+        Raises `SettingError` for a `position` or `max_size` that makes no sense, and the errors of `generate` and
+        `compare`.
+        """
+        from gpt_xp.inspection.look import look  # It imports this module.
+
+        return look(self, prompt, backends, position=position, max_size=max_size, special_tokens=special_tokens)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to `directory` as config.json, model.safetensors, vocab.json and merges.txt.

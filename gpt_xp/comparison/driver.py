@@ -5,16 +5,16 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gpt_xp import json_text
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.comparison.figures import ComparisonFigures, compare_layers, compare_logits, compare_tokens
-from gpt_xp.comparison.job import MODES, PROMPTS
+from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.comparison.results import BackendResult, Comparison
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import GptXpError, PromptError, SettingError
@@ -33,6 +33,8 @@ from gpt_xp.reporting.text import listed
 from gpt_xp.tokenizer.bpe import Tokenizer
 
 REFERENCE = ("numpy", "float64")
+
+Kept = TypeVar("Kept")
 
 
 def compare(
@@ -58,38 +60,56 @@ def compare(
     no sense, and `BackendError` for a backend that is unknown or not installed. Raises `PromptError` for prompts that
     do not fit the context, and the errors of `load`.
     """
-    names = usable_backends() if backends is None else [name.removesuffix("@") for name in listed(backends)]
     dtypes = listed(dtypes)
-    _check(names, dtypes, max_tokens, seed)
+    names = check_backends(backends, dtypes)
+    if max_tokens < 1 or seed < 0:
+        raise SettingError("max_tokens must be at least 1, and the seed at least 0")
     folder = find_model(model)
     config = read_config(folder)
     texts = tuple(PROMPTS if prompts is None else listed(prompts))
     ids = _encode(texts, Tokenizer.from_directory(folder), config, max_tokens)
     job = {"model": str(folder), "prompts": ids, "max_tokens": max_tokens, "seed": seed, "threads": threads}
     with tempfile.TemporaryDirectory(prefix="gpt-xp-compare-") as temporary:
-        with progress("the reference, numpy float64"):
-            reference = _ProcessOutput(Path(temporary, "reference"), *REFERENCE, job, expected=None)
-        if reference.failure:
-            raise GptXpError(f"the reference, NumPy in float64, could not be computed: {reference.failure}")
-        results: list[BackendResult] = []
-        for name in names:
-            for dtype in dtypes:
-                with progress(f"{name} {dtype}"):
-                    results.append(_run(Path(temporary, f"run-{len(results)}"), name, dtype, job, reference))
+        reference, results = run_all(Path(temporary), names, dtypes, job, progress, keep=lambda result, *_: result)
     return Comparison(
         str(model or default_model()), config, texts, tuple(map(len, ids)), max_tokens, seed,
-        reference.describe(), tuple(results),
+        reference, tuple(results),
     )  # fmt: skip
 
 
-def _check(names: list[str], dtypes: Sequence[str], max_tokens: int, seed: int) -> None:
+def check_backends(backends: str | Sequence[str] | None, dtypes: Sequence[str]) -> list[str]:
+    """Return the names of `backends`, as `compare` takes them. Raises `SettingError` and `BackendError` as it does."""
+    names = usable_backends() if backends is None else [name.removesuffix("@") for name in listed(backends)]
     if not names:
         raise SettingError("no backend was named, and so there is nothing to compare")
     for name in names:
         check_installed(name.partition("@")[0])
     check_dtypes(dtypes)
-    if max_tokens < 1 or seed < 0:
-        raise SettingError("max_tokens must be at least 1, and the seed at least 0")
+    return names
+
+
+def run_all(
+    folder: Path,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    job: dict[str, Any],
+    progress: StageProgress,
+    keep: "Callable[[BackendResult, ProcessOutput, ProcessOutput], Kept]",
+) -> tuple[BackendResult, list[Kept]]:
+    """Run the reference and then each backend in each dtype. Return the reference, and what `keep` returns of each run.
+
+    `keep(result, outcome, reference)` sees the arrays that the processes wrote to `folder`.
+    """
+    with progress("the reference, numpy float64"):
+        reference = ProcessOutput(folder / "reference", *REFERENCE, job, expected=None)
+    if reference.failure:
+        raise GptXpError(f"the reference, NumPy in float64, could not be computed: {reference.failure}")
+    kept: list[Kept] = []
+    for name in names:
+        for dtype in dtypes:
+            with progress(f"{name} {dtype}"):
+                kept.append(keep(*_run(folder / f"run-{len(kept)}", name, dtype, job, reference), reference))
+    return reference.describe(), kept
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, config: GPT2Config, max_tokens: int) -> list[list[int]]:
@@ -107,7 +127,7 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, config: GPT2Config, max_
     return ids
 
 
-class _ProcessOutput:
+class ProcessOutput:
     """Runs a backend in its own process, and holds what the process wrote to its folder."""
 
     def __init__(self, folder: Path, backend: str, dtype: str, job: dict[str, Any], expected: Any) -> None:
@@ -130,32 +150,35 @@ class _ProcessOutput:
             self.failure = failure_reason(done.stderr, done.returncode)
 
     def arrays(self, kind: str) -> Iterator[Any]:
+        """Yield the "layers" or "logits" of each prompt, as `worker` wrote them."""
         return (np.load(self.folder / f"{kind}-{number}.npy", mmap_mode="r") for number in range(self.n_prompts))
 
     def describe(self) -> BackendResult:
+        """Return the record of a run that did not fail, without figures."""
         known = {key: self.result[key] for key in ("device", "version", "settings", "peak_memory_bytes")}
         return BackendResult(self.backend, self.dtype, speed=self.result.get("speed", {}), **known)
 
 
-def _run(folder: Path, name: str, dtype: str, job: dict[str, Any], reference: _ProcessOutput) -> BackendResult:
-    expected = {mode: reference.result["generation"][mode]["free"] for mode in MODES}
-    outcome = _ProcessOutput(folder, name, dtype, job, expected)
+def _run(
+    folder: Path, name: str, dtype: str, job: dict[str, Any], reference: ProcessOutput
+) -> tuple[BackendResult, ProcessOutput]:
+    theirs = reference.result["generation"]
+    expected = {mode: found["free"] for mode, found in theirs.items()}
+    outcome = ProcessOutput(folder, name, dtype, job, expected)
     if outcome.failure:
         if "does not compute in" in outcome.failure:
-            return BackendResult(name, dtype, skipped=outcome.failure)
-        return BackendResult(name, dtype, problems=(outcome.failure,))
+            return BackendResult(name, dtype, skipped=outcome.failure), outcome
+        return BackendResult(name, dtype, problems=(outcome.failure,)), outcome
     logits = list(reference.arrays("logits"))
     figures = ComparisonFigures(
         compare_layers(list(outcome.arrays("layers")), list(reference.arrays("layers")), dtype),
         compare_logits(list(outcome.arrays("logits")), logits),
         {
-            mode: compare_tokens(
-                mine["forced"], (theirs := reference.result["generation"][mode])["forced"], mine["free"], theirs["free"]
-            )
+            mode: compare_tokens(mine["forced"], theirs[mode]["forced"], mine["free"], theirs[mode]["free"])
             for mode, mine in outcome.result.get("generation", {}).items()
         },
     )
     problems = figures.problems(dtype, max(float(np.abs(each).max()) for each in logits))
     if outcome.result["problem"]:
         problems.append(outcome.result["problem"])
-    return dataclasses.replace(outcome.describe(), figures=figures, problems=tuple(problems))
+    return dataclasses.replace(outcome.describe(), figures=figures, problems=tuple(problems)), outcome

@@ -46,13 +46,15 @@ def work(job_file: Path) -> None:
         "dtype": backend.dtype,
         "settings": backend.settings(),
         "problem": None,
+        "generation": {},
     }
-    try:
-        # The speed is measured first, because compiling takes place only once.
-        result["speed"] = measure(model, max(prompts, key=len), job["max_tokens"])
-        result["generation"] = {mode: generate(model, prompts, job, mode) for mode in MODES}
-    except NumericalError as error:
-        result["problem"] = str(error)  # The layers, which are computed below, show where it begins.
+    if job["max_tokens"]:
+        try:
+            # The speed is measured first, because compiling takes place only once.
+            result["speed"] = measure(model, max(prompts, key=len), job["max_tokens"])
+            result["generation"] = {mode: generate(model, prompts, job, mode) for mode in MODES}
+        except NumericalError as error:
+            result["problem"] = str(error)  # The layers, which are computed below, show where it begins.
     for number, ids in enumerate(prompts):
         layers, logits = trace(model, ids)
         np.save(folder / f"layers-{number}.npy", layers)

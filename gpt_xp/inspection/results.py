@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from gpt_xp.comparison.distances import Distance
 from gpt_xp.config import GPT2Config
 from gpt_xp.types import NumpyArray
 
@@ -50,36 +51,14 @@ class Attention:
     `kind` says what `weights` hold. "float32" and "uint8" are [n_layer, n_head, n_seq * (n_seq + 1) / 2]: the lower
     triangle, row by row. Bytes are 255 times the square root of the weight, rounded. "small" are pictures, bytes
     [n_layer, n_head, s, s] in the same scale: each number is the largest of a square of `square` x `square` weights.
-    `last` float32 [n_layer, n_head, n_seq] are the exact weights of the last token.
+    `last` [n_layer, n_head, n_seq] are the weights of the last token: float32, or where there are many, uint16, which
+    are 65535 times the weight, rounded.
     """
 
     kind: str
     weights: NumpyArray
     last: NumpyArray
     square: int = 1
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far one backend is from float64 on NumPy, for this prompt. The figures are those of `compare`.
-
-    `relative` float64 [n_layer + 3, n_seq] is the largest error of a token after each layer (the embedding, the blocks,
-    ln_f, the logits), divided by the layer's largest number. The largest of a row is `compare`'s figure. `allowed`
-    [n_layer + 3] is the tolerance of the row. `is_same` bool [n_seq] tells whether the likeliest next token is the
-    same, and `margins` float64 [n_seq] by how much the reference's is ahead. `problems` are empty if all is within the
-    tolerance. The arrays are None where the backend could not run, and `problems` says why.
-    """
-
-    backend: str
-    dtype: str
-    version: str | None = None
-    device: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    relative: NumpyArray | None = None
-    allowed: NumpyArray | None = None
-    is_same: NumpyArray | None = None
-    margins: NumpyArray | None = None
-    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

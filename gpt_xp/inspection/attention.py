@@ -1,0 +1,70 @@
+"""The weights of attention for a page: exact where they fit, else rounded, else as small pictures."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from gpt_xp.config import GPT2Config
+from gpt_xp.inspection.results import Attention
+from gpt_xp.model import Model
+from gpt_xp.types import NumpyArray
+
+PASS_BYTES = 2**28  # of the weights of attention that one pass through the model returns
+LARGEST_PICTURE = 64  # squares on a side of a small picture of a head
+
+
+def attention_form(config: GPT2Config, n_seq: int, room: int) -> tuple[str, int]:
+    """Return the kind of `Attention` that takes at most `room` bytes, and the `square` of small pictures."""
+    n_heads = config.n_layer * config.n_head
+    n_weights = n_heads * n_seq * (n_seq + 1) // 2
+    for kind, width in (("float32", 4), ("uint8", 1)):
+        if n_weights * width <= room:
+            return kind, 1
+    side = max(1, min(n_seq, LARGEST_PICTURE, math.isqrt(room // n_heads)))
+    return "small", -(-n_seq // side)
+
+
+def last_width(config: GPT2Config, n_seq: int) -> int:
+    """Return the bytes of a weight of the last token: 4, or 2 where all take more than a megabyte."""
+    return 4 if 4 * config.n_layer * config.n_head * n_seq <= 1_000_000 else 2
+
+
+def attention_of(model: Model, ids: list[int], form: tuple[str, int]) -> Attention:
+    """Return the weights of attention of all layers, in several passes where they are many."""
+    kind, square = form
+    weights, last = [], []
+    for pattern in patterns(model, ids):  # [n_head, n_seq, n_seq]
+        weights.append(coded(pattern, kind, square))
+        last.append(pattern[:, -1])
+    exact = np.stack(last).astype(np.float32)
+    if last_width(model.config, len(ids)) == 2:
+        exact = np.rint(65535 * exact).astype(np.uint16)
+    return Attention(kind, np.stack(weights), exact, square)
+
+
+def patterns(model: Model, ids: list[int]) -> Iterator[NumpyArray]:
+    """Yield the weights of attention of each layer, [n_head, n_seq, n_seq]."""
+    n_layer = model.config.n_layer
+    at_a_time = max(1, PASS_BYTES // (4 * model.config.n_head * len(ids) ** 2))
+    for first in range(0, n_layer, at_a_time):
+        layers = range(first, min(first + at_a_time, n_layer))
+        yield from model.trace(ids, [f"blocks.{layer}.attn.hook_pattern" for layer in layers]).values()
+
+
+def coded(pattern: NumpyArray, kind: str, square: int) -> NumpyArray:
+    """Return the weights [n_head, n_seq, n_seq] of a layer as `Attention` of that kind has them."""
+    n_head, n_seq, _ = pattern.shape
+    if kind == "small":
+        side = -(-n_seq // square)
+        room = np.zeros((n_head, side * square, side * square), np.float32)
+        room[:, :n_seq, :n_seq] = pattern
+        return as_bytes(room.reshape(n_head, side, square, side, square).max(axis=(2, 4)))
+    triangle = pattern[:, *np.tril_indices(n_seq)]
+    return triangle.astype(np.float32) if kind == "float32" else as_bytes(triangle)
+
+
+def as_bytes(weights: NumpyArray) -> NumpyArray:
+    """Return 255 times the square root of each weight, rounded."""
+    coded: NumpyArray = np.rint(255 * np.sqrt(np.clip(weights, 0, 1))).astype(np.uint8)
+    return coded

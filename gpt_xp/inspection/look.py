@@ -1,0 +1,222 @@
+"""`Model.look`: gather everything that the page shows about one prompt."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gpt_xp.comparison.distances import Distance, distances
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import SettingError
+from gpt_xp.inspection.attention import attention_form, attention_of, last_width
+from gpt_xp.inspection.results import BINS, LENS_TOP, TOP, Attention, Lens, Look, Predictions
+from gpt_xp.model import Model
+from gpt_xp.processes import StageProgress, no_stage_progress
+from gpt_xp.prompts import Text
+from gpt_xp.transformer import layer_norm, unembed
+from gpt_xp.types import Array, Namespace, NumpyArray, Params
+from gpt_xp.version import __version__
+
+MAX_SIZE = 8_000_000  # bytes of a page
+SCRIPT_SIZE = 60_000  # bytes of the page without its numbers, at most
+BYTES_OF_A_CHARACTER = 3 / 4  # Numbers are written in base64.
+LENS_POSITIONS = 64  # A layer of the lens costs as much as the logits of these positions.
+
+
+def look(
+    model: Model,
+    prompt: Text,
+    backends: str | Sequence[str] | None = None,
+    *,
+    position: int | None = None,
+    max_size: int = MAX_SIZE,
+    special_tokens: bool = False,
+    name: str | None = None,
+    source: Path | None = None,
+    threads: int | None = None,
+    progress: StageProgress = no_stage_progress,
+) -> Look:
+    """Return what happens inside the model for one prompt; see `Model.look`.
+
+    `name` is what the page calls the model. `source` is the directory that it was loaded from, if its params are
+    unchanged. Without it, the model is saved to a temporary directory for the processes that compare backends.
+    `threads` and `progress` are as for `compare`.
+    """
+    ids = model._encode(prompt, special_tokens)
+    chosen = len(ids) - 1 if position is None else position
+    if not -len(ids) <= chosen < len(ids):
+        raise SettingError(f"position must be one of the {len(ids)} tokens, from 0, not {position}")
+    form = attention_form(model.config, len(ids), room(model.config, len(ids), max_size))  # before anything is computed
+    with progress("the model"):
+        found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
+        logits = found.pop("logits")
+        predicted = predictions(logits, chosen % len(ids))
+        lens = logit_lens(model, list(found.values()), logits)
+        attention = attention_of(model, ids, form)
+    return Look(
+        model=name or f"a GPT-2 of {model.config.n_params / 1e6:.1f}M params",
+        config=model.config,
+        prompt=prompt if isinstance(prompt, str) else None,
+        token_ids=tuple(map(int, ids)),
+        vocabulary=spellings(model, {*ids, *predicted.ids.flat, *lens.ids.flat}),
+        surprise=surprise(logits, ids),
+        predictions=predicted,
+        lens=lens,
+        attention=attention,
+        distances=compared(model, ids, backends, source, threads, progress) if backends else (),
+        left_out=tuple(left_out(attention, lens, len(ids))),
+        made_by=made_by(model),
+    )
+
+
+def room(config: GPT2Config, n_seq: int, max_size: int) -> int:
+    """Return the bytes of a page that are left for the weights of attention, before they are written as text.
+
+    Raises `SettingError` if there are too few for any picture of them.
+    """
+    top, n_rows, n_heads = min(TOP, config.n_vocab), min(n_seq, LENS_POSITIONS), config.n_layer * config.n_head
+    others = (
+        8 * min(config.n_vocab, top * n_seq)  # the tokens: 6 bytes or so, and an id
+        + 4 * config.n_vocab + n_seq * (8 * top + 8 * BINS)  # `Predictions`
+        + (config.n_layer + 1) * n_rows * (8 * LENS_TOP + 4)
+        + last_width(config, n_seq) * n_heads * n_seq
+    )  # fmt: skip
+    least = SCRIPT_SIZE + (others + n_heads) / BYTES_OF_A_CHARACTER
+    if max_size < least:
+        raise SettingError(f"max_size is {max_size}, and a page for {n_seq} tokens takes at least {least:.0f} bytes")
+    return int((max_size - SCRIPT_SIZE) * BYTES_OF_A_CHARACTER - others)
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def surprise(logits: NumpyArray, ids: Sequence[int]) -> NumpyArray:
+    """Return -log p of each token in nats [n_seq], NaN for the first."""
+    found = np.full(len(ids), np.nan)
+    for row, token in enumerate(ids[1:]):
+        found[row + 1] = log_sum_exp(logits[row]) - float(logits[row, token])
+    return found
+
+
+def log_sum_exp(logits: NumpyArray) -> float:
+    """Return log(sum(exp(logits))) of a row, in float64."""
+    largest = float(logits.max())
+    return largest + float(np.log(np.exp(logits.astype(np.float64) - largest).sum()))
+
+
+def predictions(logits: NumpyArray, position: int) -> Predictions:
+    """Return the `Predictions` of logits [n_seq, n_vocab]."""
+    ids = largest_first(logits, TOP)
+    counts = np.zeros((len(logits), BINS), np.int32)
+    levels = np.zeros((len(logits), BINS), np.float32)
+    for row, (scores, best) in enumerate(zip(logits, ids, strict=True)):
+        rest = np.delete(scores.astype(np.float64), best)
+        if rest.size:
+            counts[row], levels[row] = histogram(rest)
+    return Predictions(
+        ids.astype(np.int32), np.take_along_axis(logits, ids, axis=1).astype(np.float32), counts, levels,
+        position, logits[position].astype(np.float32),
+    )  # fmt: skip
+
+
+def largest_first(logits: NumpyArray, count: int) -> NumpyArray:
+    """Return the indices of the `count` largest of each row, the largest first; of equal ones the lower index first."""
+    if count < logits.shape[-1]:
+        bound = np.partition(logits, -count, axis=-1)[:, -count, None]
+        logits = np.where(logits >= bound, logits, -np.inf)
+    return np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+
+
+def histogram(rest: NumpyArray) -> tuple[NumpyArray, NumpyArray]:
+    """Return the counts of equally wide bins, and for each the level that gives the bin's exact sum of exponentials."""
+    low, high = rest.min(), rest.max()
+    bins = np.minimum((rest - low) / max(high - low, 1e-30) * BINS, BINS - 1).astype(int)
+    counts = np.bincount(bins, minlength=BINS)
+    sums = np.bincount(bins, np.exp(rest - high), minlength=BINS)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.where(counts > 0, high + np.log(sums / counts), 0)
+    return counts, levels
+
+
+# --- the logit lens ---------------------------------------------------------------------------------------------------
+
+
+def lens_logits(params: Params, x: Array, xp: Namespace) -> Array:
+    """Read the residual stream [rows, n_embd] as if it were the last: return logits [rows, n_vocab]."""
+    return unembed(layer_norm(x, **params["ln_f"], xp=xp), params["wte"], xp)
+
+
+def logit_lens(model: Model, streams: list[NumpyArray], logits: NumpyArray) -> Lens:
+    """Return the `Lens` of the residual streams [n_seq, n_embd] at the last positions. `logits` are the model's own."""
+    backend, first = model.backend, max(0, len(logits) - LENS_POSITIONS)
+    step = backend.compile(lens_logits, static=("xp",))
+    final = logits[first:].argmax(axis=-1)[:, None]
+    ids, logprobs, chosen = [], [], []
+    for depth, x in enumerate(streams):
+        if depth < len(streams) - 1:
+            scores = backend.to_numpy(step(model.params, backend.asarray(x[first:], backend.dtype), xp=backend.xp))
+        else:  # After the last block, the lens is the model itself.
+            scores = logits[first:]
+        total = np.array([log_sum_exp(row) for row in scores])[:, None]
+        best = largest_first(scores, LENS_TOP)
+        ids.append(best)
+        logprobs.append(np.take_along_axis(scores, best, axis=1) - total)
+        chosen.append((np.take_along_axis(scores, final, axis=1) - total)[:, 0])
+    return Lens(first, np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(chosen, np.float32))
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def spellings(model: Model, ids: set[int]) -> dict[int, bytes]:
+    """Return the bytes of the tokens with these ids; of those without a token, nothing."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return {}
+    return {
+        int(token): tokenizer.decode_bytes([int(token)]) for token in sorted(ids) if int(token) in tokenizer.decoder
+    }
+
+
+def compared(
+    model: Model,
+    ids: list[int],
+    backends: str | Sequence[str],
+    source: Path | None,
+    threads: int | None,
+    progress: StageProgress,
+) -> tuple[Distance, ...]:
+    """Return the distance of each backend from float64."""
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            source = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-xp-look-")))
+            model.save(source)
+        dtype = model.backend.dtype
+        return distances(source, ids, backends, dtype=dtype, threads=threads, progress=progress)
+
+
+def left_out(attention: Attention, lens: Lens, n_seq: int) -> Iterator[str]:
+    """Yield a sentence for each of the numbers that are not exact or not there."""
+    if attention.kind == "uint8":
+        yield "The weights of attention are rounded to 8 bits (the error is at most 0.004), but for the last token."
+    elif attention.kind == "small":
+        yield (
+            f"The weights of attention are small pictures: each number is the largest of {attention.square} x "
+            f"{attention.square} weights. Those of the last token are complete."
+        )
+    if attention.last.dtype != np.float32:
+        yield "The weights of the last token are rounded to 16 bits."
+    if lens.first:
+        yield f"The logit lens has the last {n_seq - lens.first} of {n_seq} positions."
+
+
+def made_by(model: Model) -> dict[str, str]:
+    """Return the versions and settings behind the numbers, by name."""
+    backend = model.backend
+    return {
+        "gpt-xp": __version__,
+        "backend": f"{backend.name} {backend.version} on {backend.device}, {backend.dtype}",
+        **backend.settings(),
+    }
