@@ -6,10 +6,11 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gpt_xp.errors import CheckpointError
+from gpt_xp.errors import CheckpointError, SettingError
 from gpt_xp.reporting.text import size
 
 ASIDE_PREFIX = ".saving-"  # The names of temporary folders of `written_together` begin with it.
@@ -40,6 +41,16 @@ def written_aside(
     finally:
         with suppress(OSError):  # The file was renamed, or was never created.
             os.remove(temporary)
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raise `SettingError`, before anything is computed, where no file can be made at `path`. `what` is its content."""
+    if path.is_dir():
+        raise SettingError(f"{what} cannot be written to {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise SettingError(f"{what} cannot be written to {path}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise SettingError(f"{what} cannot be written to {path}: no file may be made in {path.parent}")
 
 
 @contextmanager

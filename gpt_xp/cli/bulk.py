@@ -1,7 +1,6 @@
 """`gpt-xp bulk`: continue, score or rank the lines of files, in shards that survive a crash."""
 
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from gpt_xp.cli.loading import locate, note_default_model
 from gpt_xp.cli.options import (
     CONTEXT,
     COUNT,
+    SIZE,
     flag,
     json_option,
     loading_options,
@@ -37,7 +37,6 @@ from gpt_xp.settings import GenerationSettings
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 CONVENTIONS = ("huggingface", "lm-eval")
 SCORE_SETTINGS = ("convention", "window", "stride")
 EPILOG = """\
@@ -49,19 +48,6 @@ a GPU and on CPUs (--from-end), or on several machines with a shared file system
   gpt-xp bulk --status out/
   gpt-xp bulk --join out/ > all.jsonl
 """
-
-
-class SizeType(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes, such as 500000, 64K or 16M."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes; fail for anything else."""
-        match = re.fullmatch(r"(\d+) ?([kmg]?)(i?b)?", str(value).lower())
-        if match is None or not int(match[1]):
-            self.fail(f"{value!r} is not a size: expected a number of bytes, such as 500000, 64K or 16M", param, ctx)
-        return int(match[1]) * UNITS[match[2]]
 
 
 kind_options = together(
@@ -84,7 +70,7 @@ job_options = together(
         help="Format of the parts: jsonl, or parquet (which needs pyarrow).",
     ),
     option(
-        "--shard-bytes", metavar="SIZE", type=SizeType(),
+        "--shard-bytes", metavar="SIZE", type=SIZE,
         help="Bytes of the input in a shard, such as 16M.  [default: a thousandth, 4K to 16M]",
     ),
     flag("--strict", of="bulk", help="End at the first line with an error, instead of writing an error record."),

@@ -19,6 +19,7 @@ COMMANDS = {
     "bulk": "bulk",
     "compare": "compare",
     "compare-backend": "compare",
+    "look": "look",
     "models": "models",
     "score": "score",
     "tokenizer": "tokenizer",

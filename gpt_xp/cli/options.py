@@ -6,8 +6,9 @@ calls. So it is silently ignored where it does not apply, unlike an option on th
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -62,6 +63,23 @@ class StopType(TextType):
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             self.fail(f'GPT_XP_STOP must be a JSON list of strings, such as ["\\n\\n", "END"], not {rv}')
         return stops
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, such as 500000, 64K or 16M."""
+
+    name = "size"
+    UNITS: ClassVar = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes; fail for anything else."""
+        match = re.fullmatch(r"(\d+) ?([kmg]?)(i?b)?", str(value).lower())
+        if match is None or not int(match[1]):
+            self.fail(f"{value!r} is not a size: expected a number of bytes, such as 500000, 64K or 16M", param, ctx)
+        return int(match[1]) * self.UNITS[match[2]]
+
+
+SIZE = SizeType()
 
 
 class Flag(Option):

@@ -10,7 +10,7 @@ from gpt_xp.cli.loading import locate, note_default_model
 from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option, special_tokens_option
 from gpt_xp.cli.output import write, write_json, write_json_list, write_many
 from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
-from gpt_xp.reporting.text import table_lines
+from gpt_xp.reporting.text import spelled, table_lines
 from gpt_xp.tokenizer.bpe import Tokenizer
 
 
@@ -52,7 +52,7 @@ def tokens(
         records = {id: json.dumps(_record(id, *each)) for id, each in distinct.items()}
         write_json_list({"model": name}, "tokens", map(records.__getitem__, ids))
     else:
-        rows = [(str(id), token, _shown(data)) for id, (token, data) in distinct.items()]
+        rows = [(str(id), token, spelled(data)) for id, (token, data) in distinct.items()]
         header, *lines = table_lines([("id", "token", "text"), *rows])
         line_of = dict(zip(distinct, lines, strict=True))
         write(header)
@@ -68,8 +68,3 @@ def _text(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _shown(data: bytes) -> str:
-    text = _text(data)
-    return f"<{data.hex(' ')}>" if text is None else json.dumps(text, ensure_ascii=False)

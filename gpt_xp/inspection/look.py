@@ -11,7 +11,7 @@ from gpt_xp.comparison.distances import Distance, distances
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.inspection.attention import attention_form, attention_of, last_width
-from gpt_xp.inspection.results import BINS, LENS_TOP, TOP, Attention, Lens, Look, Predictions
+from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
 from gpt_xp.model import Model
 from gpt_xp.processes import StageProgress, no_stage_progress
 from gpt_xp.prompts import Text
@@ -19,7 +19,6 @@ from gpt_xp.transformer import layer_norm, unembed
 from gpt_xp.types import Array, Namespace, NumpyArray, Params
 from gpt_xp.version import __version__
 
-MAX_SIZE = 8_000_000  # bytes of a page
 SCRIPT_SIZE = 60_000  # bytes of the page without its numbers, at most
 BYTES_OF_A_CHARACTER = 3 / 4  # Numbers are written in base64.
 LENS_POSITIONS = 64  # A layer of the lens costs as much as the logits of these positions.

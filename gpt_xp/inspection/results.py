@@ -1,11 +1,15 @@
 """The records of a look inside the model. The page and the tables of the terminal show them."""
 
+import html
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from gpt_xp.atomic_files import written_aside
 from gpt_xp.comparison.distances import Distance
 from gpt_xp.config import GPT2Config
 from gpt_xp.types import NumpyArray
 
+MAX_SIZE = 8_000_000  # bytes of a page, where no other number is given
 TOP = 256  # tokens whose logits are kept at each position
 BINS = 64  # of the histogram of the other logits
 LENS_TOP = 5  # tokens of each cell of the logit lens
@@ -83,3 +87,24 @@ class Look:
     distances: tuple[Distance, ...] = ()
     left_out: tuple[str, ...] = ()
     made_by: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the page to one file, which any browser opens without a network.
+
+        Raises `CheckpointError` where the file cannot be written.
+        """
+        content = self._page().encode()
+        with written_aside(path, len(content)) as aside:
+            Path(aside).write_bytes(content)
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for a notebook."""
+        return (
+            f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(self._page())}" title="gpt-xp look" '
+            'style="width: 100%; height: 52rem; border: 0"></iframe>'
+        )
+
+    def _page(self) -> str:
+        from gpt_xp.inspection.page import page  # It imports this module.
+
+        return page(self)

@@ -1,10 +1,9 @@
 """Helpers for the plots of `compare`, `bench` and `train`. Only this module imports matplotlib."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.atomic_files import written_aside
+from gpt_xp.atomic_files import check_place, written_aside
 from gpt_xp.errors import SettingError
 from gpt_xp.installation import install_command
 
@@ -20,10 +19,7 @@ def check_plot(path: Path) -> None:
         raise SettingError(f"a plot cannot be written to {path}: its name must end in {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingError(f"a plot needs matplotlib, which is not installed: {install_command('plot')}")
-    if not path.parent.is_dir():
-        raise SettingError(f"a plot cannot be written to {path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise SettingError(f"a plot cannot be written to {path}: no file may be made in {path.parent}")
+    check_place(path, "a plot")
 
 
 def new_figure(rows: int, columns: int, figsize: tuple[float, float], layout: str | None = None, **axes: Any) -> Any:

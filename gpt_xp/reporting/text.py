@@ -1,6 +1,7 @@
 """Text for people: sizes, tables, lists of names, lines that are wrapped."""
 
 import difflib
+import json
 import os
 import re
 import textwrap
@@ -28,6 +29,14 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return [line + "\n" for line in lines]
+
+
+def spelled(data: bytes) -> str:
+    """Return the bytes of a token as quoted text, or in hex where they are not whole characters."""
+    try:
+        return json.dumps(data.decode(), ensure_ascii=False)
+    except UnicodeDecodeError:
+        return f"<{data.hex(' ')}>"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,127 @@
+"""`gpt-xp look`: show what happens inside the model for one prompt."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpt_xp.atomic_files import check_place
+from gpt_xp.cli.interrupts import exit_on_interrupt
+from gpt_xp.cli.loading import load_model, locate
+from gpt_xp.cli.options import (
+    CONTEXT,
+    SIZE,
+    TEXT,
+    flag,
+    loading_options,
+    names,
+    note_no_effect,
+    option,
+    special_tokens_option,
+)
+from gpt_xp.cli.output import note, waiting, write
+from gpt_xp.cli.prompts import PromptCommand, note_special_tokens, read_prompt
+from gpt_xp.cli.several import leave_mesh_aside
+from gpt_xp.comparison.driver import check_backends
+from gpt_xp.inspection.results import MAX_SIZE
+from gpt_xp.reporting.text import size
+
+if TYPE_CHECKING:
+    from gpt_xp.inspection.results import Look
+    from gpt_xp.model import Model
+
+
+@click.command(cls=PromptCommand, context_settings=CONTEXT)
+@click.argument("words", metavar="[PROMPT]", nargs=-1, type=TEXT)
+@option("--backends", of="look", metavar="NAMES", help="Show how far these are from float64, such as numpy,jax@cpu.")
+@option("--html", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to FILE.")
+@option(
+    "--max-size",
+    metavar="SIZE",
+    type=SIZE,
+    default=MAX_SIZE,
+    show_default="8M",
+    help="Bytes that the page may have. A long prompt has smaller pictures of attention then.",
+)
+@flag("--serve", help="Serve the page to a browser on this machine, until Ctrl-C.")
+@option("--port", of="look", metavar="N", type=click.IntRange(0, 65535), default=0, help="For --serve.  [default: any]")
+@special_tokens_option
+@loading_options
+@click.pass_context
+def look(
+    ctx: click.Context,
+    /,
+    words: Sequence[str],
+    backends: str | None,
+    html: Path | None,
+    max_size: int,
+    serve: bool,
+    port: int,
+    special_tokens: bool,
+    **loading: Any,
+) -> None:
+    """Show what happens inside the model for PROMPT (-: stdin): in tables, in a page, or in a browser.
+
+    It shows the tokens and the surprise of each, the next token, the logit lens, attention, and with --backends the
+    distance of each array library from float64, layer by layer.
+    """
+    prompt = read_prompt(ctx, words)
+    leave_mesh_aside(ctx, loading)
+    compared = None if backends is None else check_backends(names(backends), [loading["dtype"]])
+    if html is not None:
+        check_place(html, "a page")
+    if not (html or serve):
+        note_no_effect(ctx, ["max_size"], "without --html or --serve")
+    if not serve:
+        note_no_effect(ctx, ["port"], "without --serve")
+    name, model = load_model(**loading)
+    note_special_tokens(model.tokenizer, [prompt], special_tokens)
+    looking = functools.partial(_look, model, name, _source(loading), special_tokens, max_size, loading["threads"])
+    found = looking(prompt, backends=compared)
+    if html is not None:
+        found.save(html)
+        note(f"{html} has {size(html.stat().st_size)}")
+    if serve:
+        _serve(model, found, lambda text, position, again: looking(text, position, compared if again else None), port)
+    elif html is None:
+        from gpt_xp.inspection.report import as_text
+
+        write(as_text(found))
+
+
+def _source(loading: dict[str, Any]) -> Path | None:
+    """Return the directory of the model; None for weights that are not those of the directory, but quantized."""
+    if loading["quantize"]:
+        return None
+    return locate(*(loading[name] for name in ("model", "offline", "model_size", "models_dir")))[1]
+
+
+def _look(
+    model: "Model",
+    name: str,
+    source: Path | None,
+    special_tokens: bool,
+    max_size: int,
+    threads: int | None,
+    prompt: Any,
+    position: int | None = None,
+    backends: Sequence[str] | None = None,
+) -> "Look":
+    from gpt_xp.inspection.look import look as look_at
+
+    return look_at(
+        model, prompt, backends, position=position, max_size=max_size, special_tokens=special_tokens, name=name,
+        source=source, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
+    )  # fmt: skip
+
+
+def _serve(model: "Model", found: "Look", looking: Any, port: int) -> None:
+    from gpt_xp.inspection.server import LookServer
+
+    server = LookServer(model, found, looking, port)
+    write(f"{server.url}\n")
+    note("open this address in a browser on this machine; Ctrl-C ends the server")
+    with exit_on_interrupt():
+        server.serve_forever()

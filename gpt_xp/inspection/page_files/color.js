@@ -1,0 +1,50 @@
+// One palette for all pictures. Its lightness is even (it is mixed in OKLab), in the light scheme and in the dark one.
+
+const RAMP = { light: [[0.985, 0, 0], [0.62, -0.06, -0.13], [0.33, -0.02, -0.12]],
+  dark: [[0.24, 0, -0.01], [0.55, -0.06, -0.11], [0.93, -0.06, -0.02]] };
+const tables = {};
+
+export function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+/** Return [red, green, blue], 0 to 255, for a number from 0 to 1. */
+export function rgb(x) {
+  const name = isDark() ? "dark" : "light";
+  tables[name] ??= Array.from({ length: 256 }, (_, i) => mixed(RAMP[name], i / 255));
+  return tables[name][Math.max(0, Math.min(255, Math.round(255 * x)))];
+}
+
+/** Return the color as CSS text, and whether text on it must be the light one. */
+export function shade(x) {
+  const [r, g, b] = rgb(x);
+  const isDeep = 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) < 0.18;
+  return { background: `rgb(${r} ${g} ${b})`, color: isDeep ? "#fff" : "#111" };
+}
+
+function linear(byte) {
+  const x = byte / 255;
+  return x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+}
+
+function mixed(stops, x) {
+  const place = x * (stops.length - 1);
+  const i = Math.min(stops.length - 2, Math.floor(place));
+  return fromOklab(stops[i].map((each, k) => each + (stops[i + 1][k] - each) * (place - i)));
+}
+
+/** Return sRGB bytes of a color in OKLab (Ottosson 2020). */
+function fromOklab([L, a, b]) {
+  const l = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3;
+  const m = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3;
+  const s = (L - 0.0894841775 * a - 1.291485548 * b) ** 3;
+  return [
+    4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
+    -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
+    -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
+  ].map((x) => {
+    const bent = x <= 0.0031308 ? 12.92 * x : 1.055 * Math.max(x, 0) ** (1 / 2.4) - 0.055;
+    return Math.round(255 * Math.max(0, Math.min(1, bent)));
+  });
+}

@@ -1,0 +1,150 @@
+"""Serve the page of a look on this machine alone, and compute what it asks for.
+
+The server listens on 127.0.0.1. It answers only under a path that nobody can guess, and only if the `Host` header names
+this machine: otherwise a page of another site could reach it through a name that it points here (DNS rebinding).
+"""
+
+import dataclasses
+import json
+import secrets
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+from gpt_xp import json_text
+from gpt_xp.errors import GptXpError, JsonError, PromptError, SettingError
+from gpt_xp.inspection.page import pack, page
+from gpt_xp.inspection.results import Look
+from gpt_xp.model import Model
+from gpt_xp.processes import one_line
+from gpt_xp.types import NumpyArray
+
+HOST = "127.0.0.1"
+LARGEST_REQUEST = 1_000_000  # bytes
+
+Looking = Callable[[Any, int | None, bool], Look]  # (text or token ids, position, with distances) -> Look
+
+
+class LookServer(ThreadingHTTPServer):
+    """Serves `look`, and other looks at the same model. `url` is the address of the page.
+
+    `looking` computes a look. `port` 0 takes any free port. Raises `SettingError` for a port that is not free.
+    """
+
+    daemon_threads = True  # An open connection does not keep the process alive.
+
+    def __init__(self, model: Model, look: Look, looking: Looking, port: int = 0) -> None:
+        try:
+            super().__init__((HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise SettingError(f"the port {port} of {HOST} cannot be used ({why}): choose another one") from None
+        self.model, self.look, self.looking = model, look, looking
+        self.lock = threading.Lock()  # The model computes for one request at a time.
+        self.secret = secrets.token_urlsafe(16)
+        self.port = int(self.server_address[1])
+        self.url = f"http://{HOST}:{self.port}/{self.secret}/"
+
+    def answer_look(self, request: dict[str, Any]) -> bytes:
+        """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`."""
+        if not isinstance(request.get("prompt", ""), str):
+            raise PromptError("the prompt must be text")
+        ids, position = request.get("token_ids"), request.get("position")
+        if position is not None and type(position) is not int:
+            raise SettingError("the position must be a whole number")
+        with self.lock:
+            # For another position of the same prompt, the backends need not run again.
+            is_same = ids is not None and tuple(ids) == self.look.token_ids
+            found = self.looking(request["prompt"] if ids is None else ids, position, not is_same)
+            if is_same:
+                found = dataclasses.replace(found, prompt=self.look.prompt, distances=self.look.distances)
+            self.look = found
+            return pack(found)
+
+    def answer_attention(self, request: dict[str, Any]) -> bytes:
+        """Return the weights of one head: the lower triangle, row by row, float32, the lowest byte first."""
+        ids, layer, head = (request.get(name) for name in ("token_ids", "layer", "head"))
+        config = self.model.config
+        if type(layer) is not int or type(head) is not int:
+            raise SettingError("layer and head must be whole numbers")
+        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
+            raise SettingError(f"there is no head {head} in layer {layer} of this model")
+        name = f"blocks.{layer}.attn.hook_pattern"
+        with self.lock:
+            pattern = self.model.trace(ids, name)[name][head]  # type: ignore[arg-type]
+        weights: NumpyArray = pattern[np.tril_indices(len(pattern))]
+        return weights.astype("<f4").tobytes()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LookServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self._is_for("") or self._is_for("index.html"):
+            with self.server.lock:
+                content = page(self.server.look, server=True).encode()
+            self._answer(200, "text/html; charset=utf-8", content)
+        else:
+            self._refuse()
+
+    def do_POST(self) -> None:
+        answers = {"look": self.server.answer_look, "attention": self.server.answer_attention}
+        answer = next((found for name, found in answers.items() if self._is_for(name)), None)
+        if answer is None:
+            self._refuse()
+            return
+        try:
+            content = answer(self._request())
+        except GptXpError as error:
+            self._answer(400, "application/json", json.dumps({"error": str(error)}).encode())
+        except Exception as error:  # The browser shows it; the server goes on.
+            self._answer(500, "application/json", json.dumps({"error": one_line(error)}).encode())
+        else:
+            self._answer(200, "application/octet-stream", content)
+
+    def _is_for(self, name: str) -> bool:
+        """Return whether the request is for this name under the secret path, and comes from a page of this server."""
+        hosts = {f"{host}:{self.server.port}" for host in (HOST, "localhost")}
+        origin = self.headers.get("Origin")
+        is_own = origin is None or origin.removeprefix("http://") in hosts
+        return self.headers.get("Host") in hosts and is_own and self.path == f"/{self.server.secret}/{name}"
+
+    def _request(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > LARGEST_REQUEST:
+            self.close_connection = True
+            raise PromptError(f"a request must have a length of at most {LARGEST_REQUEST} bytes")
+        found = json_text.parse(self.rfile.read(int(length)))
+        if not isinstance(found, dict):
+            raise JsonError("a request must be a JSON object")
+        return found
+
+    def _refuse(self) -> None:
+        self.close_connection = True  # What it sends is not read.
+        self._answer(404, "text/plain", b"not found\n")
+
+    def _answer(self, code: int, kind: str, content: bytes) -> None:
+        self.send_response(code)
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "X-Frame-Options": "DENY",
+            **({"Connection": "close"} if self.close_connection else {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def version_string(self) -> str:
+        return "gpt-xp"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Write nothing: the address holds the secret."""
