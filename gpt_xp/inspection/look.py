@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from gpt_xp.comparison.distances import Distance, distances
+from gpt_xp.comparison.driver import check_backends
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.inspection.attention import attention_form, attention_of, last_width
+from gpt_xp.inspection.page import id_dtype
 from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
 from gpt_xp.model import Model
 from gpt_xp.processes import StageProgress, no_stage_progress
@@ -47,6 +49,8 @@ def look(
     chosen = len(ids) - 1 if position is None else position
     if not -len(ids) <= chosen < len(ids):
         raise SettingError(f"position must be one of the {len(ids)} tokens, from 0, not {position}")
+    if backends:
+        check_backends(backends, [model.backend.dtype])
     form = attention_form(model.config, len(ids), room(model.config, len(ids), max_size))  # before anything is computed
     with progress("the model"):
         found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
@@ -76,10 +80,11 @@ def room(config: GPT2Config, n_seq: int, max_size: int) -> int:
     Raises `SettingError` if there are too few for any picture of them.
     """
     top, n_rows, n_heads = min(TOP, config.n_vocab), min(n_seq, LENS_POSITIONS), config.n_layer * config.n_head
+    id_width = np.dtype(id_dtype(config.n_vocab)).itemsize
     others = (
         8 * min(config.n_vocab, top * n_seq)  # the tokens: 6 bytes or so, and an id
-        + 4 * config.n_vocab + n_seq * (8 * top + 8 * BINS)  # `Predictions`
-        + (config.n_layer + 1) * n_rows * (8 * LENS_TOP + 4)
+        + 4 * config.n_vocab + n_seq * ((4 + id_width) * top + (4 + id_width) * BINS)  # `Predictions`
+        + (config.n_layer + 1) * n_rows * ((4 + id_width) * LENS_TOP + 4)
         + last_width(config, n_seq) * n_heads * n_seq
     )  # fmt: skip
     least = SCRIPT_SIZE + (others + n_heads) / BYTES_OF_A_CHARACTER

@@ -55,6 +55,11 @@ def pack(look: Look) -> bytes:
     return zlib.compress(len(header).to_bytes(4, "little") + header + bytes(body), 9)
 
 
+def id_dtype(n_vocab: int) -> str:
+    """Return the dtype of token ids, and of numbers of tokens, in a page."""
+    return "uint16" if n_vocab < 2**16 else "int32"
+
+
 def _file(name: str) -> str:
     return (resources.files("gpt_xp.inspection") / "page_files" / name).read_text(encoding="utf-8")
 
@@ -82,19 +87,19 @@ def _texts(look: Look) -> dict[str, Any]:
 
 def _arrays(look: Look) -> dict[str, NumpyArray]:
     predictions, lens, attention = look.predictions, look.lens, look.attention
-    spellings = list(look.vocabulary.values())
+    spellings, ids = list(look.vocabulary.values()), id_dtype(look.config.n_vocab)
     arrays: dict[str, Any] = {
         "tokens": np.array(look.token_ids, np.int32),
         "vocabularyIds": np.array(list(look.vocabulary), np.int32),
         "vocabularyEnds": np.cumsum([len(each) for each in spellings], dtype=np.int32),
         "vocabularyBytes": np.frombuffer(b"".join(spellings), np.uint8),
         "surprise": look.surprise,
-        "topIds": predictions.ids,
+        "topIds": predictions.ids.astype(ids),
         "topLogits": predictions.logits,
-        "restCounts": predictions.counts,
+        "restCounts": predictions.counts.astype(ids),
         "restLevels": predictions.levels,
         "allLogits": predictions.all_logits,
-        "lensIds": lens.ids,
+        "lensIds": lens.ids.astype(ids),
         "lensLogprobs": lens.logprobs,
         "lensFinal": lens.final,
         "weights": attention.weights,

@@ -12,7 +12,7 @@ from gpt_xp.types import NumpyArray
 
 LAST_TOKENS = 24
 NEXT_TOKENS = 10
-KEYS = 3  # tokens that a layer looks at most
+KEYS = 2  # tokens that a layer looks at most
 
 Table = Sequence[Sequence[str]]
 
@@ -23,7 +23,7 @@ def as_text(look: Look) -> str:
     parts = [f"{look.model}, {look.made_by['backend']}: {n_seq} token(s)\n", *_tokens(look)]
     parts += [f"next token after {last}\n", table(_next_tokens(look))]
     parts += [f"logit lens after {last}: the likeliest tokens, were this layer the last\n", table(_lens(look))]
-    parts += [f"attention of {last}: a mean over the heads, and the head that looks most at one token\n"]
+    parts += [f"attention of {last}: the mean of the heads, and the head with the largest weight\n"]
     parts += [table(_attention(look)), *_distances(look)]
     return "\n".join(parts)
 
@@ -63,7 +63,7 @@ def _lens(look: Look) -> Table:
 
 
 def _attention(look: Look) -> Table:
-    rows: list[tuple[str, ...]] = [("layer", "the mean looks at", "", "", "head", "looks at")]
+    rows: list[tuple[str, ...]] = [("layer", "the mean looks at", "", "head", "looks at")]
     last = look.attention.last / (1 if look.attention.last.dtype == np.float32 else 65535)
     for layer, heads in enumerate(last):
         mean = heads.mean(axis=0)

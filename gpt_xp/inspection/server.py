@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp import json_text
-from gpt_xp.errors import GptXpError, JsonError, PromptError, SettingError
+from gpt_xp.errors import GptXpError, JsonError, SettingError
 from gpt_xp.inspection.page import pack, page
 from gpt_xp.inspection.results import Look
 from gpt_xp.model import Model
@@ -50,15 +50,13 @@ class LookServer(ThreadingHTTPServer):
 
     def answer_look(self, request: dict[str, Any]) -> bytes:
         """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`."""
-        if not isinstance(request.get("prompt", ""), str):
-            raise PromptError("the prompt must be text")
-        ids, position = request.get("token_ids"), request.get("position")
-        if position is not None and type(position) is not int:
-            raise SettingError("the position must be a whole number")
+        ids = _field(request, "token_ids", list) if "token_ids" in request else None
+        prompt = _field(request, "prompt", str) if ids is None else ids
+        position = _field(request, "position", int) if "position" in request else None
         with self.lock:
             # For another position of the same prompt, the backends need not run again.
             is_same = ids is not None and tuple(ids) == self.look.token_ids
-            found = self.looking(request["prompt"] if ids is None else ids, position, not is_same)
+            found = self.looking(prompt, position, not is_same)
             if is_same:
                 found = dataclasses.replace(found, prompt=self.look.prompt, distances=self.look.distances)
             self.look = found
@@ -66,22 +64,33 @@ class LookServer(ThreadingHTTPServer):
 
     def answer_attention(self, request: dict[str, Any]) -> bytes:
         """Return the weights of one head: the lower triangle, row by row, float32, the lowest byte first."""
-        ids, layer, head = (request.get(name) for name in ("token_ids", "layer", "head"))
+        ids, layer, head = (
+            _field(request, "token_ids", list),
+            _field(request, "layer", int),
+            _field(request, "head", int),
+        )
         config = self.model.config
-        if type(layer) is not int or type(head) is not int:
-            raise SettingError("layer and head must be whole numbers")
         if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
             raise SettingError(f"there is no head {head} in layer {layer} of this model")
         name = f"blocks.{layer}.attn.hook_pattern"
         with self.lock:
-            pattern = self.model.trace(ids, name)[name][head]  # type: ignore[arg-type]
+            pattern = self.model.trace(ids, name)[name][head]
         weights: NumpyArray = pattern[np.tril_indices(len(pattern))]
         return weights.astype("<f4").tobytes()
+
+
+def _field(request: dict[str, Any], name: str, kind: type) -> Any:
+    value = request.get(name)
+    if type(value) is not kind:
+        known = {str: "text", int: "a whole number", list: "a list"}[kind]
+        raise SettingError(f"the field {name} of a request must be {known}")
+    return value
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: LookServer
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds to wait for a request, or for the rest of it
 
     def do_GET(self) -> None:
         if self._is_for("") or self._is_for("index.html"):
@@ -89,13 +98,13 @@ class _Handler(BaseHTTPRequestHandler):
                 content = page(self.server.look, server=True).encode()
             self._answer(200, "text/html; charset=utf-8", content)
         else:
-            self._refuse()
+            self.send_error(404)
 
     def do_POST(self) -> None:
         answers = {"look": self.server.answer_look, "attention": self.server.answer_attention}
         answer = next((found for name, found in answers.items() if self._is_for(name)), None)
         if answer is None:
-            self._refuse()
+            self.send_error(404)
             return
         try:
             content = answer(self._request())
@@ -117,15 +126,11 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > LARGEST_REQUEST:
             self.close_connection = True
-            raise PromptError(f"a request must have a length of at most {LARGEST_REQUEST} bytes")
+            raise SettingError(f"a request must have a length of at most {LARGEST_REQUEST} bytes")
         found = json_text.parse(self.rfile.read(int(length)))
         if not isinstance(found, dict):
             raise JsonError("a request must be a JSON object")
         return found
-
-    def _refuse(self) -> None:
-        self.close_connection = True  # What it sends is not read.
-        self._answer(404, "text/plain", b"not found\n")
 
     def _answer(self, code: int, kind: str, content: bytes) -> None:
         self.send_response(code)
@@ -142,6 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what is no request of the page as if nothing were there."""
+        self.close_connection = True
+        self._answer(404, "text/plain", b"not found\n")
 
     def version_string(self) -> str:
         return "gpt-xp"
