@@ -66,8 +66,9 @@ def test_a_variable_means_the_same_in_each_command_that_reads_it() -> None:
 
 def test_the_commands_that_share_a_variable() -> None:
     shared = {variable: sorted(found) for variable, found in readers().items() if len(found) > 1}
-    models = ["bench", "bulk", "compare", "generate", "score", "tokens"]
-    loading = ["bulk", "generate", "score"]
+    models = ["bench", "bulk", "compare", "generate", "look", "score", "tokens"]
+    batches = ["bulk", "generate", "score"]
+    loading = [*batches[:2], "look", "score"]
     sampling = ("MAX_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "MIN_P", "REPETITION_PENALTY", "STOP", "SEED")
     sampling += ("NUM_SAMPLES", "IGNORE_EOS", "SPECULATE", "LOGPROBS")
     assert (
@@ -80,9 +81,9 @@ def test_the_commands_that_share_a_variable() -> None:
             **{f"GPT_XP_{name}": ["bulk", "score"] for name in ("BY", "WINDOW", "STRIDE")},
             "GPT_XP_MESH": ["backends", *loading, "train"],
             "GPT_XP_HOSTS": ["generate", "score", "train"],
-            "GPT_XP_BATCH_SIZE": loading,  # rows that are computed together: no result depends on it
-            "GPT_XP_THREADS": ["bench", "bulk", "compare", "generate", "score", "train"],
-            "GPT_XP_SPECIAL_TOKENS": ["bulk", "generate", "score", "tokens", "train"],
+            "GPT_XP_BATCH_SIZE": batches,  # rows that are computed together: no result depends on it
+            "GPT_XP_THREADS": ["bench", "bulk", "compare", "generate", "look", "score", "train"],
+            "GPT_XP_SPECIAL_TOKENS": ["bulk", "generate", "look", "score", "tokens", "train"],
             "GPT_XP_DTYPES": ["bench", "compare"],
             "GPT_XP_MARKDOWN": ["bench", "compare"],
             "GPT_XP_JSON": ["backends", *models[:4], "models", "score", "tokens", "train"],
