@@ -18,13 +18,14 @@ from gpt_xp.errors import NumericalError
 from gpt_xp.generation.choosing import Choosing
 from gpt_xp.generation.results import Stats
 from gpt_xp.generation.rows import Prompt
-from gpt_xp.kv_cache import KVCache, Past
+from gpt_xp.inspection.trace import Seen, trace_names
+from gpt_xp.kv_cache import KVCache
 from gpt_xp.loading import load
 from gpt_xp.model import Model
 from gpt_xp.parts import ReplacedParts
 from gpt_xp.registry import get_backend
 from gpt_xp.settings import GenerationSettings
-from gpt_xp.transformer import embed, hidden_states, transformer_block, unembed
+from gpt_xp.transformer import hidden_states, unembed
 from gpt_xp.types import Array, Namespace, Params
 
 TRACED_CHUNK_TOKENS = 128  # tokens whose logits are computed together, on every backend
@@ -73,23 +74,13 @@ def traced(
 
     The arrays are [n_seq, n_embd] and [n_seq, n_vocab], in at least float32, of a batch of one row.
     """
-    seen: list[Array] = []
-
-    def seen_embed(*args: Any, **options: Any) -> Array:
-        seen.append(embed(*args, **options))
-        return seen[-1]
-
-    def seen_block(*args: Any, **options: Any) -> tuple[Array, Past]:
-        x, past = transformer_block(*args, **options)
-        seen.append(x)
-        return x, past
-
-    looking = ReplacedParts(xp, {"embed": seen_embed, "transformer_block": seen_block})
-    x, after = hidden_states(params, tokens, config, cache, looking)
+    names = trace_names(config, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"])
+    seen = Seen(tokens.shape[1:], names)  # of the one row
+    x, after = hidden_states(params, tokens, config, cache, ReplacedParts(xp, seen.parts()))
     assert after is not None
-    seen.append(x[0, ...])
-    logits = at_least_float32(unembed(seen[-1], params["wte"], xp), xp)
-    return [at_least_float32(each, xp) for each in seen], logits, after._replace(position=cache.position + count)
+    layers = [*(seen.found[name] for name in names), x[0, ...]]
+    logits = at_least_float32(unembed(layers[-1], params["wte"], xp), xp)
+    return [at_least_float32(each, xp) for each in layers], logits, after._replace(position=cache.position + count)
 
 
 def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:

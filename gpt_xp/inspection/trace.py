@@ -18,6 +18,18 @@ from gpt_xp.types import Array, Namespace, Params
 
 Names: TypeAlias = str | Sequence[str] | None
 
+# The parts of the model in which the intermediates are seen. Only those that are needed are replaced, because a backend
+# computes some parts in another way if one inside them is replaced: attention in one piece, if its softmax is.
+SEEN_IN = {
+    "embed": ("hook_embed", "hook_pos_embed"),
+    "layer_norm": ("hook_scale", "hook_normalized", "hook_resid_mid"),
+    "mha": ("hook_attn_out",),
+    "attention": ("hook_q", "hook_k", "hook_v", "hook_z"),
+    "softmax": ("hook_attn_scores", "hook_pattern"),
+    "ffn": ("hook_mlp_out",),
+    "gelu": ("hook_pre", "hook_post"),
+}
+
 # In the order in which they are computed.
 OF_A_BLOCK = (
     "hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v",
@@ -73,7 +85,7 @@ def trace(
     """
     xp = namespace_of(params, tokens, config, xp)
     wanted = trace_names(config, names)
-    seen = _Seen(tokens.shape, wanted)
+    seen = Seen(tokens.shape, wanted)
     x, _ = transformer.hidden_states(params, tokens, config, xp=ReplacedParts(xp, seen.parts()))
     if "logits" in wanted:
         seen.found["logits"] = transformer.unembed(x, params["wte"], xp)
@@ -87,8 +99,11 @@ def wide_trace(params: Params, tokens: Array, config: GPT2Config, names: Names, 
     return {name: at_least_float32(x, xp) for name, x in trace(params, tokens, config, names, xp).items()}
 
 
-class _Seen:
-    """The intermediates of one forward pass, and the parts that note them."""
+class Seen:
+    """The intermediates of one forward pass, and the parts of the model that note them in `found`.
+
+    `shape` is that of the tokens. Without a cache, `found` has the arrays of `trace`.
+    """
 
     def __init__(self, shape: tuple[int, ...], wanted: Sequence[str]) -> None:
         self.found: dict[str, Array] = {}
@@ -99,26 +114,25 @@ class _Seen:
 
     def parts(self) -> dict[str, Callable[..., Any]]:
         """Return the parts of the model that note what passes through them."""
-        noting = (
-            self.embed, self.transformer_block, self.layer_norm, self.mha, self.attention, self.softmax, self.ffn,
-            self.gelu,
-        )  # fmt: skip
-        return {method.__name__: method for method in noting}
+        last = {name.rpartition(".")[2] for name in self._wanted}
+        needed = [name for name, seen in SEEN_IN.items() if not last.isdisjoint(seen)]
+        return {name: getattr(self, f"_{name}") for name in ("transformer_block", *needed)}
 
-    def embed(self, tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace) -> Array:
+    def _embed(self, tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace) -> Array:
         self._note("hook_embed", xp.take(wte, tokens, axis=0), xp)
         self._note("hook_pos_embed", xp.take(wpe, positions, axis=0), xp)
         return transformer.embed(tokens, positions, wte, wpe, xp)
 
-    def transformer_block(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
+    def _transformer_block(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
         block = f"blocks.{self._layer}."
-        self._norms = [(block + "ln1", block + "hook_resid_pre"), (block + "ln2", block + "hook_resid_mid")]
+        self._note(block + "hook_resid_pre", x, xp)
+        self._norms = [(block + "ln1", ""), (block + "ln2", block + "hook_resid_mid")]
         x, past = transformer.transformer_block(x, **rest, xp=xp)
         self._note(block + "hook_resid_post", x, xp)
         self._layer, self._norms = self._layer + 1, [("ln_final", "")]
         return x, past
 
-    def layer_norm(self, x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -> Array:
+    def _layer_norm(self, x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -> Array:
         norm, reads = self._norms.pop(0) if self._norms else ("", "")
         self._note(reads, x, xp)
         if not self._wanted.isdisjoint((f"{norm}.hook_scale", f"{norm}.hook_normalized")):
@@ -129,31 +143,31 @@ class _Seen:
             self._note(f"{norm}.hook_normalized", centered / scale, xp)
         return transformer.layer_norm(x, g, b, xp=xp, eps=eps)
 
-    def mha(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
+    def _mha(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
         attended, past = transformer.mha(x, **rest, xp=xp)
         self._note(f"blocks.{self._layer}.hook_attn_out", attended, xp)
         return attended, past
 
-    def attention(self, q: Array, k: Array, v: Array, mask: Array, xp: Namespace) -> Array:
+    def _attention(self, q: Array, k: Array, v: Array, mask: Array, xp: Namespace) -> Array:
         z = transformer.attention(q, k, v, mask, xp)
         for name, x in zip("qkvz", (q, k, v, z), strict=True):
             heads = xp.permute_dims(x, (0, 2, 1, 3))  # [batch, n_seq, n_head, d_head]
             self._keep(f"blocks.{self._layer}.attn.hook_{name}", heads, (*self._shape, *heads.shape[2:]), xp)
         return z
 
-    def softmax(self, x: Array, xp: Namespace) -> Array:
+    def _softmax(self, x: Array, xp: Namespace) -> Array:
         weights = transformer.softmax(x, xp)  # [batch, n_head, n_seq, n_seq]
         shape = (*self._shape[:-1], *x.shape[1:])
         self._keep(f"blocks.{self._layer}.attn.hook_attn_scores", x, shape, xp)
         self._keep(f"blocks.{self._layer}.attn.hook_pattern", weights, shape, xp)
         return weights
 
-    def ffn(self, x: Array, xp: Namespace, **rest: Any) -> Array:
+    def _ffn(self, x: Array, xp: Namespace, **rest: Any) -> Array:
         x = transformer.ffn(x, **rest, xp=xp)
         self._note(f"blocks.{self._layer}.hook_mlp_out", x, xp)
         return x
 
-    def gelu(self, x: Array, xp: Namespace) -> Array:
+    def _gelu(self, x: Array, xp: Namespace) -> Array:
         self._note(f"blocks.{self._layer}.mlp.hook_pre", x, xp)
         x = transformer.gelu(x, xp)
         self._note(f"blocks.{self._layer}.mlp.hook_post", x, xp)
