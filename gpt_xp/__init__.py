@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TokenizerError,
     )
     from gpt_xp.generation.results import Generation, Piece, Stats
+    from gpt_xp.inspection.results import Look
     from gpt_xp.inspection.trace import trace
     from gpt_xp.jobs.run import bulk
     from gpt_xp.jobs.status import BulkStatus
@@ -72,6 +73,7 @@ __all__ = [
     "GptXpError",
     "GptXpWarning",
     "KVCache",
+    "Look",
     "Model",
     "ModelNotFoundError",
     "NumericalError",
@@ -134,6 +136,7 @@ _NAMES_OF = {
         "TextError",
         "TokenizerError",
     ),
+    "inspection.results": ("Look",),
     "inspection.trace": ("trace",),
     "jobs.run": ("bulk",),
     "jobs.status": ("BulkStatus",),
