@@ -11,7 +11,7 @@ from gpt_xp.comparison.distances import Distance, distances
 from gpt_xp.comparison.driver import check_backends
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
-from gpt_xp.inspection.attention import attention_form, attention_of, last_width
+from gpt_xp.inspection.attention import attention_of, last_width
 from gpt_xp.inspection.page import id_dtype
 from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
 from gpt_xp.model import Model
@@ -51,13 +51,13 @@ def look(
         raise SettingError(f"position must be one of the {len(ids)} tokens, from 0, not {position}")
     if backends:
         check_backends(backends, [model.backend.dtype])
-    form = attention_form(model.config, len(ids), room(model.config, len(ids), max_size))  # before anything is computed
+    space = room(model.config, len(ids), max_size)  # before anything is computed
     with progress("the model"):
         found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
         logits = found.pop("logits")
         predicted = predictions(logits, chosen % len(ids))
         lens = logit_lens(model, list(found.values()), logits)
-        attention = attention_of(model, ids, form)
+        attention = attention_of(model, ids, space)
     return Look(
         model=name or f"a GPT-2 of {model.config.n_params / 1e6:.1f}M params",
         config=model.config,
