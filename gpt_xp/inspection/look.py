@@ -11,6 +11,7 @@ from gpt_xp.comparison.distances import Distance, distances
 from gpt_xp.comparison.driver import check_backends
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
+from gpt_xp.generation.choosing import not_finite
 from gpt_xp.inspection.attention import attention_of, last_width
 from gpt_xp.inspection.page import id_dtype
 from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
@@ -55,6 +56,8 @@ def look(
     with progress("the model"):
         found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
         logits = found.pop("logits")
+        if not np.isfinite(logits).all():
+            raise not_finite(model.backend)
         predicted = predictions(logits, chosen % len(ids))
         lens = logit_lens(model, list(found.values()), logits)
         attention = attention_of(model, ids, space)
@@ -127,10 +130,12 @@ def predictions(logits: NumpyArray, position: int) -> Predictions:
 
 def largest_first(logits: NumpyArray, count: int) -> NumpyArray:
     """Return the indices of the `count` largest of each row, the largest first; of equal ones the lower index first."""
-    if count < logits.shape[-1]:
-        bound = np.partition(logits, -count, axis=-1)[:, -count, None]
-        logits = np.where(logits >= bound, logits, -np.inf)
-    return np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    found = []
+    for row in logits:
+        bound = np.partition(row, -count)[-count] if count < len(row) else -np.inf
+        some = np.flatnonzero(row >= bound)  # A few more, where several are equal. To sort all would take long.
+        found.append(some[np.argsort(-row[some], kind="stable")[:count]])
+    return np.stack(found)
 
 
 def histogram(rest: NumpyArray) -> tuple[NumpyArray, NumpyArray]:

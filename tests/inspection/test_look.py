@@ -17,7 +17,7 @@ from small_quantized import small
 import gpt_xp
 from gpt_xp import Backend, Model
 from gpt_xp.config import SIZES, GPT2Config
-from gpt_xp.errors import BackendError, CheckpointError, PromptError, SettingError
+from gpt_xp.errors import BackendError, CheckpointError, NumericalError, PromptError, SettingError
 from gpt_xp.inspection import attention
 from gpt_xp.inspection.attention import attention_form
 from gpt_xp.inspection.look import histogram, largest_first, room
@@ -256,6 +256,13 @@ def test_bad_settings_are_refused_before_anything_is_computed(
 def test_a_prompt_beyond_the_context_is_refused(shakespeare: Model) -> None:
     with pytest.raises(PromptError, match="the prompt has 300 tokens"):
         shakespeare.look([1] * 300)
+
+
+def test_damaged_weights_are_an_error() -> None:
+    params = small_params("prime")
+    params["blocks"][1]["mlp"]["c_proj"]["b"][0] = np.nan
+    with pytest.raises(NumericalError, match="logits are not finite in float32"):
+        Model(params, CONFIGS["prime"], backend="numpy").look([1, 2])
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
