@@ -40,6 +40,31 @@ def random_params(config: Any, seed: int = 0) -> Any:
     }
 
 
+def trained_size_params(config: Any, seed: int = 0) -> Any:
+    """Return random params whose activations are about as large as those of the trained GPT-2.
+
+    Trained ones have a few dimensions of the residual stream at some thousands, from the first block to the last, and
+    logits of -100 or so. There, float32 has the fewest digits. The sizes of the embeddings are those of 124M (standard
+    deviations 0.14 and 0.12).
+    """
+    import numpy as np
+
+    params = random_params(config, seed)
+    params["wte"] *= np.float32(7)
+    params["wpe"] *= np.float32(6)
+    for i, block in enumerate(params["blocks"]):
+        block["attn"]["c_attn"]["w"] *= np.float32(18 if i else 6)  # After the first, norms divide by the large numbers.
+        block["mlp"]["c_fc"]["w"] *= np.float32(6)
+        block["mlp"]["c_proj"]["w"] *= np.float32(4)
+        for norm in ("ln_1", "ln_2"):
+            block[norm]["g"] *= np.float32(0.3)
+    large = [138, 378, 447]  # those of 124M
+    params["blocks"][0]["mlp"]["c_proj"]["b"][large] += np.float32([2800, -700, 900])
+    params["blocks"][-1]["mlp"]["c_proj"]["b"][large] -= np.float32([2600, -650, 800])
+    params["ln_f"]["g"] *= np.float32(8)
+    return params
+
+
 def tokenizer(n_vocab: int) -> Any:
     """Return a tokenizer that has a token for every id: the bytes, pairs of them, and the end token."""
     from gpt_xp.tokenizer.bpe import Tokenizer
@@ -50,14 +75,14 @@ def tokenizer(n_vocab: int) -> Any:
     return Tokenizer({token: id for id, token in enumerate(tokens)}, pairs)
 
 
-def write_published(folder: Path, config: Any) -> None:
-    """Write random params to `folder` in the layout of the published checkpoints, and a tokenizer of the same size.
+def write_published(folder: Path, config: Any, params: Any = None) -> None:
+    """Write params (default: random ones) to `folder` as the published checkpoints are, and a tokenizer of that size.
 
     Their header is 14283 bytes long, so that no float32 in them lies at a multiple of 4.
     """
     import gpt_xp
 
-    gpt_xp.Model(random_params(config), config, tokenizer(config.n_vocab), backend="numpy").save(folder)
+    gpt_xp.Model(params or random_params(config), config, tokenizer(config.n_vocab), backend="numpy").save(folder)
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

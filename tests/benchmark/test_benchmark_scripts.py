@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Result, posix, process
+from commands import Result, in_a_new_process, posix, process
 from folders import BENCHMARKS
 from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
+from third_party import installed
 
 import gpt_xp
 from gpt_xp.benchmark.figures import Spread, Turn, Workload, workload_figures
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
-from gpt_xp.errors import GptXpError
+from gpt_xp.errors import BackendError, GptXpError
 from gpt_xp.tolerances import TOLERANCE
 
 SCRIPTS = BENCHMARKS
@@ -35,6 +36,51 @@ def script(monkeypatch):
     """Import a script by its name."""
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def agreement_run(script, backend, *logits, dtype="float32"):
+    return script("agreement").Run(gpt_xp.comparison.results.BackendResult(backend, dtype, "cpu", "1"), logits)
+
+
+def test_each_pair_of_libraries_has_the_largest_difference_of_all_prompts(script):
+    a, b = np.float32([[1, 2]]), np.float32([[4, -8]])
+    runs = [
+        agreement_run(script, "numpy", a, b),
+        agreement_run(script, "jax", a, b),
+        agreement_run(script, "torch", a, b + 2),
+    ]
+    assert list(script("agreement").pairs(runs)) == [
+        ("", "numpy float32", "jax float32"),
+        ("jax float32", "the same bits", ""),
+        ("torch float32", "2.5e-01", "2.5e-01"),  # 2 of 8
+    ]
+
+
+def test_weights_of_trained_size_have_large_activations(script):
+    config = gpt_xp.GPT2Config(n_vocab=101, n_ctx=37, n_embd=456, n_head=3, n_layer=3)
+    params = script("shapes").trained_size_params(config)
+    found = gpt_xp.trace(params, np.arange(37), config, ["blocks.*.hook_resid_post", "logits"])
+    assert 2000 < np.abs(found["blocks.0.hook_resid_post"]).max() < 4000
+    assert 2000 < np.abs(found["blocks.1.hook_resid_post"]).max() < 4000
+    assert np.abs(found["blocks.2.hook_resid_post"]).max() < 1000
+    assert 5 < np.abs(found["logits"]).max() < 500
+
+
+def test_a_library_with_tf32_computes(script):
+    """It is found where its folder is on PYTHONPATH. On a CPU the numbers are those of the library itself."""
+    with pytest.raises(BackendError, match="there is no backend 'jax-tf32'"):
+        gpt_xp.get_backend("jax-tf32")
+    code = """
+import json, gpt_xp
+model = gpt_xp.load("shakespeare", backend="jax-tf32")
+print(json.dumps([model.generate("ROMEO:", max_tokens=9).token_ids, model.backend.name]))
+"""
+    ids, name = in_a_new_process(code, **installed(SCRIPTS / "tf32"))
+    assert name == "jax-tf32"
+    assert ids == gpt_xp.load("shakespeare", backend="numpy").generate("ROMEO:", max_tokens=9).token_ids
 
 
 def benchmark(workloads, turns, floor=None):

@@ -211,8 +211,8 @@ def test_quantized_weights(backend: Backend) -> None:
 
 
 def test_distances_are_those_of_compare() -> None:
-    found = gpt_xp.load("shakespeare", backend="numpy").look(PROMPT, ["numpy", "array-api-strict"])
-    expected = gpt_xp.compare(["numpy", "array-api-strict"], "shakespeare", PROMPT, max_tokens=1)
+    found = gpt_xp.load("shakespeare", backend="numpy").look(PROMPT, "array-api-strict")
+    expected = gpt_xp.compare("array-api-strict", "shakespeare", PROMPT, max_tokens=1)
     for ours, theirs in zip(found.distances, expected.runs, strict=True):
         assert theirs.figures is not None
         assert (ours.backend, ours.problems) == (theirs.backend, ())
@@ -291,9 +291,7 @@ def test_weights_that_cannot_be_compressed_become_pictures(shakespeare: Model) -
 @pytest.mark.parametrize("n_seq", [11, 256])
 def test_the_page_is_no_larger_than_it_may_be(shakespeare: Model, n_seq: int) -> None:
     ids = np.random.default_rng(n_seq).integers(0, 1024, n_seq).tolist()
-    for max_size in (600_000, 1_500_000, 8_000_000):
-        if n_seq == 256 and max_size == 600_000:
-            continue
+    for max_size in (900_000, 1_500_000):
         assert len(page(shakespeare.look(ids, max_size=max_size)).encode()) <= max_size
 
 
