@@ -53,7 +53,9 @@ def trained_size_params(config: Any, seed: int = 0) -> Any:
     params["wte"] *= np.float32(7)
     params["wpe"] *= np.float32(6)
     for i, block in enumerate(params["blocks"]):
-        block["attn"]["c_attn"]["w"] *= np.float32(18 if i else 6)  # After the first, norms divide by the large numbers.
+        block["attn"]["c_attn"]["w"] *= np.float32(
+            18 if i else 6
+        )  # After the first, norms divide by the large numbers.
         block["mlp"]["c_fc"]["w"] *= np.float32(6)
         block["mlp"]["c_proj"]["w"] *= np.float32(4)
         for norm in ("ln_1", "ln_2"):

@@ -1,47 +1,72 @@
 """Draw a comparison: the error layer by layer, and the speed."""
 
+import math
 from pathlib import Path
 from typing import Any
 
-from gpt_xp.comparison.results import Comparison
-from gpt_xp.reporting.plots import check_plot, new_figure, save_figure
+from gpt_xp.comparison.results import BackendResult, Comparison
+from gpt_xp.reporting.plots import (
+    INK,
+    check_plot,
+    draw_bars,
+    new_figure,
+    save_figure,
+    scale_errors,
+    style_axes,
+    styles,
+)
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:
     """Write the picture to `path`; its suffix gives the format. Raises as `check_plot` and `save_figure` do."""
     check_plot(path)
-    figure, (errors, *speeds) = new_figure(1, 3, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 1, 1]})
-    _draw_errors(errors, comparison)
-    for axes, what in zip(speeds, ("prefill", "decode"), strict=True):
-        _draw_speed(axes, comparison, what)
-    speeds[1].set_yticklabels([])
-    figure.suptitle(f"{comparison.model}: differences to float64 on NumPy, and speed")
-    figure.tight_layout()
-    save_figure(figure, path)
+    save_figure(draw(comparison), path)
+
+
+def draw(comparison: Comparison) -> Any:
+    """Return the figure: the errors by layer, and the speed of prefill and decode."""
+    timed = [run for run in comparison.runs if run.speed]
+    n_panels = 3 if timed else 1
+    height = max(4.2, 0.6 * len(timed) + 1.6)
+    figure, axes = new_figure(
+        1, n_panels, figsize=(12 if timed else 7, height), squeeze=False, width_ratios=[3, 1, 1][:n_panels]
+    )
+    _draw_errors(axes[0][0], comparison)
+    for panel, what in zip(axes[0][1:], ("prefill", "decode"), strict=False):
+        rates = [run.speed[f"{what}_tokens_per_second"] for run in timed]
+        draw_bars(panel, list(map(_name, timed)), rates, f"{what}: tokens per second\n(higher is better)")
+    for panel in axes[0][2:]:
+        panel.set_yticks([])
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False
+    )
+    figure.suptitle(f"{comparison.model}: how far from float64 on NumPy, and how fast", fontsize=12)
+    return figure
 
 
 def _draw_errors(axes: Any, comparison: Comparison) -> None:
+    runs = [run for run in comparison.runs if run.figures]
+    looks = styles(list(map(_name, runs)))
     allowed: dict[str, list[float]] = {}
+    lines: list[tuple[list[float], dict[str, Any]]] = []
     names: list[str] = []
-    for run in comparison.runs:
-        if run.figures:
-            names = [layer.name.removeprefix("block ") for layer in run.figures.layers]
-            errors = [layer.difference.relative or float("nan") for layer in run.figures.layers]
-            axes.plot(errors, marker="o", markersize=3, label=f"{run.backend} {run.dtype}")
-            allowed[run.dtype] = [layer.allowed for layer in run.figures.layers]
+    for run in runs:
+        assert run.figures is not None
+        names = [layer.name.removeprefix("block ").replace("embedding", "emb") for layer in run.figures.layers]
+        errors = [layer.difference.relative for layer in run.figures.layers]
+        drawn = [error if 0 < error < math.inf else math.nan for error in errors]
+        axes.plot(drawn, label=_name(run), **looks[_name(run)])
+        lines.append((errors, looks[_name(run)]))
+        allowed[run.dtype] = [layer.allowed for layer in run.figures.layers]
     for dtype, values in allowed.items():
-        axes.plot(values, color="grey", linestyle=":", label=f"out of line ({dtype})")
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("largest error / largest number")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+        axes.plot(values, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=f"allowed ({dtype})")
+    scale_errors(axes, lines)
+    every = max(1, -(-len(names) // 16))
+    axes.set_xticks(range(0, len(names), every), names[::every])
+    axes.set_xlabel("layer", fontsize=9)
+    axes.set_title("largest error / largest number of the layer (lower is better)", fontsize=10, loc="left")
+    style_axes(axes)
 
 
-def _draw_speed(axes: Any, comparison: Comparison, what: str) -> None:
-    runs = [run for run in comparison.runs if run.speed][::-1]  # the first one at the top
-    names = [f"{run.backend}\n{run.dtype}" for run in runs]
-    axes.barh(names, [run.speed[f"{what}_tokens_per_second"] or 0 for run in runs], height=0.5)
-    axes.set_xlabel(f"{what}, tokens per second")
-    axes.grid(alpha=0.3, axis="x")
+def _name(run: BackendResult) -> str:
+    return f"{run.backend} {run.dtype}"

@@ -2,20 +2,36 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from gpt_xp.reporting.plots import new_figure, save_figure
+from gpt_xp.reporting.plots import COLORS, INK, new_figure, save_figure, style_axes
 from gpt_xp.training.log import Evaluation
+
+TRAINING, VALIDATION = COLORS["numpy"], COLORS["jax"]
+MARKED = 40  # points
 
 
 def save_plot(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Draw the losses of training and of validation over the steps, and mark the best. Raises as `save_figure` does."""
-    figure, axes = new_figure(1, 1, figsize=(7, 4.5), layout="constrained")
+    """Write the picture to `path`. Raises as `save_figure` does."""
+    save_figure(draw(evaluations), path)
+
+
+def draw(evaluations: Sequence[Evaluation]) -> Any:
+    """Return the figure: the losses of training and of validation over the steps, with the best marked."""
+    figure, axes = new_figure(1, 1, figsize=(7, 4.5))
     trained = [each for each in evaluations if each.train_loss is not None]
-    axes.plot([each.step for each in trained], [each.train_loss for each in trained], label="training")
-    axes.plot([each.step for each in evaluations], [each.val_loss for each in evaluations], label="validation")
+    lines = (("training", TRAINING, [(each.step, each.train_loss) for each in trained]),
+             ("validation", VALIDATION, [(each.step, each.val_loss) for each in evaluations]))  # fmt: skip
+    for label, color, points in lines:
+        # Few evaluations are shown as points, because a line of one point would not be seen.
+        mark = "o" if len(points) < MARKED else None
+        axes.plot(*zip(*points, strict=True), label=label, color=color, marker=mark, markersize=3) if points else None
     best = min(evaluations, key=lambda each: each.val_loss)
-    axes.plot(best.step, best.val_loss, "o", color="black", label=f"best: {best.val_loss:.4f} at step {best.step}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.legend()
-    save_figure(figure, path)
+    axes.plot(best.step, best.val_loss, "o", color=INK, markersize=7, fillstyle="none",
+              label=f"best: {best.val_loss:.4f} at step {best.step}")  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_title("loss, nats per token (lower is better)", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    style_axes(axes)
+    return figure
