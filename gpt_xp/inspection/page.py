@@ -22,7 +22,8 @@ SCRIPTS = ("data.js", "sampling.js", "dom.js", "color.js", "tokens.js", "next.js
            "distances.js", "main.js")  # fmt: skip
 ALIGNMENT = 8  # bytes; JavaScript reads a typed array only at a multiple of the size of its numbers
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-LINE_OF_A_MODULE = re.compile(r"^import .*\n|^export (?=function|const|class|async)", re.MULTILINE)
+# What the one script does not need: imports, the word `export`, and lines of comments.
+LINE_OF_A_MODULE = re.compile(r"^import .*\n|^export (?=function|const|class|async)|^ *(//|/?\*).*\n", re.MULTILINE)
 
 
 def page(look: Look, server: bool = False) -> str:

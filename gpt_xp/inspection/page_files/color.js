@@ -1,26 +1,52 @@
 // One palette for all pictures. Its lightness is even (it is mixed in OKLab), in the light scheme and in the dark one.
 
+import { el } from "./dom.js";
+
 const RAMP = { light: [[0.985, 0, 0], [0.62, -0.06, -0.13], [0.33, -0.02, -0.12]],
-  dark: [[0.24, 0, -0.01], [0.55, -0.06, -0.11], [0.93, -0.06, -0.02]] };
-const tables = {};
+  dark: [[0.25, 0, -0.015], [0.57, -0.06, -0.11], [0.93, -0.06, -0.02]] };
+const palettes = {};
 
 export function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-/** Return [red, green, blue], 0 to 255, for a number from 0 to 1. */
-export function rgb(x) {
+/** Return [red, green, blue, alpha], 0 to 255, for a number from 0 to 1. */
+export function color(x) {
   const name = isDark() ? "dark" : "light";
-  tables[name] ??= Array.from({ length: 256 }, (_, i) => mixed(RAMP[name], i / 255));
-  return tables[name][Math.max(0, Math.min(255, Math.round(255 * x)))];
+  palettes[name] ??= Array.from({ length: 256 }, (_, i) => [...mixed(RAMP[name], i / 255), 255]);
+  return palettes[name][Math.max(0, Math.min(255, Math.round(255 * x)))];
 }
 
-/** Return the color as CSS text, and whether text on it must be the light one. */
+/** Return a style for text on the color of a number: black or white, which has more contrast. */
 export function shade(x) {
-  const [r, g, b] = rgb(x);
-  const isDeep = 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) < 0.18;
-  return { background: `rgb(${r} ${g} ${b})`, color: isDeep ? "#fff" : "#111" };
+  const [r, g, b] = color(x);
+  const isDeep = 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) < 0.179;
+  return `background:rgb(${r} ${g} ${b});color:${isDeep ? "#fff" : "#000"}`;
+}
+
+/** Return a line that explains the colors: what the weakest means, and the strongest. */
+export function legend(weakest, strongest, ...more) {
+  const ramp = el("span", { class: "ramp" });
+  const stops = [0, 0.25, 0.5, 0.75, 1].map((x) => `rgb(${color(x).slice(0, 3).join(" ")})`);
+  ramp.style.background = `linear-gradient(90deg, ${stops})`;
+  return el("p", { class: "legend" }, weakest, ramp, strongest, ...more);
+}
+
+/** Return a canvas of `width` x `height` squares, whose `strength` is a number from 0 to 1, or null for none. */
+export function squares(width, height, strength) {
+  const canvas = document.createElement("canvas");
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(width, height);
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at += 4) {
+      const found = strength(y, x);
+      if (found !== null) image.data.set(color(found), at);
+    }
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
 }
 
 function linear(byte) {

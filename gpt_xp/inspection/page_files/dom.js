@@ -12,15 +12,23 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Return a table from a head and rows of texts or elements; the first of each row is its head. */
+/** Return a table from a head and rows of texts or elements; the first of each row is its head. Texts are to the right. */
 export function table(caption, head, rows) {
   const cell = (tag, content, more) => el(tag, more, ...[content].flat());
+  const side = (each) => ({ class: typeof each === "string" && "n" });
+  const first = rows[0] ?? [];
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     el("table", {},
       el("caption", { text: caption, class: "unseen" }),
-      el("thead", {}, el("tr", {}, ...head.map((each) => cell("th", each, { scope: "col" })))),
-      el("tbody", {}, ...rows.map(([first, ...rest]) =>
-        el("tr", {}, cell("th", first, { scope: "row" }), ...rest.map((each) => cell("td", each, {})))))));
+      el("thead", {}, el("tr", {}, ...head.map((each, i) =>
+        (each ? cell("th", each, { scope: "col", ...(i && side(first[i])) }) : el("td"))))),
+      el("tbody", {}, ...rows.map(([name, ...rest]) =>
+        el("tr", {}, cell("th", name, { scope: "row" }), ...rest.map((each) => cell("td", each, side(each))))))));
+}
+
+/** Return a bar that is filled to a share from 0 to 1. */
+export function bar(share) {
+  return el("span", { class: "bar" }, el("span", { style: `width:${100 * share}%` }));
 }
 
 /** Return a token's text, which no direction of its letters can move out of its place. */
@@ -33,14 +41,14 @@ const STEPS = {
   Home: [0, -Infinity], End: [0, Infinity], PageUp: [-Infinity, 0], PageDown: [Infinity, 0],
 };
 
-/** Call `move(rows, columns)` for the keys that move in a picture or a list. */
-export function onArrows(element, move) {
-  element.addEventListener("keydown", (event) => {
+/** Return a listener of keys that calls `move(rows, columns)` for those that move in a picture or a list. */
+export function onArrows(move) {
+  return (event) => {
     const step = STEPS[event.key];
     if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     move(...step);
-  });
+  };
 }
 
 export function clamp(x, low, high) {
@@ -52,9 +60,28 @@ export function percent(p) {
   return `${(100 * p).toFixed(p < 0.0995 ? 2 : 1)} %`;
 }
 
+/** Return the name of a layer for a narrow place. */
+export function brief(name) {
+  return name.replace("block ", "").replace("embedding", "emb");
+}
+
 /** Return a number with two digits and an exponent, such as 1.9e-7. */
 export function short(x) {
   return x === 0 ? "0" : Number.isFinite(x) ? x.toExponential(1).replace("e+", "e") : "not finite";
+}
+
+/** Scroll a panel, and not the page, until it shows a box of `left`, `top`, `right` and `bottom` in the window. */
+export function reveal(panel, box, left = 0, top = 0) {
+  const own = panel.getBoundingClientRect();
+  const step = (low, high, from, to) => Math.min(0, low - from) || Math.max(0, high - to);
+  panel.scrollLeft += step(box.left - left, box.right, own.left, own.left + panel.clientWidth);
+  panel.scrollTop += step(box.top - top, box.bottom, own.top, own.top + panel.clientHeight);
+}
+
+/** Return the box in the window of a part of a canvas. */
+export function within(canvas, x, y, width, height) {
+  const { left, top } = canvas.getBoundingClientRect();
+  return { left: left + x, top: top + y, right: left + x + width, bottom: top + y + height };
 }
 
 /** Return an SVG element. */
@@ -74,5 +101,6 @@ export function paper(canvas, width, height) {
   canvas.style.height = `${height}px`;
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
+  context.imageSmoothingEnabled = false;
   return context;
 }

@@ -1,45 +1,42 @@
 // The probabilities of the next token, with the filters of sampling.
 
-import { clamp, el, percent, table, token } from "./dom.js";
+import { bar, clamp, el, percent, table, token } from "./dom.js";
 import { distribution } from "./sampling.js";
 
-const ROWS = 12;
-const OFF = { temperature: 1, topK: 0, topP: 1, minP: 0 };
+const ROWS = 10;
+const settings = { temperature: 1, topK: 0, topP: 1, minP: 0 };
 
 export function nextPanel(look, choose, askPosition) {
   const root = document.getElementById("next");
   const title = el("h2", { id: "next-title" });
-  const controls = {};
-  const settings = { ...OFF };
   const list = el("div", { id: "next-list" });
   const notes = el("p", { class: "hint", id: "next-notes" });
   const exact = el("button", { type: "button", text: "Ask for all logits here", hidden: true });
+  const sorted = {};
   let current = null;
 
   const control = (name, label, max, step, what) => {
     const id = `set-${name}`;
-    const range = el("input", { type: "range", id, min: 0, max, step, value: OFF[name], title: what });
-    const number = el("input", {
-      type: "number", min: 0, step: "any", value: OFF[name], "aria-label": `${label}, as a number`,
-    });
-    const set = (value, other) => {
-      if (value === "" || !(Number(value) >= 0)) return;
-      settings[name] = name === "topP" || name === "minP" ? clamp(Number(value), 0, 1) : Number(value);
-      if (name === "topP" && settings.topP === 0) settings.topP = Number.MIN_VALUE;
-      other.value = value;
+    const value = settings[name];
+    const range = el("input", { type: "range", id, min: 0, max, step, value, title: what });
+    const number = el("input", { type: "number", min: 0, step: "any", value, "aria-label": `${label}, as a number` });
+    const set = (text, other) => {
+      if (text === "" || !(Number(text) >= 0)) return;
+      settings[name] = { topK: Math.round, temperature: Number }[name]?.(text) ?? clamp(Number(text), 0, 1);
+      other.value = text;
       draw();
     };
     range.addEventListener("input", () => set(range.value, number));
     number.addEventListener("input", () => set(number.value, range));
-    controls[name] = { range, number };
-    return el("div", { class: "control" }, el("label", { for: id, text: label }), range, number);
+    return el("div", { class: "control" }, el("label", { for: id, text: label }), range, number,
+      el("span", { class: "what", text: what }));
   };
   root.replaceChildren(title,
     el("div", { class: "controls" },
-      control("temperature", "temperature", 3, 0.05, "0 takes the likeliest token"),
-      control("topK", "top-k", 200, 1, "0 keeps all tokens"),
-      control("topP", "top-p", 1, 0.01, "1 keeps all tokens"),
-      control("minP", "min-p", 1, 0.01, "0 keeps all tokens")),
+      control("temperature", "temperature", 10, 0.05, "0: the likeliest"),
+      control("topK", "top-k", Math.min(200, look.config.n_vocab), 1, "0: all"),
+      control("topP", "top-p", 1, 0.01, "1: all"),
+      control("minP", "min-p", 1, 0.01, "0: all")),
     list, notes, exact);
 
   /** Return ids, logits in descending order, and how many tokens each logit stands for. */
@@ -50,42 +47,42 @@ export function nextPanel(look, choose, askPosition) {
       return { ids, logits: Float64Array.from(ids, (id) => allLogits[id]), counts: new Uint8Array(ids.length).fill(1) };
     }
     const row = (array) => array.subarray(position * array.shape[1], (position + 1) * array.shape[1]);
-    const counts = row(restCounts);
-    const bins = Array.from(counts.keys()).filter((bin) => counts[bin]).reverse();
+    const bins = Array.from(row(restCounts).keys()).filter((bin) => row(restCounts)[bin]).reverse();
     return {
       ids: row(topIds),
       logits: [...row(topLogits), ...bins.map((bin) => row(restLevels)[bin])],
-      counts: [...row(topIds).map(() => 1), ...bins.map((bin) => counts[bin])],
+      counts: [...row(topIds).map(() => 1), ...bins.map((bin) => row(restCounts)[bin])],
     };
   }
 
   function draw() {
-    const { ids, logits, counts, position } = current;
+    const { ids, logits, counts, position, total } = current;
     const found = distribution(logits, counts, settings);
     const rows = Array.from(ids.subarray(0, ROWS), (id, i) => [
-      token(look.spell(id)),
-      el("span", { class: "bar" }, el("span", { style: `width:${100 * found.probabilities[i]}%` })),
-      el("span", { "data-p": found.probabilities[i], text: percent(found.probabilities[i]) }),
-      logits[i].toFixed(3),
+      token(look.spell(id)), [bar(found.probabilities[i])], percent(found.probabilities[i]), (logits[i] - total).toFixed(4),
     ]).filter((_, i) => found.probabilities[i] > 0);
-    list.replaceChildren(table("The likeliest next tokens", ["token", "", "probability", "logit"], rows));
-    const kept = Math.round(found.kept);
+    list.replaceChildren(table("The likeliest next tokens", ["token", "", "probability", "log p"], rows));
+    list.found = { ...found, ids };
     const cut = found.cutCount > 0
-      ? `Left out: ${Math.round(found.cutCount).toLocaleString("en")} tokens with ${percent(found.cutMass)} of the probability.`
-      : "No token is left out.";
+      ? `${number(found.cutCount)} tokens are cut, with ${percent(found.cutMass)} of the probability. ` : "No token is cut. ";
     const isExact = position === look.position;
-    const about = isExact ? ""
-      : ` Here the page has the ${ids.length} largest logits and a histogram of the others, so the total is approximate.`;
-    notes.textContent = `${kept.toLocaleString("en")} tokens are left. ${cut}${about}`;
-    notes.dataset.kept = found.kept;
-    notes.dataset.cut = found.cutMass;
+    notes.textContent = `${number(found.kept)} tokens are left. ${cut}log p is the model's own, in nats, before temperature and filters.`
+      + (isExact || found.kept + found.cutCount <= ids.length ? ""
+        : ` Approximate: here the page has the ${ids.length} largest logits, and a histogram of the others.`);
     exact.hidden = isExact || !askPosition;
   }
   exact.addEventListener("click", () => askPosition(current.position));
 
   return ({ position }) => {
+    if (current?.position === position) return;
     title.replaceChildren("Next token after ", token(look.spell(look.arrays.tokens[position])), ` (position ${position})`);
-    current = { position, ...entries(position) };
+    current = sorted[position] ??= { position, ...entries(position) };
+    const { logits, counts } = current;
+    current.total ??= logits[0] + Math.log(logits.reduce((sum, each, i) => sum + counts[i] * Math.exp(each - logits[0]), 0));
     draw();
   };
+}
+
+function number(count) {
+  return Math.round(count).toLocaleString("en");
 }
