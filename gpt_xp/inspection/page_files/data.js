@@ -22,7 +22,11 @@ export async function unpack(packed) {
   const arrays = {};
   for (const [name, { dtype, shape, at }] of Object.entries(look.arrays)) {
     const size = shape.reduce((product, n) => product * n, 1);
-    arrays[name] = new TYPES[dtype](buffer, 4 + length + at, size);
+    const width = TYPES[dtype].BYTES_PER_ELEMENT;
+    const planes = new Uint8Array(buffer, 4 + length + at, size * width); // the first byte of all numbers, the next of all
+    const bytes = new Uint8Array(size * width);
+    for (let k = 0, from = 0; k < width; k++) for (let i = k; i < bytes.length; i += width) bytes[i] = planes[from++];
+    arrays[name] = new TYPES[dtype](bytes.buffer);
     arrays[name].shape = shape;
   }
   const spellings = new Map();

@@ -101,7 +101,7 @@ export function distancePanel(look, choose) {
       }
     });
     const place = [gutter + state.position * wide, state.depth * high, wide - 1, high - 1];
-    context.strokeStyle = style.getPropertyValue("--mark");
+    context.strokeStyle = style.color;
     context.lineWidth = 2;
     context.strokeRect(...place);
     if (isShown) reveal(picture.parentNode, within(picture, ...place), gutter);
