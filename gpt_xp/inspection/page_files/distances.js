@@ -63,7 +63,6 @@ export function distancePanel(look, choose) {
     return el("td", { tabindex: -1, ...properties, onclick: () => choose({ backend, ...(depth === undefined ? {} : { depth }) }) }, ...children);
   }
 
-  let isShown = false; // At first, the panel shows the verdicts and the first layers.
   const state = { backend: 0, depth: 0, position: 0 };
   grid.onkeydown = onArrows((down, across) => {
     const backend = clamp(state.backend + down, 0, runs.length - 1);
@@ -104,7 +103,7 @@ export function distancePanel(look, choose) {
     context.strokeStyle = style.color;
     context.lineWidth = 2;
     context.strokeRect(...place);
-    if (isShown) reveal(picture.parentNode, within(picture, ...place), gutter);
+    if (state.isChoice) reveal(picture.parentNode, within(picture, ...place), gutter);
     colors.replaceChildren(legend("1/1000 of the allowed error", "the allowed error, ", el("span", { class: "out", text: "✗ more" })));
   }
 
@@ -116,19 +115,19 @@ export function distancePanel(look, choose) {
     depth: clamp(state.depth + down, 0, layers.length - 1), position: clamp(state.position + across, 0, n - 1),
   }));
 
-  return ({ backend, depth, position }) => {
+  return ({ backend, depth, position, isChoice }) => {
     rows[state.backend].classList.remove("chosen");
     heads[state.depth].classList.remove("chosen");
     cells[state.backend][state.depth].removeAttribute("aria-selected");
     cells[state.backend][state.depth].tabIndex = -1;
-    Object.assign(state, { backend, depth: clamp(depth, 0, layers.length - 1), position });
+    Object.assign(state, { backend, depth: clamp(depth, 0, layers.length - 1), position, isChoice });
     const run = runs[backend];
     const cell = cells[backend][state.depth];
     rows[backend].classList.add("chosen");
     heads[state.depth].classList.add("chosen");
     cell.setAttribute("aria-selected", "true");
     cell.tabIndex = 0;
-    if (isShown) reveal(grid.parentNode, cell.getBoundingClientRect(), rows[0].firstChild.offsetWidth + 4);
+    if (isChoice) reveal(grid.parentNode, cell.getBoundingClientRect(), rows[0].firstChild.offsetWidth + 4);
     picture.closest(".as-picture").hidden = readout.hidden = values.hidden = !run.ran;
     about.replaceChildren(...describe(run));
     if (!run.ran) return;
@@ -139,7 +138,6 @@ export function distancePanel(look, choose) {
       `The likeliest next token is ${run.same[position] ? "the same" : "✗ another one"}; float64's is ahead by ${run.margins[position].toPrecision(3)}.`);
     errorsTitle.textContent = `${run.name}: layers down, tokens across`;
     draw();
-    isShown = true;
     picture.setAttribute("aria-label", `${run.name}, ${readout.textContent} Arrow keys move.`);
     if (document.body.classList.contains("tables")) {
       values.replaceChildren(table(`Errors of ${run.name}`, ["position", "token", ...layers, "same next token", "margin"],

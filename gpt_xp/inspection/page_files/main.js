@@ -16,13 +16,14 @@ const state = { position: 0, key: 0, depth: 0, head: 0, backend: 0, theme: "" };
 let look = null;
 let panels = [];
 
-/** Change some of what is chosen, and show it everywhere. */
-function choose(change) {
+/** Change some of what is chosen, and show it everywhere. Panels may scroll to it, if it was the reader's choice. */
+function choose(change, isChoice = true) {
   if (!look) return;
   const strongest = change.key === undefined && change.position !== undefined && change.position !== state.position;
   Object.assign(state, change, strongest && { key: -1 });
   state.key = clamp(state.key, -1, state.position);
   state.theme = isDark() ? "dark" : "light";
+  state.isChoice = isChoice;
   for (const update of panels) update(state);
   const focused = document.activeElement?.id;
   byId("live").textContent = focused === "all-heads" ? byId("attention-sentence").textContent
@@ -48,7 +49,7 @@ function show(next, size) {
     attentionPanel(look, choose, isServed ? askHead : null), distancePanel(look, choose),
   ];
   const bad = look.distances.findIndex((each) => each.problems.length);
-  choose({ position: look.position, key: -1, depth: config.n_layer, head: 0, backend: Math.max(bad, 0) });
+  choose({ position: look.position, key: -1, depth: config.n_layer, head: 0, backend: Math.max(bad, 0) }, false);
 }
 
 // --- what the server computes ---
@@ -100,12 +101,12 @@ byId("ask").addEventListener("submit", (event) => {
 
 byId("tables").addEventListener("click", (event) => {
   event.currentTarget.setAttribute("aria-pressed", document.body.classList.toggle("tables"));
-  choose({});
+  choose({}, false);
 });
 
 function setTheme() {
   byId("theme").setAttribute("aria-pressed", isDark());
-  choose({});
+  choose({}, false);
 }
 
 byId("theme").addEventListener("click", () => {
@@ -113,7 +114,7 @@ byId("theme").addEventListener("click", () => {
   setTheme();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", setTheme);
-window.addEventListener("resize", () => choose({}));
+window.addEventListener("resize", () => choose({}, false));
 
 const numbers = byId("numbers");
 numbers.addEventListener("toggle", () => {
