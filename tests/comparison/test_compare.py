@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import naive_gpt2
@@ -18,7 +17,7 @@ import pytest
 from commands import PATIENCE, Result, posix, process, start
 from libraries import make_backend
 from small_models import CONFIGS, small_params, small_tokens, tree_map
-from third_party import WRONG_BACKENDS, installed, with_large_scores
+from third_party import third_party_installed, with_large_scores
 
 import gpt_xp
 from gpt_xp import Model
@@ -223,16 +222,6 @@ def test_a_backend_that_fails_is_a_problem_and_not_the_end():
 
 
 # --- wrong backends, from a package of somebody else's ----------------------------------------------------------------
-
-
-@contextmanager
-def third_party_installed() -> Iterator[None]:
-    """The package with wrong backends is installed, for this process and for those that it starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(WRONG_BACKENDS)
-        for name, value in installed(WRONG_BACKENDS).items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture

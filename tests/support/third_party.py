@@ -3,8 +3,12 @@
 import copy
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gpt_xp import GPT2Config
 
@@ -15,6 +19,16 @@ def installed(*folders: Path) -> dict[str, str]:
     """Return the variables that let a new process find the packages in these folders first."""
     rest = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *([rest] if rest else [])])}
+
+
+@contextmanager
+def third_party_installed() -> Iterator[None]:
+    """The package with wrong backends is installed, for this process and for those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(WRONG_BACKENDS)
+        for name, value in installed(WRONG_BACKENDS).items():
+            patch.setenv(name, value)
+        yield
 
 
 def with_large_scores(params: Any, config: GPT2Config, layer: int) -> Any:
