@@ -18,6 +18,7 @@ from third_party import third_party_installed, with_large_scores
 
 import gpt_xp
 from gpt_xp import GenerationSettings, Model, Tokenizer
+from gpt_xp.comparison.distances import Distance
 from gpt_xp.config import SIZES
 from gpt_xp.generation import sampling
 from gpt_xp.inspection.page import page
@@ -162,6 +163,7 @@ def test_every_length(open_page: Opener, n_seq: int) -> None:
     opened = open_page(found)
     assert opened.locator("#strip [role=option]").count() == n_seq
     assert opened.locator("#strip [aria-selected]").get_attribute("aria-label").startswith(f"position {n_seq - 1},")
+    assert opened.locator("#lens thead .place").all_inner_texts() == [str(i) for i in range(n_seq)][-64:]
     for sentence in found.left_out:
         assert sentence in text(opened, "#left-out")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 1280
@@ -368,6 +370,26 @@ def test_a_stranger_finds_the_layer_at_which_a_backend_goes_wrong(
     about = text(opened, "#distance-about")  # without a click
     assert f"The first layer out of line is {name}" in about
     assert "All layers before it are inside." in about
+
+
+def test_a_layer_is_out_of_line_by_one_token_a_little_above_what_is_allowed(open_page: Opener, look: Look) -> None:
+    n_layer, n_seq = look.config.n_layer, len(look.token_ids)
+    allowed = np.linspace(1e-5, 5e-5, n_layer + 3)
+    relative = np.tile(0.99 * allowed[:, None], n_seq)
+    relative[4, 7] = 1.01 * allowed[4]  # block 3
+    same, margins = np.arange(n_seq) != 7, np.full(n_seq, 2e-5)
+    distance = Distance("other", "float32", relative=relative, allowed=allowed, is_same=same, margins=margins)
+    opened = open_page(replace(look, distances=(distance,)))
+    [row, _] = table(opened, "#distance-table")
+    assert row[1:3] == ["✗ OUTSIDE from block 3 on", f"{n_seq - 1} of {n_seq}"]
+    assert ["✗" in each for each in row[3:]] == [depth == 4 for depth in range(n_layer + 3)]
+    opened.locator("#errors").press("End")
+    for key in ("PageUp", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "Home", *["ArrowRight"] * 7):
+        opened.locator("#errors").press(key)
+    sentence = text(opened, "#distance-sentence")
+    assert sentence.startswith("block 3, position 7 t: the error is ")
+    assert sentence.endswith("✗ outside. The likeliest next token is ✗ another one; float64's is ahead by 0.0000200.")
+    assert "another one at 7 (margin 2.0e-5)" in text(opened, "#distance-about")
 
 
 def test_a_backend_that_did_not_run_says_why(open_page: Opener, shakespeare: Model) -> None:
