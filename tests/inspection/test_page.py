@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
-from browser import Opener, table, text
+from browser import Opener, filled, table, text
 from commands import Result
 from looks import narrow_model, random_look
 from small_models import CONFIGS, small_params, tree_map
@@ -122,7 +122,7 @@ def test_tokens_are_bytes_and_do_no_harm(open_page: Opener, gpt2: Tokenizer, pro
     opened = open_page(found)
     assert spelled(opened) == tokens
     opened.locator("#numbers summary").click()
-    copied = json.loads(opened.locator("#numbers textarea").input_value())
+    copied = json.loads(filled(opened, "#numbers textarea"))
     assert copied["prompt"] == prompt
     assert copied["tokens"]["values"] == list(found.token_ids)
 

@@ -86,6 +86,14 @@ def text(page: Any, selector: str) -> str:
     return str(page.locator(selector).inner_text())
 
 
+def filled(page: Any, selector: str) -> str:
+    """Return the text of a box, as soon as it has any."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).not_to_have_value("", timeout=PATIENCE)
+    return str(page.locator(selector).input_value())
+
+
 def said(page: Any) -> str:
     """Return what a screen reader was told last."""
     return str(page.locator("#live").text_content())
