@@ -19,6 +19,8 @@ COMMANDS = {
     "bulk": "bulk",
     "compare": "compare",
     "compare-backend": "compare",
+    "conform": "conform",
+    "conform-worker": "conform",
     "look": "look",
     "models": "models",
     "score": "score",

@@ -1,0 +1,151 @@
+"""Write the result of conformance checks as text for a terminal, or as rows of a Markdown table."""
+
+from collections.abc import Iterator, Sequence
+
+from gpt_xp.conformance.results import Check, Conformance, Line
+from gpt_xp.reporting.text import markdown_table, table, wrapped
+
+HEAD = (
+    "library", "version", "namespace", "functions", "forward pass", "worst layer, of the allowed error", "logits",
+    "text", "tokens/s (NumPy)", "jit",
+)  # fmt: skip
+
+
+def as_text(found: Conformance) -> str:
+    """Return the report of one library for a terminal of 80 columns."""
+    if found.problem:
+        return wrapped(f"{found.module}: FAILED: {found.problem}")
+    parts = [
+        wrapped(f"{found.module} {found.version}, {found.used}; model {found.model}, float32"),
+        _functions(found.of("function")),
+        "".join(_line(check) for check in found.of("program")),
+        _replaced(found) + _layers(found.of("layer")),
+        "".join(_line(check) for kind in ("text", "speed", "jit") for check in found.of(kind)),
+        verdict(found),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def verdict(found: Conformance) -> str:
+    """Return the last line: inside the tolerance, or which checks are not."""
+    if found.problem:
+        return wrapped(f"{found.module}: FAILED: {found.problem}")
+    if found.is_ok:
+        return f"{found.module}: inside the tolerance\n"
+    wrong = [check.name for check in found.checks if check.is_ok is False]
+    left_out = [check.name for check in found.checks if check.is_ok is None]
+    more = f"; not checked: {', '.join(left_out)}" if left_out else ""
+    return wrapped(f"{found.module}: OUTSIDE: {', '.join(wrong)}{more}")
+
+
+def as_markdown(results: Sequence[Conformance]) -> str:
+    """Return a Markdown table with a row for each library."""
+    return markdown_table([HEAD, *(_row(found) for found in results)])
+
+
+def explained(check: Check) -> str:
+    """Return what came of a check, with the line of gpt-xp at which an error arose."""
+    if check.is_ok is None:
+        return f"not checked: {check.message}"
+    if check.is_ok:
+        return _figures(check) or "ok"
+    costs = f" (needed for: {', '.join(check.needed_for)})" if check.needed_for else ""
+    at = f"at {_place(check.line)}: " if check.line else ""
+    return f"FAILED {at}{check.message}{costs}"
+
+
+def _place(line: Line) -> str:
+    arrays = f", where {line.arrays}" if line.arrays else ""
+    return f"{line.file}:{line.number}, in {line.function}: `{line.code}`{arrays}"
+
+
+def _figures(check: Check) -> str:
+    figures = check.figures
+    if check.kind == "text":
+        return check.message or f"the same {figures['tokens']} tokens"
+    if check.kind == "speed":
+        return f"{figures['tokens_per_second']:.3g} tokens/s; NumPy: {figures['numpy_tokens_per_second']:.3g}"
+    if check.relative is not None:
+        return f"{check.relative:.1e}"
+    return "traced, with the same logits" if check.kind == "jit" else ""
+
+
+def _line(check: Check) -> str:
+    return wrapped(f"{check.name}: {explained(check)}")
+
+
+def _functions(checks: Sequence[Check]) -> str:
+    fine = sum(check.is_ok is True for check in checks)
+    lines = [_line(check) for check in checks if not check.is_ok]
+    return f"functions: {fine} of {len(checks)} as GPT-2 calls them\n" + "".join(lines)
+
+
+def _replaced(found: Conformance) -> str:
+    if not found.replaced:
+        return ""
+    return wrapped(f"with NumPy in place of the functions that fail ({', '.join(found.replaced)}):")
+
+
+def _layers(checks: Sequence[Check]) -> str:
+    """Return the error of each layer, or one line where they have one and the same reason to fail."""
+    if all(check.relative is None for check in checks):
+        return wrapped(f"layers: {explained(checks[0])}")
+    return table([("layer", "of the largest", "allowed", ""), *_layer_rows(checks)])
+
+
+def _layer_rows(checks: Sequence[Check]) -> Iterator[tuple[str, ...]]:
+    for check in checks:
+        assert check.allowed is not None
+        relative = "not finite" if check.relative is None else f"{check.relative:.1e}"
+        yield check.name, relative, f"{check.allowed:.1e}", "" if check.is_ok else "OUTSIDE"
+
+
+def _row(found: Conformance) -> list[str]:
+    if found.problem:
+        return [f"`{found.module}`", "-", "-", _cell(found.problem), *["-"] * (len(HEAD) - 4)]
+    functions = found.of("function")
+    wrong = [f"`{check.name}`" for check in functions if not check.is_ok]
+    count = f"{len(functions) - len(wrong)} of {len(functions)}"
+    return [
+        f"`{found.module}`", str(found.version), _cell(str(found.used)),
+        f"{count}; not {', '.join(wrong)}" if wrong else count, _programs(found), *_errors(found),
+        *(_short(found, kind) for kind in ("text", "speed", "jit")),
+    ]  # fmt: skip
+
+
+def _programs(found: Conformance) -> str:
+    wrong = [check for check in found.of("program") if check.is_ok is False]
+    if not wrong:
+        return "yes"
+    first = wrong[0]
+    at = f" at `{first.line.file}:{first.line.number}`" if first.line else ""
+    return f"{first.name} fails{at}: {_cell(first.message)}"
+
+
+def _errors(found: Conformance) -> tuple[str, str]:
+    *layers, logits = found.of("layer")
+    shares = {
+        check.name: check.relative / check.allowed
+        for check in layers
+        if check.relative is not None and check.allowed is not None
+    }
+    if not shares:
+        return "-", "-"
+    worst = max(shares, key=lambda name: shares[name])
+    relative = "not finite" if logits.relative is None else f"{logits.relative:.1e}"
+    return f"{worst}: {shares[worst]:.2g}", relative
+
+
+def _short(found: Conformance, kind: str) -> str:
+    for check in found.of(kind):
+        if kind == "speed" and check.is_ok:
+            return f"{check.figures['tokens_per_second']:.3g} ({check.figures['numpy_tokens_per_second']:.3g})"
+        if kind == "text" and check.figures:
+            return f"{check.figures['shared']} of {check.figures['tokens']} tokens"
+        return "-" if check.is_ok is None else "yes" if check.is_ok else _cell(check.message)
+    return "-"
+
+
+def _cell(text: str) -> str:
+    """Return text that fits one cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
