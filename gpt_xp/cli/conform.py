@@ -47,6 +47,8 @@ def conform(
     from gpt_xp.conformance.adapter import check_known
     from gpt_xp.conformance.run import MODEL, conform
 
+    if jit is not None and len(modules) > 1:
+        raise click.UsageError("--jit names a function of one library: give one MODULE", ctx)
     model = model or MODEL
     for module in modules:
         check_known(module)

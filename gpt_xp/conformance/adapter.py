@@ -46,15 +46,18 @@ class NamespaceBackend(Backend):
             raise BackendError(f"{module} has no asarray, and so it cannot take arrays from NumPy") from None
         self.name, self.version, self.device, self.dtype = module, _version(given), "default", "float32"
         self.xp, self.used = _namespace(given, array)
-        self._array_type = type(array)
+        self._array_type, self._own = (
+            type(array),
+            self.xp,
+        )  # `xp` may be replaced by a namespace that asks this backend.
         self.way_back = _way_back(module, array, probe)
         self._to_numpy = WAYS_BACK[self.way_back]
 
     def asarray(self, array: Any, dtype: str | None = None) -> Array:
         """Return an array of NumPy or of the library as one of the library."""
         if isinstance(array, self._array_type):
-            return self.xp.astype(array, getattr(self.xp, dtype)) if dtype else array
-        return self.xp.asarray(np.array(array, dtype=dtype))
+            return self._own.astype(array, getattr(self._own, dtype)) if dtype else array
+        return self._own.asarray(np.array(array, dtype=dtype))
 
     def to_numpy(self, array: Array) -> NumpyArray:
         """Return an array of the library as a NumPy array."""

@@ -1,13 +1,16 @@
 """Write the result of conformance checks as text for a terminal, or as rows of a Markdown table."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 
+from gpt_xp.conformance.functions import PROGRAMS
 from gpt_xp.conformance.results import Check, Conformance, Line
 from gpt_xp.reporting.text import markdown_table, table, wrapped
 
 HEAD = (
-    "library", "version", "namespace", "functions", "forward pass", "worst layer, of the allowed error", "logits",
-    "text", "tokens/s (NumPy)", "jit",
+    "library", "version", "namespace", "functions", "programs", "worst layer, of the allowed error", "logits", "text",
+    "tokens/s (NumPy)",
 )  # fmt: skip
 
 
@@ -15,11 +18,15 @@ def as_text(found: Conformance) -> str:
     """Return the report of one library for a terminal of 80 columns."""
     if found.problem:
         return wrapped(f"{found.module}: FAILED: {found.problem}")
+    # NumPy's help does not change these two.
+    alone = ("forward pass", "sampling") if found.replaced else PROGRAMS
     parts = [
         wrapped(f"{found.module} {found.version}, {found.used}; model {found.model}, float32"),
         _functions(found.of("function")),
-        "".join(_line(check) for check in found.of("program")),
-        _replaced(found) + _layers(found.of("layer")),
+        "".join(_line(check) for check in found.of("program") if check.name in alone),
+        _replaced(found),
+        "".join(_line(check) for check in found.of("program") if check.name not in alone),
+        _layers(found.of("layer")),
         "".join(_line(check) for kind in ("text", "speed", "jit") for check in found.of(kind)),
         verdict(found),
     ]
@@ -40,7 +47,9 @@ def verdict(found: Conformance) -> str:
 
 def as_markdown(results: Sequence[Conformance]) -> str:
     """Return a Markdown table with a row for each library."""
-    return markdown_table([HEAD, *(_row(found) for found in results)])
+    with_jit = any(found.of("jit") for found in results)
+    rows = [_row(found) + ([_short(found, "jit")] if with_jit else []) for found in results]
+    return markdown_table([[*HEAD, *(["traced"] if with_jit else [])], *rows])
 
 
 def explained(check: Check) -> str:
@@ -83,12 +92,12 @@ def _functions(checks: Sequence[Check]) -> str:
 def _replaced(found: Conformance) -> str:
     if not found.replaced:
         return ""
-    return wrapped(f"with NumPy in place of the functions that fail ({', '.join(found.replaced)}):")
+    return wrapped(f"From here on, NumPy computes the functions that fail ({', '.join(found.replaced)}).")
 
 
 def _layers(checks: Sequence[Check]) -> str:
     """Return the error of each layer, or one line where they have one and the same reason to fail."""
-    if all(check.relative is None for check in checks):
+    if not any(check.figures.get("computed") for check in checks):
         return wrapped(f"layers: {explained(checks[0])}")
     return table([("layer", "of the largest", "allowed", ""), *_layer_rows(checks)])
 
@@ -96,56 +105,67 @@ def _layers(checks: Sequence[Check]) -> str:
 def _layer_rows(checks: Sequence[Check]) -> Iterator[tuple[str, ...]]:
     for check in checks:
         assert check.allowed is not None
-        relative = "not finite" if check.relative is None else f"{check.relative:.1e}"
-        yield check.name, relative, f"{check.allowed:.1e}", "" if check.is_ok else "OUTSIDE"
+        yield check.name, _relative(check), f"{check.allowed:.1e}", "" if check.is_ok else "OUTSIDE"
 
 
 def _row(found: Conformance) -> list[str]:
     if found.problem:
-        return [f"`{found.module}`", "-", "-", _cell(found.problem), *["-"] * (len(HEAD) - 4)]
+        return [f"`{found.module}`", "-", "-", _cell(found.problem.partition(": ")[0]), *["-"] * (len(HEAD) - 4)]
     functions = found.of("function")
     wrong = [f"`{check.name}`" for check in functions if not check.is_ok]
     count = f"{len(functions) - len(wrong)} of {len(functions)}"
     return [
         f"`{found.module}`", str(found.version), _cell(str(found.used)),
         f"{count}; not {', '.join(wrong)}" if wrong else count, _programs(found), *_errors(found),
-        *(_short(found, kind) for kind in ("text", "speed", "jit")),
+        _short(found, "text"), _short(found, "speed"),
     ]  # fmt: skip
 
 
 def _programs(found: Conformance) -> str:
-    wrong = [check for check in found.of("program") if check.is_ok is False]
-    if not wrong:
-        return "yes"
-    first = wrong[0]
-    at = f" at `{first.line.file}:{first.line.number}`" if first.line else ""
-    return f"{first.name} fails{at}: {_cell(first.message)}"
+    """Return which programs fail, and in which lines."""
+    wrong = [
+        check.name + (f" (`{check.line.file}:{check.line.number}`)" if check.line else "")
+        for check in found.of("program")
+        if not check.is_ok
+    ]
+    return f"not {', '.join(wrong)}" if wrong else "all"
 
 
 def _errors(found: Conformance) -> tuple[str, str]:
+    """Return the layer that comes closest to its allowed error, or goes furthest beyond it, and the logits' error."""
     *layers, logits = found.of("layer")
-    shares = {
-        check.name: check.relative / check.allowed
-        for check in layers
-        if check.relative is not None and check.allowed is not None
-    }
-    if not shares:
+    if logits.is_ok is None:
         return "-", "-"
+    if not logits.figures.get("computed"):
+        return _cell(logits.message), "-"
+    shares = {check.name: _share(check) for check in layers}
     worst = max(shares, key=lambda name: shares[name])
-    relative = "not finite" if logits.relative is None else f"{logits.relative:.1e}"
-    return f"{worst}: {shares[worst]:.2g}", relative
+    helped = ", with NumPy" if found.replaced else ""
+    return f"{worst}: {shares[worst]:.2g}{helped}", _relative(logits)
+
+
+def _share(check: Check) -> float:
+    return math.inf if check.relative is None else check.relative / (check.allowed or 1)
+
+
+def _relative(check: Check) -> str:
+    return "not finite" if check.relative is None or not math.isfinite(check.relative) else f"{check.relative:.1e}"
 
 
 def _short(found: Conformance, kind: str) -> str:
+    """Return the cell of the text, of the speed, or of the compiler."""
     for check in found.of(kind):
+        figures = check.figures
+        if check.is_ok is None:
+            return "-"
         if kind == "speed" and check.is_ok:
-            return f"{check.figures['tokens_per_second']:.3g} ({check.figures['numpy_tokens_per_second']:.3g})"
-        if kind == "text" and check.figures:
-            return f"{check.figures['shared']} of {check.figures['tokens']} tokens"
-        return "-" if check.is_ok is None else "yes" if check.is_ok else _cell(check.message)
+            return f"{figures['tokens_per_second']:.3g} ({figures['numpy_tokens_per_second']:.3g})"
+        if kind == "text" and figures:
+            return f"{figures['shared']} of {figures['tokens']} tokens"
+        return "yes" if check.is_ok else _cell(check.message)
     return "-"
 
 
 def _cell(text: str) -> str:
-    """Return text that fits one cell of a table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Return text that fits one cell of a table, and in which a name such as __array__ stays what it is."""
+    return re.sub(r"(\w*__\w+)", r"`\1`", text.replace("|", "\\|").replace("\n", " "))

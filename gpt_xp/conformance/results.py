@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_xp.tree import finite
 
-# The kinds of checks, in the order in which they are made.
+# The kinds of checks, in the order in which they are listed.
 KINDS = ("function", "program", "layer", "text", "speed", "jit")
 
 
@@ -46,8 +46,8 @@ class Conformance:
     """The result of all checks of one library.
 
     `used` tells which namespace was checked: that of an adapter, that of array-api-compat, or the module's own.
-    `problem` says why nothing could be checked, and is None otherwise. `replaced` are the functions that fail and that
-    NumPy computed in the checks of layers and text, where the forward pass does not run without them.
+    `problem` says why nothing could be checked, and is None otherwise. Where the forward pass fails, `replaced` are the
+    failing functions that NumPy computed, so that the cache, the loss, the layers and the text could be checked.
     """
 
     module: str

@@ -10,7 +10,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.conformance.adapter import check_known
 from gpt_xp.conformance.functions import FUNCTIONS, NAMES, PROGRAMS
 from gpt_xp.conformance.process import CheckEnded, LibraryProcess
-from gpt_xp.conformance.results import Check, Conformance, Line
+from gpt_xp.conformance.results import KINDS, Check, Conformance, Line
 from gpt_xp.errors import SettingError
 from gpt_xp.hub.find import find_model
 
@@ -52,7 +52,16 @@ def conform(
             return Conformance(module, name, problem=str(ended))
         run = _Run(library, config, progress)
         run.all(with_jit=jit is not None)
-        return Conformance(module, name, **about, replaced=run.replaced, checks=tuple(run.checks))
+        checks = sorted(run.checks, key=lambda check: KINDS.index(check.kind))
+        return Conformance(module, name, **about, replaced=run.replaced, checks=tuple(checks))
+
+
+def check_names(module: str, model: str | Path | None = None, jit: str | None = None) -> list[str]:
+    """Return the names of the checks that `conform` makes, and raise its errors. Nothing of the library is imported."""
+    check_known(module)
+    n_layer = read_config(find_model(str(model or MODEL))).n_layer
+    names = [*FUNCTIONS, *PROGRAMS, *layer_names(n_layer), "logits", "text", "speed"]
+    return [*names, *(["jit"] if jit else [])]
 
 
 class _Run:
@@ -106,13 +115,18 @@ class _Run:
         return [check.name for check in self.checks if check.name in NAMES and not check.is_ok]
 
     def _replace(self, names: list[str], runs: dict[str, bool]) -> None:
-        """Let NumPy compute the functions that fail, so that the layers and the text can be checked."""
+        """Let NumPy compute the functions that fail, so that what needs the forward pass can be checked after all."""
         self._progress(f"NumPy in place of {', '.join(names)}")
         self._library.replace(names)
-        for program in ("forward pass", "cache"):
-            if program == "forward pass" or runs["forward pass"]:
-                runs[program] = _ran(list(self._make([program], "program", "program", name=program)))
-        self.replaced = tuple(names) if runs["forward pass"] else ()
+        self._hung = 0
+        runs["forward pass"] = _ran(list(self._make(["forward pass"], "program", "program", name="forward pass")))
+        if not runs["forward pass"]:
+            return
+        self.replaced = tuple(names)
+        for index, check in enumerate(self.checks):
+            if check.kind == "program" and check.is_ok is None:
+                [self.checks[index]] = self._make([check.name], "program", "program", name=check.name)
+                runs[check.name] = _ran([self.checks[index]])
 
     def _add(self, *args: Any, **kwargs: Any) -> list[Check]:
         """Make checks as `_make` does, keep them, and return them."""
