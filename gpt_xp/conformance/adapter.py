@@ -18,7 +18,7 @@ from gpt_xp.errors import BackendError
 from gpt_xp.registry import backend_class, get_backend
 from gpt_xp.types import Array, Namespace, NumpyArray
 
-OWN_ADAPTER, WRAPPED, AS_IT_IS = "gpt-xp's adapter", "through array-api-compat", "as it is"
+ADAPTER, WRAPPED, AS_IT_IS = "its adapter's namespace", "through array-api-compat", "as it is"
 
 # The ways from an array to NumPy, in the order in which they are tried. The last ones are methods of arrays.
 WAYS_BACK: dict[str, Callable[[Any], Any]] = {
@@ -92,7 +92,7 @@ def find_library(name: str) -> tuple[Backend, str]:
     Raises `BackendError` for a name that is neither, and for a library that is not installed or not usable.
     """
     if has_adapter(name):
-        return get_backend(name), OWN_ADAPTER
+        return get_backend(name), ADAPTER
     backend = NamespaceBackend(name)
     return backend, f"{backend.used}; to NumPy by {backend.way_back}"
 

@@ -9,7 +9,7 @@ from gpt_xp.conformance.run import conform
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 
-RIGHT = Conformance("numpy", "shakespeare", "2", "gpt-xp's adapter", "cpu", checks=(Check("take", "function", True),))
+RIGHT = Conformance("numpy", "shakespeare", "2", "as it is", "cpu", checks=(Check("take", "function", True),))
 WRONG = Conformance("mine", "shakespeare", problem="mine cannot be imported: no driver")
 
 

@@ -113,7 +113,7 @@ def numpy_found() -> Conformance:
 
 def test_numpy_is_inside_the_tolerance_by_the_figures_of_compare(numpy_found):
     assert numpy_found.is_ok, report.as_text(numpy_found)
-    assert numpy_found.used == "gpt-xp's adapter"
+    assert numpy_found.used == "its adapter's namespace"
     [theirs] = gpt_xp.compare("numpy", "shakespeare", list(PROMPTS[:2]), max_tokens=1).runs
     assert theirs.figures is not None
     layers = [(layer.name, layer.difference.relative, layer.allowed) for layer in theirs.figures.layers]
