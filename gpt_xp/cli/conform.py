@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import click
 
-from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, model_option, option
+from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, option
 from gpt_xp.cli.output import note, write, write_json
 from gpt_xp.cli.wording import Command
 from gpt_xp.hub.find import find_model
@@ -17,10 +17,14 @@ from gpt_xp.hub.find import find_model
     help="Also trace the forward pass with this function of the library, such as jax.jit or mlx.core.compile.",
 )  # fmt: skip
 @option(
-    "--timeout", of="conform", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=120.0,
-    show_default="120", help="End a check that takes longer.",
+    "--timeout", of="conform", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=120,
+    show_default=True, help="End a check that takes longer.",
 )  # fmt: skip
-@model_option
+@option(
+    "-m", "--model", of="conform", metavar="MODEL", default="shakespeare", show_default=True,
+    help="A directory, or a name that `gpt-xp models` lists.",
+)  # fmt: skip
+@flag("--offline", help="Never use the network.")
 @json_option
 @flag("--markdown", help="Print one row of a Markdown table for each MODULE, and the head.")
 @click.pass_context
@@ -29,7 +33,7 @@ def conform(
     modules: Sequence[str],
     jit: str | None,
     timeout: float,
-    model: str | None,
+    model: str,
     offline: bool,
     as_json: bool,
     markdown: bool,
@@ -45,11 +49,10 @@ def conform(
     """
     from gpt_xp.conformance import report
     from gpt_xp.conformance.adapter import check_known
-    from gpt_xp.conformance.run import MODEL, conform
+    from gpt_xp.conformance.run import conform
 
     if jit is not None and len(modules) > 1:
         raise click.UsageError("--jit names a function of one library: give one MODULE", ctx)
-    model = model or MODEL
     for module in modules:
         check_known(module)
     find_model(model, offline=offline)  # A download shows its own progress bar.

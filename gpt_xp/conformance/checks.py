@@ -206,7 +206,8 @@ class Checks:
         shared = shared_length(found, wanted.token_ids)
         largest = float(np.abs(self._logits(self.reference, [*ids, *wanted.token_ids])).max())
         tie = 2 * TOLERANCE["logits", "float32"] * largest
-        figures = {"tokens": TEXT_TOKENS, "shared": shared, "token_ids": found, "expected": wanted.token_ids}
+        figures: dict[str, Any] = {"with_cache": with_cache, "tokens": TEXT_TOKENS, "shared": shared}
+        figures |= {"token_ids": found, "expected": wanted.token_ids}
         if shared == TEXT_TOKENS:
             return Check("text", "text", True, figures=figures)
         margin = wanted.margins[shared]

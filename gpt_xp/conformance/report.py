@@ -71,7 +71,8 @@ def _place(line: Line) -> str:
 def _figures(check: Check) -> str:
     figures = check.figures
     if check.kind == "text":
-        return check.message or f"the same {figures['tokens']} tokens"
+        same = f"the same {figures['tokens']} tokens"
+        return check.message or same + ("" if figures["with_cache"] else ", computed without a cache")
     if check.kind == "speed":
         return f"{figures['tokens_per_second']:.3g} tokens/s; NumPy: {figures['numpy_tokens_per_second']:.3g}"
     if check.relative is not None:

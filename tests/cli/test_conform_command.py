@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from gpt_xp.cli.conform import conform as command
+from gpt_xp.conformance import run
 from gpt_xp.conformance.results import Check, Conformance
-from gpt_xp.conformance.run import conform
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 
@@ -62,12 +63,7 @@ def test_an_unknown_module_is_one_clear_error(call):
     assert len(result.err.splitlines()) == 1
 
 
-def test_the_limit_of_time_is_that_of_the_library(call):
-    [option] = [each for each in _command().params if each.name == "timeout"]
-    assert option.default == conform.__kwdefaults__["timeout"]
-
-
-def _command():
-    from gpt_xp.cli.conform import conform
-
-    return conform
+def test_the_defaults_are_those_of_the_library():
+    assert {each.name: each.default for each in command.params if each.name in ("timeout", "model")} == {
+        "timeout": run.TIMEOUT, "model": run.MODEL,
+    }  # fmt: skip

@@ -75,7 +75,7 @@ def test_the_commands_that_share_a_variable() -> None:
         shared
         == {
             "GPT_XP_MODEL": models,
-            "GPT_XP_OFFLINE": models,
+            "GPT_XP_OFFLINE": sorted([*models, "conform"]),
             **{f"GPT_XP_{name}": loading for name in ("BACKEND", "DEVICE", "DTYPE", "QUANTIZE")},
             **{f"GPT_XP_{name}": ["bulk", "generate"] for name in sampling},
             **{f"GPT_XP_{name}": ["bulk", "score"] for name in ("BY", "WINDOW", "STRIDE")},
@@ -85,8 +85,8 @@ def test_the_commands_that_share_a_variable() -> None:
             "GPT_XP_THREADS": ["bench", "bulk", "compare", "generate", "look", "score", "train"],
             "GPT_XP_SPECIAL_TOKENS": ["bulk", "generate", "look", "score", "tokens", "train"],
             "GPT_XP_DTYPES": ["bench", "compare"],
-            "GPT_XP_MARKDOWN": ["bench", "compare"],
-            "GPT_XP_JSON": ["backends", *models[:4], "models", "score", "tokens", "train"],
+            "GPT_XP_MARKDOWN": ["bench", "compare", "conform"],
+            "GPT_XP_JSON": ["backends", *models[:3], "conform", "generate", "models", "score", "tokens", "train"],
         }
     )
 
