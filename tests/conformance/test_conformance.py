@@ -23,6 +23,7 @@ from gpt_xp.conformance.results import Check, Conformance
 from gpt_xp.conformance.run import check_names, conform
 from gpt_xp.errors import BackendError, ModelNotFoundError, SettingError
 
+pytestmark = pytest.mark.slow  # Most tests run a whole model in a process of its own.
 LAYERS = ["embedding", *(f"block {layer}" for layer in range(6)), "ln_f", "logits"]
 STRICT = "from array_api_strict import *\n__version__ = '0.1'\n"
 

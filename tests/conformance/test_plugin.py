@@ -12,6 +12,8 @@ from third_party import installed
 
 from gpt_xp.conformance.run import check_names
 
+pytestmark = pytest.mark.slow  # They run pytest, which runs a whole model.
+
 
 def run_pytest(folder: Path, *args: str) -> Result:
     """Run pytest in an empty folder with this plugin alone."""
