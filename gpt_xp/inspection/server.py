@@ -48,6 +48,9 @@ class LookServer(ThreadingHTTPServer):
         self.port = int(self.server_address[1])
         self.url = f"http://{HOST}:{self.port}/{self.secret}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Write nothing: the browser went away before it had its answer."""
+
     def answer_look(self, request: dict[str, Any]) -> bytes:
         """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`."""
         ids = _field(request, "token_ids", list) if "token_ids" in request else None
