@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,17 +38,22 @@ from gpt_xp.tolerances import TOLERANCE
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TF32 = Path(__file__).with_name("tf32")
 ON_CUDA = ("cupy", "jax@gpu", "torch@cuda")
-WITH_TF32 = ("jax-tf32@gpu", "torch-tf32@cuda")
+WITH_TF32 = ("cupy-tf32", "jax-tf32@gpu", "torch-tf32@cuda")
+HEAD = (
+    "library", "version", "device", "dtype", "error of the logits", "of the allowed", "worst layer", "same tokens",
+    "same texts",
+)  # fmt: skip
 EXPLANATION = """\
-Every library rounds, sums and computes `exp` and `tanh` in its own way. So the same forward pass on the same weights
-gives other numbers, and no two libraries are identical. "Identical across backends" can only mean: equal within the
-rounding of the dtype. This page shows how much that is.
+Every library sums products in its own order, and computes `exp` and `tanh` in its own way. So the same forward pass on
+the same weights gives other numbers. "Identical across backends" can only mean: equal within the rounding of the dtype.
+This page shows how much that is. (array-api-strict computes with NumPy, so these two may have the same bits.)
 
 - **error of the logits**: the largest difference from NumPy in float64, divided by the largest logit.
-- **of the allowed**: the same as a part of gpt-xp's tolerance for the dtype (`gpt_xp/tolerances.py`).
-- **worst layer**: the layer whose error is the largest part of what its depth allows.
-- **same tokens**: of the tokens that are generated greedily, how many equal those of float64. Where they differ, two
-  tokens were tied within the error.
+- **of the allowed**: this error, divided by gpt-xp's tolerance of the dtype (`gpt_xp/tolerances.py`).
+- **worst layer**: the layer whose error is the largest part of what is allowed at its depth, with the error.
+- **same tokens**: of the tokens that are chosen greedily after the text of float64, how many equal its own.
+- **same texts**: of the texts that are generated greedily, how many equal those of float64 to the end. A text that
+  differs in one token goes on differently.
 """
 
 
@@ -58,13 +64,6 @@ class Run:
     result: BackendResult
     logits: tuple[Any, ...]
 
-    @property
-    def name(self) -> str:
-        """The library, the device where it is no CPU, and the dtype."""
-        device = str(self.result.device or "")
-        where = "" if "cpu" in device.lower() or self.result.backend == "numpy" else f" on {device}"
-        return f"{self.result.backend}{where} {self.result.dtype}"
-
 
 def main() -> None:
     """Run the comparisons and print the page."""
@@ -72,26 +71,29 @@ def main() -> None:
     parser.add_argument("--backends", help="names with commas between (default: all that are installed)")
     parser.add_argument("--only", choices=["shakespeare", "124M"], help="one of the two models")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens to generate from each prompt (default: 32)")
+    parser.add_argument("--quick", action="store_true", help="the bundled model, one prompt, and 4 tokens: a trial")
     options = parser.parse_args()
+    if options.quick:
+        options.only, options.max_tokens = "shakespeare", 4
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TF32), os.environ.get("PYTHONPATH")]))
     has_cuda = any(device.name.startswith(("cuda", "gpu")) for info in gpt_xp.backends() for device in info.devices)
     backends = options.backends.split(",") if options.backends else installed(has_cuda)
-    machine = describe_machine()
+    machine, command = describe_machine(), shlex.join(["python", "benchmarks/agreement.py", *sys.argv[1:]])
     print(f"# How far apart array libraries are\n\n{EXPLANATION}")
     print(
-        f"Made by `python benchmarks/{Path(__file__).name}` on {machine['date']}: gpt-xp {machine['gpt_xp']}, Python "
+        f"Made by `{command}` on {machine['date']}: gpt-xp {machine['gpt_xp']}, Python "
         f"{machine['python']}, {machine['system']}, {machine['cpu']}, {machine['cores']} cores.\n"
     )
     if not has_cuda:
-        print("There was no GPU: these are CPUs, and there are no rows with TF32.\n")
+        print("No GPU has run yet: all rows are of CPUs, and rows with TF32 are left out, which only GPUs have.\n")
     if options.only != "124M":
-        model("The bundled model", find_model("shakespeare"), backends, options.max_tokens)
+        model("The bundled model", find_model("shakespeare"), backends, options)
     if options.only != "shakespeare":
         with tempfile.TemporaryDirectory() as folder:
             config = gpt_xp.SIZES["124M"]
             write_published(Path(folder), config, trained_size_params(config))
             title = "124M's shape, random weights, with activations as large as those of the trained model"
-            model(title, Path(folder), backends, options.max_tokens)
+            model(title, Path(folder), backends, options)
 
 
 def installed(has_cuda: bool) -> list[str]:
@@ -103,10 +105,11 @@ def installed(has_cuda: bool) -> list[str]:
     return [name if name not in ("jax", "torch") else f"{name}@cpu" for name in usable if name != "cupy"] + gpu
 
 
-def model(title: str, folder: Path, backends: Sequence[str], max_tokens: int) -> None:
+def model(title: str, folder: Path, backends: Sequence[str], options: argparse.Namespace) -> None:
     """Compare the libraries on one model, and print its part of the page."""
-    config, tokenizer = read_config(folder), Tokenizer.from_directory(folder)
-    prompts = [tokenizer.encode(text)[: config.n_ctx - max_tokens] for text in PROMPTS]
+    config, tokenizer, max_tokens = read_config(folder), Tokenizer.from_directory(folder), options.max_tokens
+    texts = PROMPTS[:1] if options.quick else PROMPTS
+    prompts = [tokenizer.encode(text)[: config.n_ctx - max_tokens] for text in texts]
     job = {"model": str(folder), "prompts": prompts, "max_tokens": max_tokens, "seed": 0, "threads": None}
     largest: list[float] = []
     with tempfile.TemporaryDirectory(prefix="gpt-xp-agreement-") as temporary:
@@ -115,17 +118,19 @@ def model(title: str, folder: Path, backends: Sequence[str], max_tokens: int) ->
             if not largest:
                 largest.extend(np.max([np.abs(each).max(axis=(1, 2)) for each in reference.arrays("layers")], axis=0))
                 largest.append(max(float(np.abs(each).max()) for each in reference.arrays("logits")))
-            wanted = result.figures is not None and result.dtype == "float32"
-            return Run(result, tuple(np.array(each) for each in outcome.arrays("logits")) if wanted else ())
+            return Run(result, tuple(map(np.array, outcome.arrays("logits"))) if result.figures else ())
 
         reference, runs = run_all(Path(temporary), backends, DTYPES, job, progress, keep)
     n_tokens = sum(map(len, prompts))
-    print(f"## {title}\n\n{config.n_params / 1e6:.1f}M params, {n_tokens} tokens in {len(prompts)} prompts, "
+    print(f"## {title}\n\n{config.n_params / 1e6:.1f}M params, {n_tokens} tokens in "
+          f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}, "
           f"{max_tokens} generated from each. The reference is NumPy {reference.version} in float64.\n")  # fmt: skip
-    print(markdown_table([("library", "version", "error of the logits", "of the allowed", "worst layer", "same tokens"),
-                          *filter(None, map(row, runs))]))  # fmt: skip
-    print("Each from each other in float32: the largest difference of the logits, divided by the largest logit.\n")
-    print(markdown_table(list(pairs([run for run in runs if run.logits]))))
+    print(markdown_table([HEAD, *filter(None, map(row, runs))]))
+    print("Each from each other: the largest difference of the logits, divided by the largest logit.\n")
+    for dtype in DTYPES:
+        those = [run for run in runs if run.logits and run.result.dtype == dtype]
+        if len(those) > 1:
+            print(markdown_table(list(pairs(dtype, those))))
     print("The largest activation after each layer, and the largest logit:\n")
     names = [name.removeprefix("block ") for name in layer_names(config.n_layer)]
     print(markdown_table([("layer", *names, "logits"), ("largest", *(f"{each:.4g}" for each in largest))]))
@@ -133,7 +138,7 @@ def model(title: str, folder: Path, backends: Sequence[str], max_tokens: int) ->
     for run in runs:
         if run.result.figures and run.result.dtype == "float32":
             settings = ", ".join(f"{key} {value}" for key, value in run.result.settings.items())
-            print(f"- {run.name}: {settings or 'none'}")
+            print(f"- {run.result.backend}: {settings or 'none'}")
     print()
 
 
@@ -143,23 +148,27 @@ def row(run: Run) -> tuple[str, ...] | None:
     if result.skipped:
         return None
     if figures is None:
-        return (run.name, "", f"failed: {'; '.join(result.problems)}", "", "", "")
+        return (result.backend, "", "", result.dtype, f"failed: {'; '.join(result.problems)}", "", "", "", "")
     error = figures.logits.difference.relative
     worst = max(figures.layers, key=lambda layer: layer.difference.relative / layer.allowed)
-    greedy = figures.tokens["greedy"]
-    same = greedy.n_tokens - len(greedy.flips)
+    greedy = figures.tokens.get("greedy")
+    texts = ("-", "-")  # It could not generate: its logits were not finite.
+    if greedy is not None:
+        whole = greedy.shared.count(greedy.length)
+        texts = (f"{greedy.n_tokens - len(greedy.flips)} of {greedy.n_tokens}", f"{whole} of {len(greedy.shared)}")
     return (
-        run.name, str(result.version), f"{error:.1e}", f"{error / TOLERANCE['logits', result.dtype]:.0%}",
-        f"{worst.name} ({worst.difference.relative / worst.allowed:.0%})", f"{same} of {greedy.n_tokens}",
+        result.backend, str(result.version), str(result.device), result.dtype, f"{error:.1e}" if error else "0",
+        f"{error / TOLERANCE['logits', result.dtype]:.2g}",
+        f"{worst.name} ({worst.difference.relative:.1e})" if worst.difference.relative else "-", *texts,
     )  # fmt: skip
 
 
-def pairs(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of the table of all pairs."""
-    yield ("", *(run.name for run in runs[:-1]))
+def pairs(dtype: str, runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table of all pairs of libraries in one dtype."""
+    yield (dtype, *(run.result.backend for run in runs[:-1]))
     for i, run in enumerate(runs[1:], 1):
         others = (distance(run, other) for other in runs[:i])
-        yield (run.name, *itertools.islice(itertools.chain(others, itertools.repeat("")), len(runs) - 1))
+        yield (run.result.backend, *itertools.islice(itertools.chain(others, itertools.repeat("")), len(runs) - 1))
 
 
 def distance(a: Run, b: Run) -> str:

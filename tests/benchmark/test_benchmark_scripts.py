@@ -1,11 +1,13 @@
 """The arithmetic of the scripts in `benchmarks/`; what they measure is not tested, for it takes long."""
 
 import argparse
+import datetime
 import importlib
 import itertools
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Result, in_a_new_process, posix, process
+from commands import PATIENCE, Result, in_a_new_process, posix, process
 from folders import BENCHMARKS
 from naive_gpt2 import gpt2 as oracle
 from small_models import CONFIGS, small_params
@@ -24,6 +26,8 @@ from third_party import installed
 import gpt_xp
 from gpt_xp.benchmark.figures import Spread, Turn, Workload, workload_figures
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
+from gpt_xp.comparison.figures import ComparisonFigures, Difference, LayerFigures, LogitFigures
+from gpt_xp.comparison.results import BackendResult
 from gpt_xp.errors import BackendError, GptXpError
 from gpt_xp.tolerances import TOLERANCE
 
@@ -42,7 +46,7 @@ def script(monkeypatch):
 
 
 def agreement_run(script, backend, *logits, dtype="float32"):
-    return script("agreement").Run(gpt_xp.comparison.results.BackendResult(backend, dtype, "cpu", "1"), logits)
+    return script("agreement").Run(BackendResult(backend, dtype, "cpu", "1"), logits)
 
 
 def test_each_pair_of_libraries_has_the_largest_difference_of_all_prompts(script):
@@ -52,11 +56,50 @@ def test_each_pair_of_libraries_has_the_largest_difference_of_all_prompts(script
         agreement_run(script, "jax", a, b),
         agreement_run(script, "torch", a, b + 2),
     ]
-    assert list(script("agreement").pairs(runs)) == [
-        ("", "numpy float32", "jax float32"),
-        ("jax float32", "the same bits", ""),
-        ("torch float32", "2.5e-01", "2.5e-01"),  # 2 of 8
+    assert list(script("agreement").pairs("float32", runs)) == [
+        ("float32", "numpy", "jax"),
+        ("jax", "the same bits", ""),
+        ("torch", "2.5e-01", "2.5e-01"),  # 2 of 8
     ]
+
+
+def test_the_page_has_the_figures_of_compare_for_each_library_and_dtype():
+    command = [sys.executable, str(SCRIPTS / "agreement.py"), "--quick", "--backends", "array-api-strict,numpy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    found = gpt_xp.compare("numpy", "shakespeare", "ROMEO:", dtypes=["float32", "float64"], max_tokens=4)
+    for run in found.runs:
+        error = run.figures.logits.difference.relative
+        expected = ["numpy", np.__version__, "cpu", run.dtype, f"{error:.1e}" if error else "0"]
+        [line] = [line for line in lines if line[:5] == expected]
+        assert line[-2:] == ["4 of 4", "1 of 1"]
+    assert ["numpy", "the same bits"] in lines, "array-api-strict computes with NumPy"
+    assert "bfloat16" not in done.stdout, "neither of them computes in it"
+    assert f"on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}" in done.stdout
+    assert "No GPU has run yet" in done.stdout
+
+
+def test_with_a_gpu_each_library_also_runs_with_tf32(script, monkeypatch):
+    names = ["numpy", "jax", "jax-tf32", "torch", "torch-tf32", "cupy", "cupy-tf32", "mlx"]
+    infos = [SimpleNamespace(name=name, problem=None) for name in names]
+    monkeypatch.setattr(gpt_xp, "backends", lambda: [*infos, SimpleNamespace(name="dask", problem="not installed")])
+    assert script("agreement").installed(has_cuda=False) == ["numpy", "jax", "torch", "cupy", "mlx"]
+    assert script("agreement").installed(has_cuda=True) == [
+        "numpy", "jax@cpu", "torch@cpu", "mlx",
+        "cupy", "jax@gpu", "torch@cuda", "cupy-tf32", "jax-tf32@gpu", "torch-tf32@cuda",
+    ]  # fmt: skip
+
+
+def test_a_run_whose_logits_are_not_finite_has_a_row(script):
+    """Such a run generates nothing."""
+    infinite = Difference(np.inf, np.inf, np.inf)
+    figures = ComparisonFigures(
+        (LayerFigures("embedding", infinite, 1e-3),), LogitFigures(infinite, np.inf, np.inf, 0.0, ())
+    )
+    run = script("agreement").Run(BackendResult("mlx", "float16", "gpu", "1", figures=figures), ())
+    assert script("agreement").row(run) == (
+        "mlx", "1", "gpu", "float16", "inf", "inf", "embedding (inf)", "-", "-",
+    )  # fmt: skip
 
 
 def test_weights_of_trained_size_have_large_activations(script):

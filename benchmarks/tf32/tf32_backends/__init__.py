@@ -5,9 +5,11 @@ when it is on PYTHONPATH.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
+from gpt_xp_backends.cupy_backend import CuPyBackend
 from gpt_xp_backends.jax_backend import JaxBackend
 from gpt_xp_backends.torch_backend import TorchBackend
 
@@ -44,3 +46,17 @@ class TorchTF32(TorchBackend):
             return function(*inputs, **more)
 
         return super().compile(rounded, *args, **options)
+
+
+class CuPyTF32(CuPyBackend):
+    """CuPy with cuBLAS's products in TF32. gpt-xp's own kernels, which decode, compute in float32 all the same."""
+
+    name = "cupy-tf32"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        os.environ["CUPY_TF32"] = "1"  # CuPy reads it at its first product, in the process of this backend alone.
+
+    def settings(self) -> dict[str, str]:
+        """Return CuPy's settings, with TF32 among them."""
+        return super().settings() | {"tf32": "yes"}
