@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_xp.arrays import at_least_float32
 from gpt_xp.comparison.distances import Distance, distances
 from gpt_xp.comparison.driver import check_backends
 from gpt_xp.config import GPT2Config
@@ -154,7 +155,7 @@ def histogram(rest: NumpyArray) -> tuple[NumpyArray, NumpyArray]:
 
 def lens_logits(params: Params, x: Array, xp: Namespace) -> Array:
     """Read the residual stream [rows, n_embd] as if it were the last: return logits [rows, n_vocab]."""
-    return unembed(layer_norm(x, **params["ln_f"], xp=xp), params["wte"], xp)
+    return at_least_float32(unembed(layer_norm(x, **params["ln_f"], xp=xp), params["wte"], xp), xp)
 
 
 def logit_lens(model: Model, streams: list[NumpyArray], logits: NumpyArray) -> Lens:

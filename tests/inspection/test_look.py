@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Result
+from comparison import TOLERANCE, assert_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libraries import quantized
+from libraries import make_backend, quantized
 from small_models import CONFIGS, small_params, small_tokens
 from small_quantized import small
 
@@ -205,6 +206,18 @@ def test_quantized_weights(backend: Backend) -> None:
     model = Model(params, config, backend=backend)
     found = model.look([1, 2, 3])
     np.testing.assert_allclose(found.predictions.all_logits, model.logits([1, 2, 3])[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "mlx"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(name: str, dtype: str) -> None:
+    ids = small_tokens("prime")[0].tolist()
+    found = small_model(make_backend(name, dtype)).look(ids)
+    expected = small_model().look(ids)
+    allowed = TOLERANCE["logits", dtype]
+    assert_values(found.predictions.all_logits, expected.predictions.all_logits, allowed)
+    assert np.abs(np.exp(found.lens.logprobs[..., 0]) - np.exp(expected.lens.logprobs[..., 0])).max() < 2 * allowed
+    assert page(found)
 
 
 # --- distances --------------------------------------------------------------------------------------------------------
