@@ -30,6 +30,7 @@ from gpt_xp.reporting.text import size
 
 if TYPE_CHECKING:
     from gpt_xp.inspection.results import Look
+    from gpt_xp.inspection.server import LookServer
     from gpt_xp.model import Model
 
 
@@ -76,6 +77,7 @@ def look(
         note_no_effect(ctx, ["max_size"], "without --html or --serve")
     if not serve:
         note_no_effect(ctx, ["port"], "without --serve")
+    server = _server(port) if serve else None  # A port that is taken is an error before anything is computed.
     name, model = load_model(**loading)
     note_special_tokens(model.tokenizer, [prompt], special_tokens)
     looking = functools.partial(_look, model, name, _source(loading), special_tokens, max_size, loading["threads"])
@@ -83,8 +85,13 @@ def look(
     if html is not None:
         found.save(html)
         note(f"{html} has {size(html.stat().st_size)}")
-    if serve:
-        _serve(model, found, lambda text, position, again: looking(text, position, compared if again else None), port)
+    if server is not None:
+        write(f"{server.url}\n")
+        note("open this address in a browser on this machine; Ctrl-C ends the server")
+        with exit_on_interrupt():
+            server.serve(
+                model, found, lambda text, position, again: looking(text, position, compared if again else None)
+            )
     elif html is None:
         from gpt_xp.inspection.report import as_text
 
@@ -117,11 +124,7 @@ def _look(
     )  # fmt: skip
 
 
-def _serve(model: "Model", found: "Look", looking: Any, port: int) -> None:
+def _server(port: int) -> "LookServer":
     from gpt_xp.inspection.server import LookServer
 
-    server = LookServer(model, found, looking, port)
-    write(f"{server.url}\n")
-    note("open this address in a browser on this machine; Ctrl-C ends the server")
-    with exit_on_interrupt():
-        server.serve_forever()
+    return LookServer(port)

@@ -29,24 +29,31 @@ Looking = Callable[[Any, int | None, bool], Look]  # (text or token ids, positio
 
 
 class LookServer(ThreadingHTTPServer):
-    """Serves `look`, and other looks at the same model. `url` is the address of the page.
+    """Serves a look, and other looks at the same model. `url` is the address of the page.
 
-    `looking` computes a look. `port` 0 takes any free port. Raises `SettingError` for a port that is not free.
+    `port` 0 takes any free port. Raises `SettingError` for a port that is not free.
     """
 
     daemon_threads = True  # An open connection does not keep the process alive.
+    model: Model
+    look: Look
+    looking: Looking
 
-    def __init__(self, model: Model, look: Look, looking: Looking, port: int = 0) -> None:
+    def __init__(self, port: int = 0) -> None:
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise SettingError(f"the port {port} of {HOST} cannot be used ({why}): choose another one") from None
-        self.model, self.look, self.looking = model, look, looking
         self.lock = threading.Lock()  # The model computes for one request at a time.
         self.secret = secrets.token_urlsafe(16)
         self.port = int(self.server_address[1])
         self.url = f"http://{HOST}:{self.port}/{self.secret}/"
+
+    def serve(self, model: Model, look: Look, looking: Looking) -> None:
+        """Answer requests for `look`, and for other looks that `looking` computes, until `shutdown` is called."""
+        self.model, self.look, self.looking = model, look, looking
+        self.serve_forever()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Write nothing: the browser went away before it had its answer."""

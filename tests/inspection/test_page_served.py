@@ -27,7 +27,8 @@ class Served(LookServer):
         def looking(text: Any, position: int | None, again: bool) -> Any:
             return model.look(text, "numpy" if again else None, position=position, max_size=self.max_size)
 
-        super().__init__(model, model.look(PROMPT, "numpy"), looking)
+        super().__init__()
+        self.model, self.look, self.looking = model, model.look(PROMPT, "numpy"), looking
 
 
 @pytest.fixture

@@ -31,9 +31,11 @@ def served(shakespeare: Model) -> Iterator[LookServer]:
         found = shakespeare.look(text, position=position)
         return replace(found, distances=(Distance("other", "float32"),)) if again else found
 
-    server = LookServer(shakespeare, looking(PROMPT, None, True), looking)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    server = LookServer()
+    look = looking(PROMPT, None, True)
+    thread = threading.Thread(target=server.serve, args=(shakespeare, look, looking), daemon=True)
     thread.start()
+    assert ask(server)[0] == 200  # It has begun.
     yield server
     server.shutdown()
     server.server_close()
@@ -205,9 +207,9 @@ def test_what_is_no_http_does_no_harm(served: LookServer) -> None:
     assert ask(served)[0] == 200
 
 
-def test_a_port_that_is_taken(served: LookServer, shakespeare: Model) -> None:
+def test_a_port_that_is_taken(served: LookServer) -> None:
     with pytest.raises(SettingError, match=f"the port {served.port} of 127.0.0.1 cannot be used .*: choose another"):
-        LookServer(shakespeare, served.look, served.looking, served.port)
+        LookServer(served.port)
 
 
 @posix
@@ -228,11 +230,11 @@ def test_the_command_serves_until_ctrl_c() -> None:
         socket.create_connection(("127.0.0.1", url.port or 0), timeout=PATIENCE)
 
 
-def test_a_taken_port_is_an_error_of_the_command() -> None:
+def test_a_taken_port_is_an_error_before_a_model_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        found = process("look", "-m", "shakespeare", "--serve", "--port", str(taken.getsockname()[1]), "To be")
+        found = process("look", "-m", "no/such/model", "--serve", "--port", str(taken.getsockname()[1]), "To be")
     assert found.code == 1
-    assert "cannot be used" in found.err
+    assert "cannot be used (Address already in use): choose another one" in found.err
     assert "Traceback" not in found.err
