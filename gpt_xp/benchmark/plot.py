@@ -8,12 +8,15 @@ from gpt_xp.benchmark.figures import Phase, Spread, Workload, WorkloadFigures
 from gpt_xp.benchmark.results import Benchmark
 from gpt_xp.reporting.plots import (
     INK,
-    add_legend,
+    Bar,
     check_plot,
     draw_bars,
     label_ends,
     new_figure,
+    number,
     save_figure,
+    say,
+    scale_measured,
     style_axes,
     styles,
 )
@@ -31,17 +34,18 @@ def draw(benchmark: Benchmark) -> Any:
 
     Two panels show milliseconds of decode and prefill over the context, at the smallest batch; with one context they
     are bars. Where there are several batches, one panel shows tokens per second over the batch, at the longest context.
-    Bands are quartiles.
+    Bands are quartiles, which stand behind the numbers of bars.
     """
     batches = {workload.batch for workload in benchmark.workloads}
     contexts = {workload.context for workload in benchmark.workloads}
     least, longest = min(batches), max(contexts)
-    is_over_context = len(contexts) > 1 or len(batches) == 1
-    phases = [what for what in ("decode", "prefill") if is_over_context and _is_measured(benchmark, what)]
-    n_panels = len(phases) + (len(batches) > 1)
-    figure, axes = new_figure(1, n_panels, figsize=(max(6.5, 5 * n_panels), 4.6), squeeze=False)
+    measured = [what for what in ("decode", "prefill") if _is_measured(benchmark, what)]
+    over_context = measured if len(contexts) > 1 or len(batches) == 1 else []
+    over_batch = measured[:1] if len(batches) > 1 else []
+    n_panels = max(1, len(over_context) + len(over_batch))
+    figure, axes = new_figure(1, n_panels, figsize=(max(6.5, 5.2 * n_panels), 4.2), squeeze=False)
     panels = list(axes[0])
-    for panel, what in zip(panels, phases, strict=False):
+    for panel, what in zip(panels, over_context, strict=False):
         title = f"{what}: ms" + (" a token" if what == "decode" else "") + " (lower is better)"
         if len(contexts) == 1:
             _draw_bars(panel, benchmark, what, f"{title}\n{longest} tokens of context, batch of {least}")
@@ -49,11 +53,12 @@ def draw(benchmark: Benchmark) -> Any:
         _draw(panel, benchmark, lambda w: w.context if w.batch == least else None, _milliseconds(what))
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel(f"tokens of context (batch of {least})", fontsize=9)
-    if len(batches) > 1:
-        _draw(panels[-1], benchmark, lambda w: w.batch if w.context == longest else None, _rates, base=2)
-        panels[-1].set_title("decode: tokens per second (higher is better)", fontsize=10, loc="left")
+    for what in over_batch:
+        _draw(panels[-1], benchmark, lambda w: w.batch if w.context == longest else None, _rates(what))
+        panels[-1].set_title(f"{what}: tokens per second (higher is better)", fontsize=10, loc="left")
         panels[-1].set_xlabel(f"prompts in a batch (context {longest})", fontsize=9)
-    add_legend(figure, panels[0])
+    if not measured:
+        say(panels[0], "nothing could be measured")
     figure.suptitle(f"{benchmark.title}: medians of {benchmark.rounds} rounds, with quartiles", fontsize=12, wrap=True)
     return figure
 
@@ -63,15 +68,15 @@ def _draw(
     benchmark: Benchmark,
     x_of: Callable[[Workload], int | None],
     y_of: Callable[[Workload, WorkloadFigures], Spread | None],
-    base: int | None = None,
 ) -> None:
     """Draw a line for each contender, over the workloads for which `x_of` returns a number.
 
-    Ticks are at these numbers alone. With `base`, the axis is logarithmic.
+    The axis suits the medians: a band that is far wider than they are is cut off, because it would flatten all lines.
     """
     looks = _looks(benchmark)
-    ticks: set[int] = set()
-    ends: list[tuple[float, float, str]] = []
+    measured: set[int] = set()
+    top = 0.0
+    ends: list[tuple[float, float, str, str]] = []
     for result in benchmark.standings:
         points = [
             (x, y)
@@ -80,30 +85,29 @@ def _draw(
         ]
         if points:
             points.sort(key=lambda point: point[0])
-            xs = [x for x, _ in points]
-            ticks.update(xs)
-            [line] = axes.plot(xs, [y.median for _, y in points], label=short_dtypes(result.name), **looks[result.name])
-            low, high = [y.low for _, y in points], [y.high for _, y in points]
+            xs, spreads = zip(*points, strict=True)
+            measured.update(xs)
+            name = short_dtypes(result.name)
+            [line] = axes.plot(xs, [y.median for y in spreads], label=name, **looks[result.name])
+            low, high = [y.low for y in spreads], [y.high for y in spreads]
             axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-            ends.append((xs[-1], points[-1][1].median, line.get_color()))
-    if base is not None:
-        axes.set_xscale("log", base=base)
-    axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+            top = max([top, *(min(1.05 * y.high, 1.3 * y.median) for y in spreads)])
+            ends.append((xs[-1], spreads[-1].median, line.get_color(), name))
+    scale_measured(axes, measured)
+    axes.set_ylim(0, top or 1)
     label_ends(axes, ends)
     style_axes(axes)
 
 
 def _draw_bars(axes: Any, benchmark: Benchmark, what: str, title: str) -> None:
     """Draw a bar for each contender, for the one workload that there is."""
-    value = _milliseconds(what)
-    found = {
-        short_dtypes(result.name): spread.median
+    looks, value = _looks(benchmark), _milliseconds(what)
+    bars = [
+        Bar(short_dtypes(result.name), looks[result.name], found.median, f" ({number(found.low)}–{number(found.high)})")
         for result in benchmark.standings
-        if result.figures and (spread := value(benchmark.workloads[0], result.figures[0])) is not None
-    }
-    draw_bars(axes, list(found), list(found.values()), title)
+        if result.figures and (found := value(benchmark.workloads[0], result.figures[0])) is not None
+    ]
+    draw_bars(axes, bars, title)
 
 
 def _is_measured(benchmark: Benchmark, what: str) -> bool:
@@ -111,8 +115,8 @@ def _is_measured(benchmark: Benchmark, what: str) -> bool:
 
 
 def _looks(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
-    """Return the style of each contender; the floor is dashed and black."""
-    found = styles([result.name for result in benchmark.standings if not result.is_floor])
+    """Return the style of each contender that was measured; the floor is dashed and black."""
+    found = styles([result.name for result in benchmark.standings if result.figures and not result.is_floor])
     floor: dict[str, Any] = {"color": INK, "linestyle": "--"}
     return found | {result.name: floor for result in benchmark.standings if result.is_floor}
 
@@ -128,8 +132,12 @@ def _milliseconds(what: str) -> Callable[[Workload, WorkloadFigures], Spread | N
     return value
 
 
-def _rates(workload: Workload, figures: WorkloadFigures) -> Spread | None:
-    if figures.decode is None:
-        return None
-    found = figures.decode.seconds
-    return Spread(workload.batch / found.median, workload.batch / found.high, workload.batch / found.low)
+def _rates(what: str) -> Callable[[Workload, WorkloadFigures], Spread | None]:
+    def value(workload: Workload, figures: WorkloadFigures) -> Spread | None:
+        phase: Phase | None = getattr(figures, what)
+        if phase is None:
+            return None
+        found, tokens = phase.seconds, workload.batch * (workload.context if what == "prefill" else 1)
+        return Spread(tokens / found.median, tokens / found.high, tokens / found.low)
+
+    return value

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from gpt_xp.installation import install_command
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TYPICAL_SIZE = 100_000  # bytes of a picture
-INK, SOFT = "#222222", "#999999"
+INK, GREY, SOFT = "#222222", "#777777", "#999999"
 
 # Okabe and Ito's colors, which people with color blindness can tell apart.
 COLORS = {
@@ -55,23 +57,29 @@ def style_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def add_legend(figure: Any, axes: Any) -> None:
-    """Put the legend of the lines of `axes` below all axes of the figure."""
-    lines = axes.get_legend_handles_labels()
-    if lines[0]:
-        figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-
-
 def library_of(name: str) -> str:
     """Return the library in the name of a contender or a run: "torch" in "gpt-xp torch+int8@cuda bfloat16"."""
     return re.split(r"[ +@]", name.removeprefix("gpt-xp "))[0]
 
 
+def library_colors(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the color of each library, which is the same in every plot.
+
+    The color of a library that `COLORS` does not know is chosen by its name. If two of them would have the same one,
+    the second in the alphabet takes the next color.
+    """
+    found: dict[str, str] = {}
+    for library in sorted(set(libraries)):
+        first = zlib.crc32(library.encode()) % len(OTHER_COLORS)
+        wanted = [*OTHER_COLORS[first:], *OTHER_COLORS[:first]]
+        free = [color for color in wanted if color not in found.values()]
+        found[library] = COLORS.get(library) or (free or wanted)[0]
+    return found
+
+
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the style of each line: one color for a library in every plot; its variants differ in marks and dashes."""
-    libraries = list(dict.fromkeys(map(library_of, names)))
-    others = [library for library in libraries if library not in COLORS]
-    colors = COLORS | {library: OTHER_COLORS[i % len(OTHER_COLORS)] for i, library in enumerate(others)}
+    colors = library_colors(map(library_of, names))
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         library = library_of(name)
@@ -94,20 +102,30 @@ def number(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
 
 
-def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float | None], title: str) -> None:
-    """Draw a bar for each value, the first at the top, with its number at the end; "-" where there is none."""
-    looks = styles(names)
-    height = 0.6 if len(names) > 2 else 0.3
-    for place, (name, value) in enumerate(zip(names, values, strict=True)):
-        look = looks[name]
-        is_first = look["linestyle"] == "-"
-        axes.barh(place, value or 0, height=height, color=look["color"], alpha=1 if is_first else 0.55,
-                  hatch=None if is_first else "//", edgecolor="white", linewidth=0)  # fmt: skip
-        text = "-" if value is None else number(value)
-        axes.annotate(text, (value or 0, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25 * max(filter(None, values), default=1))
+@dataclass(frozen=True)
+class Bar:
+    """A bar: its name, its style as `styles` returns it, its value, and a note behind the number at its end."""
+
+    name: str
+    style: dict[str, Any]
+    value: float | None
+    note: str = ""
+
+
+def draw_bars(axes: Any, bars: Sequence[Bar], title: str) -> None:
+    """Draw the bars, the first at the top, with their numbers at their ends; "-" where there is no value."""
+    height = 0.6 if len(bars) > 2 else 0.3
+    for place, bar in enumerate(bars):
+        is_plain = bar.style.get("marker") in (None, VARIANTS[0][0])
+        axes.barh(place, bar.value or 0, height=height, color=bar.style["color"], alpha=1 if is_plain else 0.55,
+                  hatch=None if is_plain else "//", edgecolor="white", linewidth=0)  # fmt: skip
+        text = "-" if bar.value is None else number(bar.value) + bar.note
+        axes.annotate(text, (bar.value or 0, place), xytext=(4, 0), textcoords="offset points", va="center",
+                      fontsize=9, color=INK)  # fmt: skip
+    axes.set_yticks(range(len(bars)), [bar.name.replace(" ", "\n", 1) for bar in bars])
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    room = 1.7 if any(bar.note for bar in bars) else 1.25  # for the numbers
+    axes.set_xlim(0, room * (max((bar.value or 0 for bar in bars), default=0) or 1))
     axes.set_title(title, fontsize=10, loc="left")
     style_axes(axes)
     axes.grid(visible=False)
@@ -115,14 +133,53 @@ def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float | None], t
     axes.spines["bottom"].set_visible(False)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, float, str]]) -> None:
-    """Write the number at the end of each line, given as x, y and a color; close ones are moved apart."""
-    apart = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    place = -math.inf
-    for x, y, color in sorted(ends, key=lambda end: end[1]):
-        place = max(y, place + apart)
-        axes.annotate(number(y), (x, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
-                      color=color, annotation_clip=False)  # fmt: skip
+def say(axes: Any, text: str) -> None:
+    """Write a sentence into axes that have nothing to show."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def scale_measured(axes: Any, values: Iterable[int]) -> None:
+    """Put the ticks of the x axis at the measured values alone. Powers of two are shown at equal distances.
+
+    A tick that is too close to another one has no number.
+    """
+    ticks = sorted(set(values))
+    are_powers = all(value & (value - 1) == 0 for value in ticks)
+    if are_powers:
+        axes.set_xscale("log", base=2)
+    places = [math.log2(tick) if are_powers else float(tick) for tick in ticks]
+    apart = 0.08 * (places[-1] - places[0]) if ticks else 0
+    shown: list[float] = []
+    for place in places:
+        if place == places[-1] or all(abs(place - each) >= apart for each in (*shown, places[-1])):
+            shown.append(place)
+    labels = [str(tick) if place in shown else "" for tick, place in zip(ticks, places, strict=True)]
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the number and the name at the end of each line, which is given as x, y, a color and the name.
+
+    Close labels are moved apart. A thin line leads from the end to its label, so that none is told by color alone.
+    """
+    low, high = axes.get_ylim()
+    apart = 0.05 * (high - low)
+    ordered = sorted(ends, key=lambda end: end[1])
+    places: list[float] = []
+    for _, y, _, _ in ordered:
+        places.append(max(y, places[-1] + apart) if places else y)
+    limit = high  # The highest label stays below the title.
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - apart
+    for (x, y, color, name), place in zip(ordered, places, strict=True):
+        axes.annotate(f"{number(y)}  {name}", (x, y), xytext=(14, place), textcoords=("offset points", "data"),
+                      va="center", fontsize=8, color=INK, annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": color, "linewidth": 1, "shrinkA": 1, "shrinkB": 3,
+                                  "relpos": (0, 0.5)})  # fmt: skip
 
 
 def scale_errors(axes: Any, lines: Sequence[tuple[Sequence[float], dict[str, Any]]]) -> None:
@@ -134,15 +191,22 @@ def scale_errors(axes: Any, lines: Sequence[tuple[Sequence[float], dict[str, Any
     ticks = {10.0**power: f"$10^{{{power}}}$" for power in range(low, high + 1, step)}
     for label, y, is_there in (
         ("0", 10.0 ** (low - 1), lambda y: y == 0),
-        ("not\nfinite", 10.0 ** (high + 1), lambda y: not y < math.inf),
+        ("not finite", 10.0 ** (high + 1), lambda y: not y < math.inf),
     ):
-        for ys, look in lines:
-            xs = [x for x, each in enumerate(ys) if is_there(each)]
-            if xs:
+        marked = [[x for x, each in enumerate(ys) if is_there(each)] for ys, _ in lines]
+        for place, (ys, look) in enumerate(lines):
+            if marked[place]:
                 ticks[y] = label
+                xs = [x + len(ys) * _beside(x, place, marked) for x in marked[place]]
                 axes.plot(xs, [y] * len(xs), **look | {"linestyle": "", "fillstyle": "none", "markersize": 7})
     axes.set_yticks(sorted(ticks), [ticks[y] for y in sorted(ticks)])
     axes.minorticks_off()
+
+
+def _beside(x: int, place: int, marked: Sequence[Sequence[int]]) -> float:
+    """Return how far a line's mark at `x` is moved, as a part of the axis: marks at one place would hide each other."""
+    there = [each for each, xs in enumerate(marked) if x in xs]
+    return 0.016 * (there.index(place) - (len(there) - 1) / 2)
 
 
 def save_figure(figure: Any, path: Path) -> None:
