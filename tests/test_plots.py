@@ -187,9 +187,9 @@ def test_lines_have_their_numbers_at_the_ends_apart_from_each_other() -> None:
     assert_apart(axes)
 
 
-@pytest.mark.parametrize("slowest", [0.01, 0.02])
+@pytest.mark.parametrize("slowest", [0.01, 0.02, 0.5])
 def test_lines_that_end_at_one_place_have_labels_apart(slowest: float) -> None:
-    """At the top of the axes, and in the middle."""
+    """At the top of the axes, in the middle, and at the bottom."""
     from gpt_xp.benchmark.plot import draw
 
     workloads = (Workload(16), Workload(128))
@@ -202,6 +202,7 @@ def test_lines_that_end_at_one_place_have_labels_apart(slowest: float) -> None:
     for axes in draw(Benchmark("a model", workloads, 7, 2, None, tuple(results), {})).axes:
         assert_apart(axes)
         assert max(box_of(text).y1 for text in axes.texts) < box_of(axes._left_title).y1
+        assert min(box_of(text).y1 for text in axes.texts) > axes.bbox.y0
 
 
 def box_of(text: Any) -> Any:
