@@ -31,6 +31,7 @@ from gpt_xp.comparison.figures import layer_names
 from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.comparison.results import BackendResult
 from gpt_xp.hub.find import find_model
+from gpt_xp.processes import thread_variables
 from gpt_xp.reporting.text import markdown_table
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tolerances import TOLERANCE
@@ -71,10 +72,12 @@ def main() -> None:
     parser.add_argument("--backends", help="names with commas between (default: all that are installed)")
     parser.add_argument("--only", choices=["shakespeare", "124M"], help="one of the two models")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens to generate from each prompt (default: 32)")
+    parser.add_argument("--threads", type=int, help="threads of each library (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="the bundled model, one prompt, and 4 tokens: a trial")
     options = parser.parse_args()
     if options.quick:
         options.only, options.max_tokens = "shakespeare", 4
+    os.environ.update(thread_variables(options.threads))  # Not the job's `threads`, which MLX refuses.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TF32), os.environ.get("PYTHONPATH")]))
     has_cuda = any(device.name.startswith(("cuda", "gpu")) for info in gpt_xp.backends() for device in info.devices)
     backends = options.backends.split(",") if options.backends else installed(has_cuda)
