@@ -47,7 +47,7 @@ HEAD = (
 EXPLANATION = """\
 Every library sums products in its own order, and computes `exp` and `tanh` in its own way. So the same forward pass on
 the same weights gives other numbers. "Identical across backends" can only mean: equal within the rounding of the dtype.
-This page shows how much that is. (array-api-strict computes with NumPy, so these two may have the same bits.)
+This page shows how much that is.
 
 - **error of the logits**: the largest difference from NumPy in float64, divided by the largest logit.
 - **of the allowed**: this error, divided by gpt-xp's tolerance of the dtype (`gpt_xp/tolerances.py`).
