@@ -65,7 +65,7 @@ def _logits(comparison: Comparison) -> Table:
 
 def _layers(run: BackendResult) -> Table:
     assert run.figures is not None
-    rows: list[tuple[str, ...]] = [(_short(run), "max diff", "mean diff", "of the largest", "out of line above")]
+    rows: list[tuple[str, ...]] = [(_short(run), "max diff", "mean diff", "of the largest", "allowed")]
     for layer in run.figures.layers:
         found = layer.difference
         figures = (found.max, found.mean, found.relative, layer.allowed)

@@ -368,7 +368,7 @@ def test_a_stranger_finds_the_layer_at_which_a_backend_goes_wrong(
     out = ["✗" in each for each in wrong[3:]]
     assert out == [depth > layer for depth in range(len(out))]  # the embedding first, then block 0
     about = text(opened, "#distance-about")  # without a click
-    assert f"The first layer out of line is {name}" in about
+    assert f"The first layer outside the tolerance is {name}" in about
     assert "All layers before it are inside." in about
 
 

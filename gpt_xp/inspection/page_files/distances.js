@@ -20,7 +20,7 @@ export function distancePanel(look, choose) {
     const first = worst.findIndex((error, depth) => !(error <= allowed[depth]));
     const others = [...same.keys()].filter((position) => !same[position]);
     const text = first >= 0 ? `✗ OUTSIDE from ${layers[first]} on` : each.problems.length ? "✗ OUTSIDE" : "✓ inside";
-    const about = first >= 0 ? `The first layer out of line is ${layers[first]}: its error is ${short(worst[first])}, and `
+    const about = first >= 0 ? `The first layer outside the tolerance is ${layers[first]}: its error is ${short(worst[first])}, and `
       + `${short(allowed[first])} is allowed. All layers before it are inside.` : "";
     return { ...each, name, relative, allowed, same, margins, worst, first, others, text, about };
   });
