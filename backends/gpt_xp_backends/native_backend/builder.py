@@ -1,0 +1,342 @@
+"""Writes kernels as LLVM IR. `Value` lets a kernel be written with Python's operators."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from gpt_xp_backends.native_backend.machine import Target
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+# log(2) in two parts. A whole number of up to 8 bits times the first is exact in float32.
+LOG2_HIGH = round(math.log(2) * 2**12) / 2**12
+LOG2_LOW = math.log(2) - LOG2_HIGH
+# exp(r) = 1 + r + r^2 * p(r) for |r| < log(2) / 2, with a relative error of at most 4e-9; and
+# tanh(x) = x + x^3 * p(x^2) for |x| < 0.625, of at most 5e-9: least squares, weighted until all maxima are equal.
+EXP = (0.0013811661, 0.0083701341, 0.041668528, 0.16666509, 0.49999993, 1.0, 1.0)
+TANH = (-0.005704986, 0.020639087, -0.053739715, 0.133314422, -0.333332819)
+TANH_LIMIT = 0.625
+
+
+class Value:
+    """A number or a vector of the kernel. Arithmetic with it makes instructions."""
+
+    __slots__ = ("ir", "kernel")
+
+    def __init__(self, kernel: "KernelBuilder", value: Any) -> None:
+        self.kernel, self.ir = kernel, value
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is, or holds, floating-point numbers."""
+        return isinstance(_element(self.ir.type), ir.FloatType | ir.HalfType)
+
+    def _apply(self, names: tuple[str, str], other: Any, after: bool = False) -> "Value":
+        other = self.kernel.like(self, other)
+        left, right = (other, self) if after else (self, other)
+        return Value(self.kernel, getattr(self.kernel.ir, names[not self.is_float])(left.ir, right.ir))
+
+    def __add__(self, other: Any) -> "Value":
+        return self._apply(("fadd", "add"), other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> "Value":
+        return self._apply(("fsub", "sub"), other)
+
+    def __rsub__(self, other: Any) -> "Value":
+        return self._apply(("fsub", "sub"), other, after=True)
+
+    def __mul__(self, other: Any) -> "Value":
+        return self._apply(("fmul", "mul"), other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "Value":
+        return self._apply(("fdiv", ""), other)
+
+    def __rtruediv__(self, other: Any) -> "Value":
+        return self._apply(("fdiv", ""), other, after=True)
+
+    def __floordiv__(self, other: Any) -> "Value":
+        return self._apply(("", "sdiv"), other)
+
+    def __mod__(self, other: Any) -> "Value":
+        return self._apply(("", "srem"), other)
+
+    def __and__(self, other: Any) -> "Value":
+        return self._apply(("", "and_"), other)
+
+    def __or__(self, other: Any) -> "Value":
+        return self._apply(("", "or_"), other)
+
+    def __lshift__(self, other: Any) -> "Value":
+        return self._apply(("", "shl"), other)
+
+    def __rshift__(self, other: Any) -> "Value":
+        return self._apply(("", "lshr"), other)
+
+    def __lt__(self, other: Any) -> "Value":
+        return self._compare("<", other)
+
+    def __gt__(self, other: Any) -> "Value":
+        return self._compare(">", other)
+
+    def __ge__(self, other: Any) -> "Value":
+        return self._compare(">=", other)
+
+    def _compare(self, sign: str, other: Any) -> "Value":
+        compare = self.kernel.ir.fcmp_ordered if self.is_float else self.kernel.ir.icmp_signed
+        return Value(self.kernel, compare(sign, self.ir, self.kernel.like(self, other).ir))
+
+
+class Variable:
+    """A value that a loop changes. LLVM keeps it in a register."""
+
+    def __init__(self, kernel: "KernelBuilder", first: Value) -> None:
+        self._kernel = kernel
+        with kernel.ir.goto_entry_block():
+            self._place = kernel.ir.alloca(first.ir.type)
+        self.value = first
+
+    @property
+    def value(self) -> Value:
+        """The value now."""
+        return Value(self._kernel, self._kernel.ir.load(self._place))
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self._kernel.ir.store(value.ir, self._place)
+
+
+class KernelBuilder:
+    """Builds one kernel. `width` is how many float32 numbers a vector has on the target."""
+
+    def __init__(self, name: str, target: Target) -> None:
+        self.target, self.width = target, target.width
+        self.module = ir.Module(name)
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
+        function = ir.Function(self.module, kind, name)
+        self.ir = ir.IRBuilder(function.append_basic_block())
+        self._arguments, thread, n_threads = (Value(self, each) for each in function.args)
+        self.thread, self.n_threads = thread, n_threads
+        self._n_arguments = 0
+        self._intrinsics: dict[str, Any] = {}
+
+    def text(self) -> str:
+        """End the kernel, and return its LLVM IR."""
+        self.ir.ret_void()
+        return str(self.module)
+
+    # --- numbers ---
+
+    def arguments(self, n: int) -> list[Value]:
+        """Return the next `n` arguments, each an int64."""
+        places = range(self._n_arguments, self._n_arguments + n)
+        self._n_arguments += n
+        return [self.load(self._arguments + 8 * place, I64) for place in places]
+
+    def integer(self, value: int) -> Value:
+        """Return an int64."""
+        return Value(self, I64(value))
+
+    def vector(self, value: float, width: int | None = None) -> Value:
+        """Return a vector of equal float32 numbers."""
+        kind = ir.VectorType(F32, width or self.width)
+        return Value(self, ir.Constant(kind, [float(np.float32(value))] * kind.count))
+
+    def like(self, value: Value, other: Any) -> Value:
+        """Return a Python number as a value of the same type, and a value as it is."""
+        if isinstance(other, Value):
+            return other
+        kind, number = value.ir.type, float(np.float32(other)) if value.is_float else int(other)
+        return Value(self, ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number))
+
+    def variable(self, first: Value) -> Variable:
+        """Return a variable with its first value."""
+        return Variable(self, first)
+
+    # --- memory ---
+
+    def load(self, address: Value, kind: Any = None) -> Value:
+        """Load a vector of float32, or another type. The address need not be aligned."""
+        kind = kind or ir.VectorType(F32, self.width)
+        return Value(self, self.ir.load(self._pointer(address, kind), align=1 if kind != I64 else 8))
+
+    def store(self, value: Value, address: Value) -> None:
+        """Store a value. The address need not be aligned."""
+        self.ir.store(value.ir, self._pointer(address, value.ir.type), align=1)
+
+    def load_first(self, address: Value, n: int | Value, other: float = 0.0) -> Value:
+        """Load a vector of which only the first `n` numbers are in memory. The rest are `other`."""
+        mask, kind = self._first(n), ir.VectorType(F32, self.width)
+        load = self._intrinsic("masked.load", kind, [kind.as_pointer(), I32, mask.ir.type, kind], f"v{self.width}f32.p0")
+        rest = self.vector(other)
+        return Value(self, self.ir.call(load, [self._pointer(address, kind), I32(4), mask.ir, rest.ir]))
+
+    def store_first(self, value: Value, address: Value, n: int | Value) -> None:
+        """Store the first `n` numbers of a vector."""
+        mask, kind = self._first(n), value.ir.type
+        types = [kind, kind.as_pointer(), I32, mask.ir.type]
+        store = self._intrinsic("masked.store", ir.VoidType(), types, f"v{self.width}f32.p0")
+        self.ir.call(store, [value.ir, self._pointer(address, kind), I32(4), mask.ir])
+
+    def _first(self, n: int | Value) -> Value:
+        kind = ir.VectorType(I32, self.width)
+        places = Value(self, ir.Constant(kind, list(range(self.width))))
+        if isinstance(n, int):
+            return places < n
+        return places < self.splat(Value(self, self.ir.trunc(n.ir, I32)))
+
+    def _pointer(self, address: Value, kind: Any) -> Any:
+        return self.ir.inttoptr(address.ir, kind.as_pointer())
+
+    # --- control ---
+
+    @contextlib.contextmanager
+    def loop(self, begin: int | Value, end: int | Value, step: int = 1) -> Iterator[Value]:
+        """Repeat what stands inside with each of `range(begin, end, step)`."""
+        begin, end = (each if isinstance(each, Value) else self.integer(each) for each in (begin, end))
+        place = self.variable(begin)
+        head, body, after = (self.ir.append_basic_block() for _ in range(3))
+        self.ir.branch(head)
+        self.ir.position_at_end(head)
+        self.ir.cbranch((place.value < end).ir, body, after)
+        self.ir.position_at_end(body)
+        index = place.value
+        yield index
+        place.value = index + step
+        self.ir.branch(head)
+        self.ir.position_at_end(after)
+
+    def shared_loop(self, n: Value) -> Any:
+        """Repeat what stands inside for this thread's share of `range(n)`."""
+        return self.loop(n * self.thread // self.n_threads, n * (self.thread + 1) // self.n_threads)
+
+    def when(self, condition: Value) -> Any:
+        """Do what stands inside only if the condition holds."""
+        return self.ir.if_then(condition.ir)
+
+    def select(self, condition: Value, yes: Value, no: Any) -> Value:
+        """Return one of two values, element by element."""
+        return Value(self, self.ir.select(condition.ir, yes.ir, self.like(yes, no).ir))
+
+    def smaller(self, x: Value, y: Any) -> Value:
+        """Return the smaller of two values, element by element."""
+        return self.select(x < y, x, y)
+
+    def larger(self, x: Value, y: Any) -> Value:
+        """Return the larger of two values, element by element."""
+        return self.select(x > y, x, y)
+
+    # --- vectors ---
+
+    def splat(self, value: Value, width: int | None = None) -> Value:
+        """Return a vector of one number repeated."""
+        kind = ir.VectorType(value.ir.type, width or self.width)
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.ir.insert_element(undefined, value.ir, I32(0))
+        return Value(self, self.ir.shuffle_vector(first, undefined, _order([0] * kind.count)))
+
+    def shuffle(self, x: Value, y: Value, order: Sequence[int]) -> Value:
+        """Return the numbers of two vectors in this order."""
+        return Value(self, self.ir.shuffle_vector(x.ir, y.ir, _order(order)))
+
+    def first(self, x: Value) -> Value:
+        """Return the first number of a vector."""
+        return Value(self, self.ir.extract_element(x.ir, I32(0)))
+
+    def fma(self, x: Value, y: Value, z: Value) -> Value:
+        """Return x * y + z, rounded once where the processor can."""
+        if not self.target.has_fma:
+            return x * y + z
+        kind = x.ir.type
+        function = self._intrinsic("fma", kind, [kind] * 3, f"v{kind.count}f32")
+        return Value(self, self.ir.call(function, [x.ir, y.ir, z.ir]))
+
+    def sqrt(self, x: Value) -> Value:
+        """Return the square roots."""
+        kind = x.ir.type
+        return Value(self, self.ir.call(self._intrinsic("sqrt", kind, [kind], f"v{kind.count}f32"), [x.ir]))
+
+    def all_sum(self, x: Value) -> Value:
+        """Return a vector with the sum of all numbers of a vector."""
+        return self._folded(x, lambda x, y: x + y)
+
+    def all_max(self, x: Value) -> Value:
+        """Return a vector with the largest number of a vector."""
+        return self._folded(x, self.larger)
+
+    def _folded(self, x: Value, function: Callable[[Value, Value], Value]) -> Value:
+        distance = self.width // 2
+        while distance:
+            x = function(x, self.shuffle(x, x, [(i + distance) % self.width for i in range(self.width)]))
+            distance //= 2
+        return x
+
+    def sums(self, vectors: Sequence[Value]) -> Value:
+        """Return a vector with the sum of each of `width` vectors."""
+        found, half = list(vectors), 1
+        while len(found) > 1:
+            found = [self._halved(x, y, half) for x, y in zip(found[::2], found[1::2], strict=True)]
+            half *= 2
+        return found[0]
+
+    def _halved(self, x: Value, y: Value, n: int) -> Value:
+        """Add neighbouring numbers of x and of y: in each group of 2 * n, the sums of x come first."""
+        width = self.width
+        groups = range(0, width, 2 * n)
+        low = [place for g in groups for place in (*range(g, g + n), *range(width + g, width + g + n))]
+        high = [place + n for place in low]
+        return self.shuffle(x, y, low) + self.shuffle(x, y, high)
+
+    # --- functions ---
+
+    def exp(self, x: Value) -> Value:
+        """Return the exponentials, to float32's rounding; below exp(-87.3) it is that, and above exp(88.3) that."""
+        x = self.smaller(self.larger(x, -87.3), 88.3)
+        # x = n * log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
+        shifted = self.fma(x, self.like(x, 1 / math.log(2)), self.like(x, 1.5 * 2**23))
+        n = shifted - 1.5 * 2**23
+        r = self.fma(n, self.like(x, -LOG2_HIGH), x)
+        r = self.fma(n, self.like(x, -LOG2_LOW), r)
+        p = self.polynomial(r, EXP)
+        bits = Value(self, self.ir.bitcast(shifted.ir, ir.VectorType(I32, x.ir.type.count))) << 23
+        one = Value(self, self.ir.bitcast(p.ir, bits.ir.type)) + bits
+        return Value(self, self.ir.bitcast(one.ir, x.ir.type))
+
+    def tanh(self, x: Value) -> Value:
+        """Return the hyperbolic tangents, to float32's rounding."""
+        size = self.larger(x, 0.0 - x)
+        square = x * x
+        small = self.fma(x * square, self.polynomial(square, TANH), x)
+        e = self.exp(size * -2.0)
+        large = (1.0 - e) / (1.0 + e)
+        large = self.select(x < 0.0, 0.0 - large, large)
+        return self.select(size < TANH_LIMIT, small, large)
+
+    def polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
+        """Return the polynomial with these coefficients, the highest power first (Horner's scheme)."""
+        result = self.like(x, coefficients[0])
+        for each in coefficients[1:]:
+            result = self.fma(result, x, self.like(x, each))
+        return result
+
+    def _intrinsic(self, name: str, result: Any, types: list[Any], suffix: str) -> Any:
+        full = f"llvm.{name}.{suffix}"
+        if full not in self._intrinsics:
+            self._intrinsics[full] = ir.Function(self.module, ir.FunctionType(result, types), full)
+        return self._intrinsics[full]
+
+
+def _element(kind: Any) -> Any:
+    return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+def _order(places: Sequence[int]) -> Any:
+    return ir.Constant(ir.VectorType(I32, len(places)), list(places))

@@ -1,0 +1,157 @@
+"""Compiles LLVM IR for this processor with llvmlite, and keeps the object code on disk.
+
+A kernel is `name(arguments, thread, n_threads)`: the address of int64 numbers, which thread calls it, and how many share
+the work. It is called through ctypes, which lets other Python threads run meanwhile.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numpy as np
+from platformdirs import user_cache_dir
+
+SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+_VERSION = f"{llvmlite.__version__} {llvm.llvm_version_info}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A processor: LLVM's names for it and for what it can do."""
+
+    triple: str
+    cpu: str
+    features: str  # "+avx2,-avx512f,..."
+
+    def has(self, feature: str) -> bool:
+        """Return whether the processor has this feature of LLVM's list."""
+        return f"+{feature}" in self.features.split(",")
+
+    @property
+    def width(self) -> int:
+        """The float32 numbers in a vector register."""
+        return 16 if self.has("avx512f") else 8 if self.has("avx2") and self.has("fma") else 4
+
+    @property
+    def n_registers(self) -> int:
+        """The number of vector registers."""
+        return 32 if self.has("avx512f") or self.triple.startswith(("aarch64", "arm64")) else 16
+
+    @property
+    def has_fma(self) -> bool:
+        """Whether it multiplies and adds in one instruction. Otherwise LLVM would call a slow function."""
+        return self.triple.startswith(("aarch64", "arm64")) or self.has("fma")
+
+    @property
+    def has_float16(self) -> bool:
+        """Whether it converts float16 to float32 by an instruction."""
+        return self.triple.startswith(("aarch64", "arm64")) or self.has("f16c")
+
+
+@functools.cache
+def this_processor() -> Target:
+    """Return the processor of this machine. Its 512-bit registers are used, if it has them."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
+
+
+@functools.cache
+def _target_machine(target: Target) -> Any:
+    found = llvm.Target.from_triple(target.triple)
+    return found.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)
+
+
+def object_code(text: str, target: Target) -> bytes:
+    """Return the machine code of a module of LLVM IR, optimized for the target."""
+    machine = _target_machine(target)
+    module = llvm.parse_assembly(text)
+    module.triple, module.data_layout = target.triple, str(machine.target_data)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+class Kernels:
+    """The compiled kernels of one processor. `make(name, text)` compiles each once, or finds it on disk."""
+
+    def __init__(self, target: Target, folder: Path | None) -> None:
+        self.target, self._folder = target, folder
+        self._loaded: dict[str, int] = {}
+        self._engines: list[Any] = []  # They own the code, so they live as long as this.
+
+    def address(self, name: str, text: Callable[[], str]) -> int:
+        """Return the address of the kernel `name`, which `text()` describes in LLVM IR."""
+        if name not in self._loaded:
+            code = self._found(name) or self._compiled(name, text())
+            self._loaded[name] = self._load(name, code)
+        return self._loaded[name]
+
+    def _path(self, name: str) -> Path | None:
+        if self._folder is None:
+            return None
+        key = "\n".join((name, _sources(), _VERSION, *vars(self.target).values()))
+        return self._folder / f"{name[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
+
+    def _found(self, name: str) -> bytes | None:
+        """Return the code on disk, if it is whole: a digest stands before it."""
+        try:
+            content = path.read_bytes() if (path := self._path(name)) else b""
+        except OSError:
+            return None
+        return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
+
+    def _compiled(self, name: str, text: str) -> bytes:
+        code = object_code(text, self.target)
+        if path := self._path(name):
+            _write(path, hashlib.sha256(code).digest() + code)
+        return code
+
+    def _load(self, name: str, code: bytes) -> int:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(self.target))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        self._engines.append((engine, code))
+        return int(engine.get_function_address(name))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file of the cache at once, or not at all: a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        return
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a digest of the code that makes kernels. Other code makes other kernels."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """Return the kernels of this processor, kept in the user's cache."""
+    return Kernels(this_processor(), Path(user_cache_dir("gpt-xp", appauthor=False)) / "kernels")
+
+
+def numbers(*values: int) -> "np.ndarray[Any, Any]":
+    """Return the arguments of a kernel as an array of int64."""
+    return np.asarray(values, np.int64)
