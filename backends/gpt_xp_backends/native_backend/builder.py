@@ -141,6 +141,11 @@ class KernelBuilder:
         self._n_arguments += n
         return [self.load(self._arguments + 8 * place, I64) for place in places]
 
+    def float_argument(self) -> Value:
+        """Return the next argument, of which the low 32 bits are a float32."""
+        self._n_arguments += 1
+        return self.load(self._arguments + 8 * (self._n_arguments - 1), F32)
+
     def integer(self, value: int) -> Value:
         """Return an int64."""
         return Value(self, I64(value))
@@ -295,10 +300,23 @@ class KernelBuilder:
         high = [place + n for place in low]
         return self.shuffle(x, y, low) + self.shuffle(x, y, high)
 
+    def transposed(self, vectors: Sequence[Value]) -> list[Value]:
+        """Return the transpose of a square of numbers: `width` vectors."""
+        found, half = list(vectors), self.width // 2
+        while half:
+            for i in (i for i in range(self.width) if not i & half):
+                x, y, order = found[i], found[i + half], range(self.width)
+                low = [place if not place & half else self.width + place - half for place in order]
+                high = [place + half if not place & half else self.width + place for place in order]
+                found[i], found[i + half] = self.shuffle(x, y, low), self.shuffle(x, y, high)
+            half //= 2
+        return found
+
     # --- functions ---
 
     def exp(self, x: Value) -> Value:
-        """Return the exponentials, to float32's rounding; below exp(-87.3) it is that, and above exp(88.3) that."""
+        """Return the exponentials, to float32's rounding: 0 below -87.3, and at most exp(88.3)."""
+        is_zero = x < -87.3
         x = self.smaller(self.larger(x, -87.3), 88.3)
         # x = n * log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
         shifted = self.fma(x, self.like(x, 1 / math.log(2)), self.like(x, 1.5 * 2**23))
@@ -308,7 +326,7 @@ class KernelBuilder:
         p = self.polynomial(r, EXP)
         bits = Value(self, self.ir.bitcast(shifted.ir, ir.VectorType(I32, x.ir.type.count))) << 23
         one = Value(self, self.ir.bitcast(p.ir, bits.ir.type)) + bits
-        return Value(self, self.ir.bitcast(one.ir, x.ir.type))
+        return self.select(is_zero, self.vector(0), Value(self, self.ir.bitcast(one.ir, x.ir.type)))
 
     def tanh(self, x: Value) -> Value:
         """Return the hyperbolic tangents, to float32's rounding."""

@@ -57,17 +57,17 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
             scale = scales + panel * (4 * columns)
             scale_of = _scale(k, kind, scale)
             if few or kind == "float32":
-                sizes = (FEW_ROWS, 2, 1) if few else (_tile_rows(target), 4, 2, 1)
-                tiles(sizes, lambda n, x, out: _tile(k, kind, n, (x, x_row), part, (out, out_row), n_in, scale_of), panel)
+                sizes = (FEW_ROWS, 2, 1) if few else (tile_rows(target), 4, 2, 1)
+                tiles(sizes, lambda n, x, out: tile(k, kind, n, (x, x_row), part, (out, out_row), n_in, scale_of), panel)
             else:
                 _widen(k, kind, part, wide, n_in, scale_of)
         if not few and kind != "float32":
-            sizes = _tile_rows(target), 4, 2, 1
-            tiles(sizes, lambda n, x, out: _tile(k, "float32", n, (x, x_row), wide, (out, out_row), n_in, []), panel)
+            sizes = tile_rows(target), 4, 2, 1
+            tiles(sizes, lambda n, x, out: tile(k, "float32", n, (x, x_row), wide, (out, out_row), n_in, []), panel)
     return k.text()
 
 
-def _tile_rows(target: Target) -> int:
+def tile_rows(target: Target) -> int:
     """Return the rows of a tile: with 32 registers, 24 sums, three vectors of the weight and a number of x."""
     return 8 if target.n_registers == 32 else 4
 
@@ -79,7 +79,7 @@ def _scale(k: KernelBuilder, kind: str, scale: Value) -> list[Value]:
 Rows = tuple[Value, Value]  # the address of the first of some rows, and the bytes of a row
 
 
-def _tile(
+def tile(
     k: KernelBuilder, kind: str, n_rows: int, x: Rows, panel: Value, out: Rows, n_in: Value, scale: list[Value]
 ) -> None:
     sums = [[k.variable(k.vector(0)) for _ in range(VECTORS)] for _ in range(n_rows)]
