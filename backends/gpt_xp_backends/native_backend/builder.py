@@ -191,6 +191,10 @@ class KernelBuilder:
         store = self._intrinsic("masked.store", ir.VoidType(), types, f"v{self.width}f32.p0")
         self.ir.call(store, [value.ir, self._pointer(address, kind), I32(4), mask.ir])
 
+    def select_first(self, n: Value, x: Value, other: float) -> Value:
+        """Return the first `n` numbers of a vector, and `other` in place of the rest."""
+        return self.select(self._first(n), x, other)
+
     def _first(self, n: int | Value) -> Value:
         kind = ir.VectorType(I32, self.width)
         places = Value(self, ir.Constant(kind, list(range(self.width))))

@@ -1,0 +1,155 @@
+"""NumPy's arrays, with kernels that llvmlite compiles for this processor, on weights that are packed for them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
+from gpt_xp.config import GPT2Config
+from gpt_xp.errors import BackendError
+from gpt_xp.installation import install_command
+from gpt_xp.memory import physical_memory
+from gpt_xp.quantization import QuantizedTable, QuantizedWeight
+from gpt_xp.tree import tree_map
+from gpt_xp.types import Array, Namespace, Params
+from gpt_xp_backends import numpy_backend
+from gpt_xp_backends.captured_step import CapturedStep, GraphGuard
+from gpt_xp_backends.numpy_backend import NumPyBackend
+
+FIX = install_command("native")
+
+
+class NativeBackend(NumPyBackend):
+    """Compiled kernels on the CPU. With float16, weights are stored so, and all sums are float32."""
+
+    name = "native"
+    needs: ClassVar = {"llvmlite": FIX}
+    needs_quantized: ClassVar[dict[str, str]] = {}
+    takes_quantized = True
+
+    def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
+        super().__init__(device, "float32", threads)
+        check_dtype("native", "cpu", dtype, ("float32", "float16"))
+        llvmlite = import_library("llvmlite", FIX)
+        from gpt_xp_backends.native_backend import threads as native_threads
+        from gpt_xp_backends.native_backend.tape import NativeRunner
+
+        self.version, self.dtype = llvmlite.__version__, dtype
+        self._n_threads = threads or native_threads.n_cores()
+        self.xp = _namespace(self._n_threads)
+        self._runner = NativeRunner(self.xp, self._n_threads)
+        self._guard = GraphGuard(None, "native computes steps without replaying them, and slower", "GPT_XP_NATIVE_REPLAY=0")
+
+    @classmethod
+    def info(cls) -> BackendInfo:
+        """Return llvmlite's version and the CPU."""
+        llvmlite = import_library("llvmlite", FIX)
+        return BackendInfo(cls.name, llvmlite.__version__, (DeviceInfo("cpu", "cpu", physical_memory()),))
+
+    def place(self, params: Params, config: GPT2Config) -> Params:
+        """Return params whose token table and linear weights are packed."""
+        from gpt_xp_backends.native_backend.machine import kernels
+        from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight, pack
+        from gpt_xp_backends.native_backend.products import panel_columns
+
+        columns = panel_columns(kernels().target)
+
+        def packed(weight: Any) -> Any:
+            if isinstance(weight, PackedWeight):
+                return weight
+            return pack(weight, self.dtype, columns, self._n_threads)
+
+        def linear(w: Any, b: Any) -> Params:
+            return {"w": packed(w), "b": np.asarray(b, np.float32)}
+
+        def block(ln_1: Params, attn: Params, ln_2: Params, mlp: Params) -> Params:
+            layers = [{name: linear(**layer) for name, layer in part.items()} for part in (attn, mlp)]
+            return {"ln_1": wide(ln_1), "attn": layers[0], "ln_2": wide(ln_2), "mlp": layers[1]}
+
+        def wide(tree: Any) -> Any:
+            return tree_map(lambda leaf: np.asarray(leaf, np.float32), tree)
+
+        wte = params["wte"]
+        if not isinstance(wte, PackedTable):
+            wte = PackedTable(packed(QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T))
+        blocks = [block(**each) for each in params["blocks"]]
+        return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
+
+    def unplaced(self, params: Params, config: GPT2Config) -> Params:
+        """Return params whose weights are not packed."""
+        from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight, unpack
+
+        def unpacked(leaf: Any) -> Any:
+            if isinstance(leaf, PackedTable):
+                weight = unpack(leaf.weight)
+                return QuantizedTable(*weight) if isinstance(weight, QuantizedWeight) else weight.T
+            return unpack(leaf) if isinstance(leaf, PackedWeight) else leaf
+
+        return tree_map(unpacked, params)  # type: ignore[no-any-return]
+
+    def fetch(self, params: Params, config: GPT2Config) -> Params:
+        """Return params of `place` as NumPy arrays."""
+        return self.unplaced(params, config)
+
+    def quantized(self) -> Backend:
+        """Return the backend itself."""
+        return self
+
+    def compile(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return the function, which is traced and run by kernels if it is given the backend's namespace."""
+        plain = super().compile(function, static, donate)
+
+        @functools.wraps(function)
+        def call(*args: Any, xp: Namespace = None, **kwargs: Any) -> Any:
+            if xp is self.xp and len(args) > 2:
+                try:
+                    return self._runner.once(function, *args, **kwargs)
+                except TypeError:
+                    pass
+            return plain(*args, **kwargs) if xp is None else plain(*args, xp=xp, **kwargs)
+
+        return call
+
+    def compile_step(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return the function, which is replayed where it decodes one token of each row."""
+        once = self.compile(function, static, donate)
+
+        def step(*args: Any, xp: Namespace, **kwargs: Any) -> Any:
+            return (function if xp is self._runner.tracer else once)(*args, xp=xp, **kwargs)
+
+        return functools.wraps(function)(CapturedStep(step, self._runner, self._guard))
+
+
+def _namespace(n_threads: int) -> Namespace:
+    """Return NumPy's namespace, in which three functions take packed weights."""
+    from gpt_xp_backends.native_backend import tape
+    from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
+
+    plain = numpy_backend.namespace()
+    runner: Any = None
+
+    def matmul(x: Array, w: Any) -> Array:
+        nonlocal runner
+        if not isinstance(w, PackedWeight):
+            return plain.matmul(x, w)
+        if runner is None:
+            runner = tape.NativeRunner(plain, n_threads)
+        x = np.ascontiguousarray(x, np.float32)
+        return runner.once(lambda xp: xp.matmul(x, w))
+
+    def take(x: Any, indices: Array, axis: int) -> Array:
+        return x.weight.columns(np.asarray(indices)) if isinstance(x, PackedTable) else plain.take(x, indices, axis=axis)
+
+    def matrix_transpose(x: Any) -> Any:
+        return x.weight if isinstance(x, PackedTable) else plain.matrix_transpose(x)
+
+    return numpy_backend.NumPy(**vars(plain) | {"matmul": matmul, "take": take, "matrix_transpose": matrix_transpose})
+
+
+__all__ = ["NativeBackend", "BackendError"]

@@ -1,0 +1,113 @@
+"""Weights in panels, as the kernels of `products` read them."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, kind_of
+from gpt_xp.types import NumpyArray
+
+
+class PackedWeight:
+    """The weight of a linear layer, [n_in, n_out], in panels of some columns.
+
+    `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] uint8:
+    a byte has the codes of inputs i and i + 16 of a group of 32. `scales` is [n_panels * columns] for int8, and
+    [n_panels, groups, columns] for int4. Columns after the last are zero.
+    """
+
+    __slots__ = ("kind", "panels", "scales", "shape")
+
+    def __init__(self, kind: str, shape: tuple[int, int], panels: NumpyArray, scales: NumpyArray | None) -> None:
+        self.kind, self.shape, self.panels, self.scales = kind, shape, panels, scales
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes."""
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def columns(self, ids: NumpyArray) -> NumpyArray:
+        """Return some columns in float32, [*ids.shape, n_in]."""
+        n_in, width = self.shape[0], self.panels.shape[2]
+        panel, column = np.divmod(ids, width)
+        codes = self.panels[panel, :, column]
+        if self.kind == "int8":
+            assert self.scales is not None
+            return np.multiply(codes, self.scales[ids][..., None], dtype=np.float32)
+        if self.kind == "int4":
+            assert self.scales is not None
+            pairs = codes.reshape(*ids.shape, -1, GROUP // 2)
+            groups = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - 8
+            return (groups * self.scales[panel, :, column][..., None]).reshape(*ids.shape, n_in)
+        return codes.astype(np.float32)
+
+
+class PackedTable:
+    """The token table, [n_rows, n_columns], packed as the weight of `unembed`."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the table."""
+        return self.weight.shape[1], self.weight.shape[0]
+
+
+def pack(weight: Any, kind: str, columns: int, n_threads: int) -> PackedWeight:
+    """Pack a weight [n_in, n_out], an array or quantized, in panels of that many columns."""
+    if isinstance(weight, QuantizedWeight):
+        kind, (n_in, n_out) = kind_of(weight), weight.shape
+        if kind == "int8":
+            panels = _panels(weight.q.T, np.dtype(np.int8), columns, n_threads)
+            scales = np.zeros(len(panels) * columns, np.float32)
+            scales[:n_out] = weight.scale
+        else:
+            # A code of 8 is the number 0, and the scale of the columns after the last is 0.
+            panels = _panels(weight.q.T, np.dtype(np.uint8), columns, n_threads)
+            scales = _panels(weight.scale.T, np.dtype(np.float32), columns, n_threads)
+        return PackedWeight(kind, (n_in, n_out), panels, scales)
+    n_in, n_out = weight.shape
+    return PackedWeight(kind, (n_in, n_out), _panels(weight, np.dtype(kind), columns, n_threads), None)
+
+
+def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -> NumpyArray:
+    rows, n_out = weight.shape
+    n_panels = -(-n_out // columns)
+    panels = np.empty((n_panels, rows, columns), dtype)
+    if n_out % columns:
+        panels[-1] = 0
+
+    def copy(begin: int, end: int) -> None:
+        for panel in range(begin, end):
+            part = weight[:, panel * columns : (panel + 1) * columns]
+            panels[panel, :, : part.shape[1]] = part
+
+    share(copy, n_panels, n_threads)
+    return panels
+
+
+def share(function: Callable[[int, int], None], n: int, n_threads: int) -> None:
+    """Call `function(begin, end)` for parts of `range(n)` on several threads."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        bounds = [n * i // n_threads for i in range(n_threads + 1)]
+        for done in [pool.submit(function, *each) for each in zip(bounds, bounds[1:], strict=False)]:
+            done.result()
+
+
+def unpack(weight: PackedWeight) -> NumpyArray | QuantizedWeight:
+    """Return the array, or the quantized weight, that was packed."""
+    n_in, n_out = weight.shape
+    whole = weight.panels.transpose(0, 2, 1).reshape(-1, weight.panels.shape[1])[:n_out]  # [n_out, rows]
+    if weight.scales is None:
+        return whole.T
+    if weight.kind == "int8":
+        return QuantizedWeight(whole, weight.scales[:n_out])
+    return QuantizedWeight(whole, weight.scales.transpose(0, 2, 1).reshape(-1, n_in // GROUP)[:n_out])
+
+
+__all__ = ["PackedTable", "PackedWeight", "Quantized", "QuantizedTable", "pack", "unpack"]

@@ -1,0 +1,328 @@
+"""Traces a step of the model into a list of kernels, and runs the list.
+
+`transformer.py` is called with the namespace `NativeTracer`. Products, expressions and attention become kernels, with
+arrays that hold no numbers yet. What depends on the position alone is computed by NumPy while the step is traced, and
+once more before each replay.
+"""
+
+import functools
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpt_xp.types import Array, Namespace
+from gpt_xp_backends.native_backend import attention, expressions, products, threads
+from gpt_xp_backends.native_backend.machine import kernels, numbers
+from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
+from gpt_xp_backends.native_backend.packed import PackedWeight
+from gpt_xp_backends.programs import Node, Program
+from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
+
+ALIGNMENT = 64  # bytes of a line of the processor's cache
+
+
+class Arena:
+    """Memory for the arrays of a step. The memory of an array that no code holds is used again by a later kernel."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Any]] = {}
+
+    def empty(self, *shape: int) -> "np.ndarray[Any, Any]":
+        """Return a float32 array."""
+        n_bytes = -(-4 * int(np.prod(shape)) // 4096) * 4096
+        free = self._free.setdefault(n_bytes, [])
+        block = free.pop() if free else np.empty(n_bytes + ALIGNMENT, np.uint8)
+        begin = -block.ctypes.data % ALIGNMENT
+        owner = np.frombuffer(memoryview(block)[begin : begin + n_bytes], np.float32)  # the base of all views
+        weakref.finalize(owner, free.append, block).atexit = False
+        return owner[: int(np.prod(shape))].reshape(shape)
+
+
+class Tape:
+    """Kernels in their order, with their arguments; and NumPy's calls, which come before them."""
+
+    def __init__(self, arena: Arena, n_threads: int) -> None:
+        self.arena, self.n_threads = arena, n_threads
+        self.output: Array = None
+        self._host: list[Callable[[], Any]] = []
+        self._kernels: list[tuple[int, int]] = []
+        self._kept: list[Any] = []
+        self._calls: np.ndarray[Any, Any] | None = None
+        self._memory: dict[str, Any] = {}
+
+    def host(self, call: Callable[[], Any]) -> None:
+        """Note a call of NumPy that has been made."""
+        self._host.append(call)
+
+    def add(self, kernel: int, *arguments: int, keep: tuple[Any, ...] = ()) -> None:
+        """Add a kernel."""
+        array = numbers(*arguments)
+        self._kernels.append((kernel, array.ctypes.data))
+        self._kept += (array, *keep)
+
+    def scratch(self, bytes_each: int) -> int:
+        """Return the address of memory with that many bytes for each thread. Every kernel may use it anew."""
+        n_bytes = bytes_each * self.n_threads + ALIGNMENT
+        block = self._memory.get("scratch")
+        if block is None or block.nbytes < n_bytes:
+            block = self._memory["scratch"] = np.empty(n_bytes, np.uint8)
+            self._kept.append(block)
+        return int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
+
+    def run_kernels(self) -> None:
+        """Run the kernels."""
+        if self._calls is None:
+            self._calls = np.asarray(self._kernels, np.int64).reshape(-1, 2)
+        threads.run(self._calls, self.n_threads)
+
+    def run(self) -> None:
+        """Run all calls again."""
+        for call in self._host:
+            call()
+        self.run_kernels()
+
+
+class HostArray(np.ndarray[Any, Any]):
+    """An array that NumPy has computed. Calls on it are noted on the tape of its tracer."""
+
+    note: Callable[[Callable[[], Any]], None]
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Compute a function, and note it."""
+        plain = [x.view(np.ndarray) if isinstance(x, HostArray) else x for x in inputs]
+        if any(isinstance(x, TracedArray) for x in plain):
+            return NotImplemented
+        result = np.asarray(getattr(ufunc, method)(*plain, **options))
+        self.note(lambda: getattr(ufunc, method)(*plain, out=result, **options))
+        return host_array(result, self.note)
+
+    def __array_finalize__(self, other: Any) -> None:
+        """Keep the tracer of the array that this is a view of."""
+        self.note = getattr(other, "note", None)  # type: ignore[assignment]
+
+
+def host_array(array: Any, note: Callable[[Callable[[], Any]], None]) -> HostArray:
+    """Return an array whose calls are noted."""
+    found = np.asarray(array).view(HostArray)
+    found.note = note
+    return found
+
+
+class NativeTracer(Tracer):
+    """The namespace of a step that is traced: it adds kernels to `tape`."""
+
+    tape: Tape
+
+    def __init__(self, xp: Namespace) -> None:
+        super().__init__(xp, Calls(self._product, self._expression, None, self._attend))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._xp, name)
+        if callable(value) and not isinstance(value, type):
+            value = self._noted(value, name)
+        setattr(self, name, value)
+        return value
+
+    def _noted(self, plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """Return a function of the namespace whose calls are noted."""
+
+        def value(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(each, TracedArray) for each in args):
+                raise TypeError(f"{name} needs numbers, and the step is traced")
+            bare = [each.view(np.ndarray) if isinstance(each, HostArray) else each for each in args]
+            result = plain(*bare, **kwargs)
+            if not isinstance(result, np.ndarray):
+                return result
+            if not any(isinstance(each, np.ndarray) and np.may_share_memory(result, each) for each in bare):
+                self.tape.host(lambda: np.copyto(result, plain(*bare, **kwargs)))
+            return host_array(result, lambda call: self.tape.host(call))
+
+        return value
+
+    def astype(self, x: Any, dtype: Any, *, copy: bool = True) -> Any:
+        """Change the dtype. All traced arrays are float32."""
+        if not isinstance(x, TracedArray):
+            return self._noted(self._xp.astype, "astype")(x, dtype, copy=copy)
+        if dtype != np.float32:
+            raise TypeError("native computes in float32")
+        return x
+
+    def view(self, x: Any, change: Callable[[Any], Any]) -> Any:
+        """Return the view that `change` makes of an array; a view of an array without numbers is one, too."""
+        if not isinstance(x, TracedArray):
+            return change(x)
+        if x._node.array is None:
+            return super().view(x, change)
+        array = change(x._node.array)
+        if not np.may_share_memory(array, x._node.array):
+            raise TypeError("a copy needs numbers, and the step is traced")
+        return TracedArray(Node(array.shape, array.dtype, array=array), self)
+
+    def matrix_transpose(self, x: Any) -> Any:
+        """Return the transposed array, or table."""
+        return self._xp.matrix_transpose(x)
+
+    def append(self, all_k: Array, all_v: Array, position: Array, k: Any, v: Any) -> bool:
+        """Write keys and values [batch, n_head, n_seq, d_head] into those of all slots."""
+        k, v = self.computed(k), self.computed(v)
+        batch, n_head, n_seq, d_head = k.shape
+        address = _kernel("put", put)
+        for new, buffer in ((k, all_k), (v, all_v)):
+            if not new.strides[3] == 4 == buffer.strides[3] or buffer.strides[2] != 4 * d_head:
+                raise TypeError("the cache lies in memory in an unusual way")
+            self.tape.add(
+                address, new.ctypes.data, *new.strides[:3], buffer.ctypes.data, *buffer.strides[:2], batch, n_head, n_seq,
+                d_head, buffer.shape[2], position.ctypes.data, keep=(position, new),
+            )  # fmt: skip
+        return True
+
+    # --- the calls ---
+
+    def _product(self, x: Any, w: Any, scale: float) -> Any:
+        if not isinstance(w, PackedWeight) or scale != 1.0 or x.strides[1] != 4:
+            raise TypeError("native multiplies by packed weights")
+        (n_in, n_out), rows, columns = w.shape, len(x), w.panels.shape[2]
+        few = rows <= products.FEW_ROWS
+        name = f"product_{w.kind}_{'few' if few else 'many'}"
+        kernel = _kernel(name, lambda name, target: products.product(name, target, w.kind, few))
+        n_panels = len(w.panels)
+        out = self.tape.arena.empty(rows, n_panels * columns)
+        wide = 0 if few or w.kind == "float32" else self.tape.scratch(n_in * columns * 4)
+        scales = 0 if w.scales is None else w.scales.ctypes.data
+        self.tape.add(
+            kernel, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data, out.strides[0],
+            n_in, n_panels, wide, keep=(w,),
+        )  # fmt: skip
+        return out[:, :n_out]
+
+    def _expression(
+        self, program: Program, arrays: list[Array], shape: tuple[int, ...], reusable: frozenset[int]
+    ) -> list[Array]:
+        width = shape[-1]
+        rows = int(np.prod(shape[:-1]))
+        kernel = _expression_kernel(program)
+        places: list[int] = []
+        for array in arrays:
+            places += array.ctypes.data, _row_bytes(array, shape)
+        outputs = []
+        for number in program.outputs:
+            is_row = program.operations[number - len(program.given)].is_row
+            out = self.tape.arena.empty(*shape[:-1], 1 if is_row else width)
+            places += out.ctypes.data, out.shape[-1] * 4
+            outputs.append(out)
+        kept = width * 4 * expressions.n_kept(program)
+        self.tape.add(kernel, *places, rows, width, self.tape.scratch(kept), kept, keep=tuple(a for a in arrays if isinstance(a, HostArray)))
+        return outputs
+
+    def _attend(self, q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+        batch, n_head, n_seq, d_head = q.shape
+        n_slots = k.shape[2]
+        inner = (4 * d_head, 4)
+        flat = all(x.strides[2:] == inner and x.strides[0] == n_head * x.strides[1] for x in (k, v))
+        if not flat or k.strides != v.strides or q.strides[3] != 4 or mask.strides[-1] != 4 or mask.shape != (batch, 1, n_seq, n_slots):
+            raise TypeError("the cache lies in memory in an unusual way")
+        few = n_seq <= attention.MAX_FEW
+        name = f"attention_{d_head}_{'few' if few else 'many'}"
+        kernel = _kernel(name, lambda name, target: attention.attention(name, target, d_head, few))
+        out = self.tape.arena.empty(batch, n_seq, n_head, d_head).transpose(0, 2, 1, 3)
+        n_bytes = attention.scratch_bytes(kernels().target, n_seq, n_slots, d_head)
+        factor = int(np.float32(1 / scale).view(np.int32))
+        self.tape.add(
+            kernel, q.ctypes.data, *q.strides[:3], k.ctypes.data, v.ctypes.data, k.strides[1], mask.ctypes.data,
+            mask.strides[0], mask.strides[2], out.ctypes.data, *out.strides[:3], n_head, batch, n_seq, n_slots,
+            self.tape.scratch(n_bytes), n_bytes, factor, keep=(mask,),
+        )  # fmt: skip
+        return out
+
+
+def _row_bytes(array: Array, shape: tuple[int, ...]) -> int:
+    """Return the bytes from one row of an array to the next, broadcast to `shape`. Raises `TypeError` if they differ."""
+    if array.ndim == 0 or array.size == array.shape[-1]:
+        if array.ndim and array.shape[-1] not in (1, shape[-1]):
+            raise TypeError("a row is too short")
+        return 0
+    if array.shape[:-1] != shape[:-1] or (array.shape[-1] > 1 and array.strides[-1] != 4):
+        raise TypeError("an array lies in memory in an unusual way")
+    rows = array[..., 0].reshape(-1) if array.ndim > 2 else array[:, 0]
+    if not np.may_share_memory(rows, array):
+        raise TypeError("an array lies in memory in an unusual way")
+    return int(rows.strides[0])
+
+
+@functools.cache
+def _expression_kernel(program: Program) -> int:
+    if any(dtype != np.float32 for dtype, _ in program.given):
+        raise TypeError("native computes in float32")
+    name = "expression_" + hashlib.sha256(repr(program).encode()).hexdigest()[:16]
+    return _kernel(name, lambda name, target: expressions.expression(name, target, program))
+
+
+def _kernel(name: str, make: Callable[[str, Any], str]) -> int:
+    return kernels().address(name, lambda: make(name, kernels().target))
+
+
+def put(name: str, target: Any) -> str:
+    """Return a kernel that writes keys or values of new tokens into their slots.
+
+    Its arguments: the new ones, and the bytes of their batch, head and token; all slots, and the bytes of their batch and
+    head; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
+    """
+    from gpt_xp_backends.native_backend.builder import F32, I32, Value
+
+    k = KernelBuilder(name, target)
+    new, new_batch, new_head, new_row, slots, batch_bytes, head_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(13)
+    first = Value(k, k.ir.sext(k.load(place, I32).ir, I64)) % n_slots
+    with k.shared_loop(batch * n_head) as item:
+        row, head = item // n_head, item % n_head
+        begin = slots + row * batch_bytes + head * head_bytes + first * d_head * 4
+        source = new + row * new_batch + head * new_head
+        with k.loop(0, n_seq) as i, k.loop(0, d_head) as j:
+            k.store(k.load(source + i * new_row + j * 4, F32), begin + (i * d_head + j) * 4)
+    return k.text()
+
+
+class NativeRunner:
+    """Traces steps of the namespace `xp`, and runs them: see `captured_step.Runner`."""
+
+    max_rows = 64
+
+    def __init__(self, xp: Namespace, n_threads: int) -> None:
+        self.xp, self.tracer, self._n_threads = xp, NativeTracer(xp), n_threads
+        self._arena = Arena()
+
+    def record(self, step: Callable[[], Array]) -> tuple[Array, Tape]:
+        """Trace a step and run it; return its output, and the tape, which can be run again."""
+        self.tracer.tape = tape = Tape(Arena(), self._n_threads)
+        tape.output = self.tracer.computed(step())
+        tape.run_kernels()
+        return tape.output.copy(), tape
+
+    def once(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Trace a function of the namespace, run it, and return what it returns."""
+        self.tracer.tape = tape = Tape(self._arena, self._n_threads)
+        found = function(*args, xp=self.tracer, **options)
+        found = _plain(found, self.tracer)
+        tape.run_kernels()
+        return found
+
+    def address(self, x: Array) -> int:
+        """Return where an array begins in memory."""
+        return int(x.ctypes.data)
+
+    def wait(self) -> None:
+        """Do nothing: a step has ended when `run` returns."""
+
+
+def _plain(tree: Any, tracer: NativeTracer) -> Any:
+    if isinstance(tree, TracedArray):
+        return tracer.computed(tree)
+    if isinstance(tree, HostArray):
+        return tree.view(np.ndarray)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_plain(each, tracer) for each in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_plain(each, tracer) for each in tree)
+    return tree
