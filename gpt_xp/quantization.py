@@ -95,7 +95,11 @@ def check_kind(kind: str | None) -> None:
 
 def quantization_of(params: Params) -> str | None:
     """Return the kind of quantization of the params: "int8", "int4", or None."""
-    return next((kind_of(leaf) for leaf in leaves(params) if isinstance(leaf, Quantized)), None)
+    for leaf in leaves(params):
+        kind = kind_of(leaf) if isinstance(leaf, Quantized) else getattr(leaf, "kind", None)  # of a packed weight
+        if kind in KINDS:
+            return str(kind)
+    return None
 
 
 # --- quantizing, with NumPy -----------------------------------------------------------------------------------------

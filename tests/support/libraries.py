@@ -14,7 +14,7 @@ from gpt_xp.generation.sampling import Choice
 from gpt_xp.quantization import quantized_backend
 from gpt_xp.registry import get_backend
 
-BACKENDS = ("numpy", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
+BACKENDS = ("numpy", "native", "jax", "torch", "mlx", "array-api-strict", "array-api-strict:device1")
 
 
 ON_A_GPU = ("cupy", "jax:gpu", "torch:cuda")

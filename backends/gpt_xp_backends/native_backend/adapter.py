@@ -105,7 +105,7 @@ class NativeBackend(NumPyBackend):
 
         @functools.wraps(function)
         def call(*args: Any, xp: Namespace = None, **kwargs: Any) -> Any:
-            if xp is self.xp and len(args) > 2:
+            if xp is self._runner.xp and len(args) > 2:
                 try:
                     return self._runner.once(function, *args, **kwargs)
                 except TypeError:

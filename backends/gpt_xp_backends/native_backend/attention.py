@@ -5,6 +5,7 @@ keys of a head are packed into panels, and both products are tiles of `products`
 left out.
 """
 
+import math
 from collections.abc import Callable
 
 from gpt_xp_backends.native_backend.builder import F32, KernelBuilder, Value
@@ -91,7 +92,7 @@ def _store_columns(k: KernelBuilder, vectors: list[Value], address: Value, d_hea
 def _one_query(k: KernelBuilder, h: _Head, row: Value, scores: Value, d_head: int) -> None:
     columns, q = _columns(k, d_head), h.q + row * h.q_row
     query = [load(q) * h.scale for load in columns]
-    mask, largest = h.mask + row * h.mask_row, k.variable(k.vector(-3.4e38))
+    mask, largest = h.mask + row * h.mask_row, k.variable(k.vector(-math.inf))
 
     def score(first: Value, hidden: Value, last: Value | None) -> None:
         sums = []
@@ -110,7 +111,7 @@ def _one_query(k: KernelBuilder, h: _Head, row: Value, scores: Value, d_head: in
     with k.loop(0, whole, k.width) as first:
         score(first, k.load(mask + first * 4), None)
     with k.when(whole < h.n_slots):  # The keys after the last slot are the last key, with no weight.
-        score(whole, k.load_first(mask + whole * 4, h.n_slots - whole, -float("inf")), h.n_slots - 1)
+        score(whole, k.load_first(mask + whole * 4, h.n_slots - whole, -math.inf), h.n_slots - 1)
     total = _exponentials(k, scores, h.n_slots, k.all_max(largest.value))
     mixed = _mix(k, scores, h.values, h.n_slots, columns, d_head)
     _store_columns(k, [each / total for each in mixed], h.out + row * h.out_row, d_head)
@@ -183,9 +184,9 @@ def _visible(k: KernelBuilder, mask: Value, mask_row: Value, n: Value, n_slots: 
     """Return how many keys, from the first on, hold all that `n` queries see; at least 1."""
     found = k.variable(k.integer(1))
     with k.loop(0, n_slots, k.width) as first:
-        largest, room = k.variable(k.vector(-3.4e38)), k.smaller(n_slots - first, k.width)
+        largest, room = k.variable(k.vector(-math.inf)), k.smaller(n_slots - first, k.width)
         with k.loop(0, n) as row:
-            largest.value = k.larger(largest.value, k.load_first(mask + row * mask_row + first * 4, room, -3.4e38))
+            largest.value = k.larger(largest.value, k.load_first(mask + row * mask_row + first * 4, room, -math.inf))
         with k.when(k.first(k.all_max(largest.value)) > HIDDEN):
             found.value = first + room
     return found.value
@@ -206,9 +207,9 @@ def _pack_keys(k: KernelBuilder, h: _Head, n_panels: Value, packed: Value, d_hea
 
 
 def _softmax(k: KernelBuilder, scores: Value, mask: Value, n_keys: Value, n_padded: Value) -> None:
-    largest = k.variable(k.vector(-3.4e38))
+    largest = k.variable(k.vector(-math.inf))
     with k.loop(0, n_padded, k.width) as first:
-        hidden = k.load_first(mask + first * 4, n_keys - first, -float("inf"))
+        hidden = k.load_first(mask + first * 4, n_keys - first, -math.inf)
         found = k.load(scores + first * 4) + hidden
         k.store(found, scores + first * 4)
         largest.value = k.larger(largest.value, found)

@@ -24,6 +24,11 @@ class PackedWeight:
         self.kind, self.shape, self.panels, self.scales = kind, shape, panels, scales
 
     @property
+    def dtype(self) -> "np.dtype[Any]":
+        """The dtype of the numbers in memory."""
+        return self.panels.dtype
+
+    @property
     def nbytes(self) -> int:
         """The bytes that it takes."""
         return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
@@ -51,6 +56,16 @@ class PackedTable:
 
     def __init__(self, weight: PackedWeight) -> None:
         self.weight = weight
+
+    @property
+    def kind(self) -> str:
+        """The kind of the weight."""
+        return self.weight.kind
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """The dtype of the numbers in memory."""
+        return self.weight.dtype
 
     @property
     def shape(self) -> tuple[int, int]:

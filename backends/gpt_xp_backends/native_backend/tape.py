@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp.kv_cache import KVCache
 from gpt_xp.types import Array, Namespace
+from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import attention, expressions, products, threads
 from gpt_xp_backends.native_backend.machine import kernels, numbers
 from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
@@ -169,6 +171,9 @@ class NativeTracer(Tracer):
         """Write keys and values [batch, n_head, n_seq, d_head] into those of all slots."""
         k, v = self.computed(k), self.computed(v)
         batch, n_head, n_seq, d_head = k.shape
+        n_slots = all_k.shape[2]
+        if int(position) % n_slots + n_seq > n_slots:
+            raise TypeError("these tokens do not fit the slots")  # The plain step says so in its own words.
         address = _kernel("put", put)
         for new, buffer in ((k, all_k), (v, all_v)):
             if not new.strides[3] == 4 == buffer.strides[3] or buffer.strides[2] != 4 * d_head:
@@ -303,8 +308,8 @@ class NativeRunner:
     def once(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Trace a function of the namespace, run it, and return what it returns."""
         self.tracer.tape = tape = Tape(self._arena, self._n_threads)
-        found = function(*args, xp=self.tracer, **options)
-        found = _plain(found, self.tracer)
+        args = tuple(_traced_cache(each) if isinstance(each, KVCache) else each for each in args)
+        found = _plain(function(*args, xp=self.tracer, **options), self.tracer)
         tape.run_kernels()
         return found
 
@@ -316,11 +321,17 @@ class NativeRunner:
         """Do nothing: a step has ended when `run` returns."""
 
 
+def _traced_cache(cache: KVCache) -> TracedCache:
+    return TracedCache(cache.layers, np.full((), cache.position, np.int32), cache.start)
+
+
 def _plain(tree: Any, tracer: NativeTracer) -> Any:
     if isinstance(tree, TracedArray):
         return tracer.computed(tree)
     if isinstance(tree, HostArray):
         return tree.view(np.ndarray)
+    if isinstance(tree, TracedCache):
+        return KVCache(tree.layers, int(tree.position), tree.start)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(_plain(each, tracer) for each in tree))
     if isinstance(tree, list | tuple):
