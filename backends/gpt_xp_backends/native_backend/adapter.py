@@ -15,7 +15,6 @@ from gpt_xp.quantization import QuantizedTable, QuantizedWeight
 from gpt_xp.tree import tree_map
 from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends import numpy_backend
-from gpt_xp_backends.captured_step import CapturedStep, GraphGuard
 from gpt_xp_backends.numpy_backend import NumPyBackend
 
 FIX = install_command("native")
@@ -34,13 +33,12 @@ class NativeBackend(NumPyBackend):
         check_dtype("native", "cpu", dtype, ("float32", "float16"))
         llvmlite = import_library("llvmlite", FIX)
         from gpt_xp_backends.native_backend import threads as native_threads
-        from gpt_xp_backends.native_backend.tape import NativeRunner
+        from gpt_xp_backends.native_backend.tape import Arena
 
         self.version, self.dtype = llvmlite.__version__, dtype
         self._n_threads = threads or native_threads.n_cores()
         self.xp = _namespace(self._n_threads)
-        self._runner = NativeRunner(self.xp, self._n_threads)
-        self._guard = GraphGuard(None, "native computes steps without replaying them, and slower", "GPT_XP_NATIVE_REPLAY=0")
+        self._xp, self._arena = self.xp, Arena()
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -102,28 +100,11 @@ class NativeBackend(NumPyBackend):
     ) -> Callable[..., Any]:
         """Return the function, which is traced and run by kernels if it is given the backend's namespace."""
         plain = super().compile(function, static, donate)
+        if "cache" not in donate:
+            return plain
+        from gpt_xp_backends.native_backend.tape import NativeStep
 
-        @functools.wraps(function)
-        def call(*args: Any, xp: Namespace = None, **kwargs: Any) -> Any:
-            if xp is self._runner.xp and len(args) > 2:
-                try:
-                    return self._runner.once(function, *args, **kwargs)
-                except TypeError:
-                    pass
-            return plain(*args, **kwargs) if xp is None else plain(*args, xp=xp, **kwargs)
-
-        return call
-
-    def compile_step(
-        self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
-    ) -> Callable[..., Any]:
-        """Return the function, which is replayed where it decodes one token of each row."""
-        once = self.compile(function, static, donate)
-
-        def step(*args: Any, xp: Namespace, **kwargs: Any) -> Any:
-            return (function if xp is self._runner.tracer else once)(*args, xp=xp, **kwargs)
-
-        return functools.wraps(function)(CapturedStep(step, self._runner, self._guard))
+        return functools.wraps(function)(NativeStep(function, plain, self._xp, self._arena, self._n_threads))
 
 
 def _namespace(n_threads: int) -> Namespace:
@@ -132,16 +113,15 @@ def _namespace(n_threads: int) -> Namespace:
     from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
 
     plain = numpy_backend.namespace()
-    runner: Any = None
+    arena = tape.Arena()
 
     def matmul(x: Array, w: Any) -> Array:
-        nonlocal runner
         if not isinstance(w, PackedWeight):
             return plain.matmul(x, w)
-        if runner is None:
-            runner = tape.NativeRunner(plain, n_threads)
-        x = np.ascontiguousarray(x, np.float32)
-        return runner.once(lambda xp: xp.matmul(x, w))
+        calls = tape.Tape(arena, n_threads)
+        out = tape.product(calls, np.ascontiguousarray(x, np.float32), w)
+        calls.run()
+        return out
 
     def take(x: Any, indices: Array, axis: int) -> Array:
         return x.weight.columns(np.asarray(indices)) if isinstance(x, PackedTable) else plain.take(x, indices, axis=axis)

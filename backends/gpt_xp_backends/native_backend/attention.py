@@ -8,14 +8,13 @@ left out.
 import math
 from collections.abc import Callable
 
-from gpt_xp_backends.native_backend.builder import F32, KernelBuilder, Value
+from gpt_xp_backends.native_backend.builder import F32, I64, KernelBuilder, Value
 from gpt_xp_backends.native_backend.machine import Target
 from gpt_xp_backends.native_backend.products import VECTORS, panel_columns, tile, tile_rows
 
 MAX_FEW = 5  # Up to so many queries of each head, packing the keys takes longer than it saves.
 BLOCK = 64  # queries that are computed together
 HIDDEN = -1e38  # The mask is below it for a token that the query must not see.
-N_ARGUMENTS = 19
 
 
 def scratch_bytes(target: Target, n_queries: int, n_slots: int, d_head: int) -> int:
@@ -30,8 +29,9 @@ class _Head:
     """The addresses of one head of one row of the batch, and the numbers that all heads share."""
 
     def __init__(self, k: KernelBuilder) -> None:
-        (q, q_batch, q_head, self.q_row, keys, values, kv_head, mask, mask_batch, self.mask_row, out, out_batch, out_head,
-         self.out_row, self.n_heads, self.batch, self.n_queries, self.n_slots, self.memory) = k.arguments(N_ARGUMENTS)  # fmt: skip
+        (q, q_batch, q_head, self.q_row, layer, mask, mask_batch, self.mask_row, out, out_batch, out_head,
+         self.out_row, self.n_heads, self.batch, self.n_queries, self.n_slots, self.memory) = k.arguments(17)  # fmt: skip
+        keys, values, kv_head = (k.load(layer + 8 * i, I64) for i in range(3))
         self.scratch_bytes, self.scale = k.arguments(1)[0], k.splat(k.float_argument())
         self._bases = (q, q_batch, q_head), (keys, values, kv_head), (mask, mask_batch), (out, out_batch, out_head)
 
@@ -46,8 +46,8 @@ class _Head:
 def attention(name: str, target: Target, d_head: int, few: bool) -> str:
     """Return a kernel that computes softmax(q * scale @ k.T + mask) @ v for heads of `d_head` numbers.
 
-    Its arguments: q, and the bytes of its batch, head and row; keys; values, and the bytes of a head of both; mask, and
-    the bytes of its batch and row; out, and the bytes of its batch, head and row; heads; batch; queries; slots; memory;
+    Its arguments: q, and the bytes of its batch, head and row; the layer's numbers in the `CacheTable`; mask, and the
+    bytes of its batch and row; out, and the bytes of its batch, head and row; heads; batch; queries; slots; memory;
     the bytes of it for each thread; the scale, a float32. A key and a value lie side by side in their head.
     """
     k = KernelBuilder(name, target)

@@ -9,20 +9,21 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_xp.kv_cache import KVCache
-from gpt_xp.types import Array, Namespace
+from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import attention, expressions, products, threads
 from gpt_xp_backends.native_backend.machine import kernels, numbers
-from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
+from gpt_xp_backends.native_backend.builder import F32, I32, I64, KernelBuilder, Value
 from gpt_xp_backends.native_backend.packed import PackedWeight
 from gpt_xp_backends.programs import Node, Program
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 
+SMALL = 2**14  # Another thread would take longer to come than so many numbers take to be computed.
 ALIGNMENT = 64  # bytes of a line of the processor's cache
 
 
@@ -46,23 +47,22 @@ class Arena:
 class Tape:
     """Kernels in their order, with their arguments; and NumPy's calls, which come before them."""
 
-    def __init__(self, arena: Arena, n_threads: int) -> None:
-        self.arena, self.n_threads = arena, n_threads
-        self.output: Array = None
+    def __init__(self, arena: Arena, n_threads: int, cache: KVCache | None = None) -> None:
+        self.arena, self.n_threads, self.cache = arena, n_threads, cache and CacheTable(cache)
         self._host: list[Callable[[], Any]] = []
-        self._kernels: list[tuple[int, int]] = []
+        self._kernels: list[tuple[int, int, bool]] = []
         self._kept: list[Any] = []
-        self._calls: np.ndarray[Any, Any] | None = None
+        self._calls: threads.Calls | None = None
         self._memory: dict[str, Any] = {}
 
     def host(self, call: Callable[[], Any]) -> None:
         """Note a call of NumPy that has been made."""
         self._host.append(call)
 
-    def add(self, kernel: int, *arguments: int, keep: tuple[Any, ...] = ()) -> None:
-        """Add a kernel."""
+    def add(self, kernel: int, *arguments: int, keep: tuple[Any, ...] = (), alone: bool = False) -> None:
+        """Add a kernel. It is run by one thread `alone` where it is too small to share."""
         array = numbers(*arguments)
-        self._kernels.append((kernel, array.ctypes.data))
+        self._kernels.append((kernel, array.ctypes.data, alone))
         self._kept += (array, *keep)
 
     def scratch(self, bytes_each: int) -> int:
@@ -74,17 +74,37 @@ class Tape:
             self._kept.append(block)
         return int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
 
-    def run_kernels(self) -> None:
-        """Run the kernels."""
-        if self._calls is None:
-            self._calls = np.asarray(self._kernels, np.int64).reshape(-1, 2)
-        threads.run(self._calls, self.n_threads)
-
     def run(self) -> None:
-        """Run all calls again."""
+        """Run all calls."""
         for call in self._host:
             call()
-        self.run_kernels()
+        self._calls = self._calls or threads.Calls(self._kernels)
+        self._calls.run(self.n_threads)
+
+
+class CacheTable:
+    """Where the keys and values of each layer are. Kernels read it, so a tape serves any cache of the same shapes."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.numbers = np.empty((len(cache.layers), 3), np.int64)  # of keys, of values, bytes of a head
+        self._arrays: list[Any] = []
+        self.bind(cache)
+        self._rows = {int(row[0]): row.ctypes.data for row in self.numbers}
+
+    def bind(self, cache: KVCache) -> None:
+        """Take the arrays of a cache. Raises `TypeError` where they lie in memory in an unusual way."""
+        arrays = [x for layer in cache.layers for x in layer]
+        if self._arrays and all(before() is x for before, x in zip(self._arrays, arrays, strict=True)):
+            return
+        for row, (k, v) in zip(self.numbers, cache.layers, strict=True):
+            if not k.strides == v.strides or k.strides[1:] != (4 * k.shape[2], 4) or not k.dtype == v.dtype == np.float32:
+                raise TypeError("the cache lies in memory in an unusual way")
+            row[:] = k.ctypes.data, v.ctypes.data, k.strides[0]
+        self._arrays = [weakref.ref(x) for x in arrays]
+
+    def row(self, k: Array) -> int:
+        """Return the address of the numbers of a layer, which is found by its keys."""
+        return self._rows[k.ctypes.data]
 
 
 class HostArray(np.ndarray[Any, Any]):
@@ -152,6 +172,10 @@ class NativeTracer(Tracer):
             raise TypeError("native computes in float32")
         return x
 
+    def reshape(self, x: Any, shape: Any) -> Any:
+        """Return the same numbers in another shape."""
+        return super().reshape(x, shape) if isinstance(x, TracedArray) else self._noted(self._xp.reshape, "reshape")(x, shape)
+
     def view(self, x: Any, change: Callable[[Any], Any]) -> Any:
         """Return the view that `change` makes of an array; a view of an array without numbers is one, too."""
         if not isinstance(x, TracedArray):
@@ -174,14 +198,12 @@ class NativeTracer(Tracer):
         n_slots = all_k.shape[2]
         if int(position) % n_slots + n_seq > n_slots:
             raise TypeError("these tokens do not fit the slots")  # The plain step says so in its own words.
-        address = _kernel("put", put)
-        for new, buffer in ((k, all_k), (v, all_v)):
-            if not new.strides[3] == 4 == buffer.strides[3] or buffer.strides[2] != 4 * d_head:
-                raise TypeError("the cache lies in memory in an unusual way")
-            self.tape.add(
-                address, new.ctypes.data, *new.strides[:3], buffer.ctypes.data, *buffer.strides[:2], batch, n_head, n_seq,
-                d_head, buffer.shape[2], position.ctypes.data, keep=(position, new),
-            )  # fmt: skip
+        if self.tape.cache is None or k.strides[3] != 4 or k.strides != v.strides:
+            raise TypeError("keys and values lie in memory in an unusual way")
+        self.tape.add(
+            _kernel("put", put), self.tape.cache.row(all_k), k.ctypes.data, v.ctypes.data, *k.strides[:3], batch, n_head,
+            n_seq, d_head, n_slots, position.ctypes.data, keep=(position,), alone=k.size < SMALL,
+        )  # fmt: skip
         return True
 
     # --- the calls ---
@@ -189,19 +211,7 @@ class NativeTracer(Tracer):
     def _product(self, x: Any, w: Any, scale: float) -> Any:
         if not isinstance(w, PackedWeight) or scale != 1.0 or x.strides[1] != 4:
             raise TypeError("native multiplies by packed weights")
-        (n_in, n_out), rows, columns = w.shape, len(x), w.panels.shape[2]
-        few = rows <= products.FEW_ROWS
-        name = f"product_{w.kind}_{'few' if few else 'many'}"
-        kernel = _kernel(name, lambda name, target: products.product(name, target, w.kind, few))
-        n_panels = len(w.panels)
-        out = self.tape.arena.empty(rows, n_panels * columns)
-        wide = 0 if few or w.kind == "float32" else self.tape.scratch(n_in * columns * 4)
-        scales = 0 if w.scales is None else w.scales.ctypes.data
-        self.tape.add(
-            kernel, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data, out.strides[0],
-            n_in, n_panels, wide, keep=(w,),
-        )  # fmt: skip
-        return out[:, :n_out]
+        return product(self.tape, x, w)
 
     def _expression(
         self, program: Program, arrays: list[Array], shape: tuple[int, ...], reusable: frozenset[int]
@@ -219,16 +229,15 @@ class NativeTracer(Tracer):
             places += out.ctypes.data, out.shape[-1] * 4
             outputs.append(out)
         kept = width * 4 * expressions.n_kept(program)
-        self.tape.add(kernel, *places, rows, width, self.tape.scratch(kept), kept, keep=tuple(a for a in arrays if isinstance(a, HostArray)))
+        self.tape.add(kernel, *places, rows, width, self.tape.scratch(kept), kept, keep=tuple(a for a in arrays if isinstance(a, HostArray)), alone=rows * width < SMALL)
         return outputs
 
     def _attend(self, q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
         batch, n_head, n_seq, d_head = q.shape
         n_slots = k.shape[2]
-        inner = (4 * d_head, 4)
-        flat = all(x.strides[2:] == inner and x.strides[0] == n_head * x.strides[1] for x in (k, v))
-        if not flat or k.strides != v.strides or q.strides[3] != 4 or mask.strides[-1] != 4 or mask.shape != (batch, 1, n_seq, n_slots):
-            raise TypeError("the cache lies in memory in an unusual way")
+        is_usual = q.strides[3] == mask.strides[-1] == 4 and mask.shape == (batch, 1, n_seq, n_slots)
+        if not is_usual or self.tape.cache is None:
+            raise TypeError("native attends to a cache")
         few = n_seq <= attention.MAX_FEW
         name = f"attention_{d_head}_{'few' if few else 'many'}"
         kernel = _kernel(name, lambda name, target: attention.attention(name, target, d_head, few))
@@ -236,11 +245,28 @@ class NativeTracer(Tracer):
         n_bytes = attention.scratch_bytes(kernels().target, n_seq, n_slots, d_head)
         factor = int(np.float32(1 / scale).view(np.int32))
         self.tape.add(
-            kernel, q.ctypes.data, *q.strides[:3], k.ctypes.data, v.ctypes.data, k.strides[1], mask.ctypes.data,
-            mask.strides[0], mask.strides[2], out.ctypes.data, *out.strides[:3], n_head, batch, n_seq, n_slots,
+            kernel, q.ctypes.data, *q.strides[:3], self.tape.cache.row(k), mask.ctypes.data, mask.strides[0],
+            mask.strides[2], out.ctypes.data, *out.strides[:3], n_head, batch, n_seq, n_slots,
             self.tape.scratch(n_bytes), n_bytes, factor, keep=(mask,),
         )  # fmt: skip
         return out
+
+
+def product(tape: Tape, x: Array, w: PackedWeight) -> Array:
+    """Put the product of x [rows, n_in] with a weight on the tape, and return its array [rows, n_out]."""
+    (n_in, n_out), rows, columns = w.shape, len(x), w.panels.shape[2]
+    few = rows <= products.FEW_ROWS
+    name = f"product_{w.kind}_{'few' if few else 'many'}"
+    kernel = _kernel(name, lambda name, target: products.product(name, target, w.kind, few))
+    n_panels = len(w.panels)
+    out = tape.arena.empty(rows, n_panels * columns)
+    wide = 0 if few or w.kind == "float32" else tape.scratch(n_in * columns * 4)
+    scales = 0 if w.scales is None else w.scales.ctypes.data
+    tape.add(
+        kernel, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data, out.strides[0],
+        n_in, n_panels, wide, keep=(w,),
+    )  # fmt: skip
+    return out[:, :n_out]
 
 
 def _row_bytes(array: Array, shape: tuple[int, ...]) -> int:
@@ -270,70 +296,99 @@ def _kernel(name: str, make: Callable[[str, Any], str]) -> int:
 
 
 def put(name: str, target: Any) -> str:
-    """Return a kernel that writes keys or values of new tokens into their slots.
+    """Return a kernel that writes the keys and values of new tokens into their slots.
 
-    Its arguments: the new ones, and the bytes of their batch, head and token; all slots, and the bytes of their batch and
-    head; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
+    Its arguments: the layer's numbers in the `CacheTable`; the new keys; the new values; the bytes of their batch, head
+    and token; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
     """
-    from gpt_xp_backends.native_backend.builder import F32, I32, Value
-
     k = KernelBuilder(name, target)
-    new, new_batch, new_head, new_row, slots, batch_bytes, head_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(13)
+    layer, keys, values, batch_bytes, head_bytes, row_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(12)
     first = Value(k, k.ir.sext(k.load(place, I32).ir, I64)) % n_slots
+    slots_bytes = k.load(layer + 16, I64)
     with k.shared_loop(batch * n_head) as item:
-        row, head = item // n_head, item % n_head
-        begin = slots + row * batch_bytes + head * head_bytes + first * d_head * 4
-        source = new + row * new_batch + head * new_head
-        with k.loop(0, n_seq) as i, k.loop(0, d_head) as j:
-            k.store(k.load(source + i * new_row + j * 4, F32), begin + (i * d_head + j) * 4)
+        source = item // n_head * batch_bytes + item % n_head * head_bytes
+        begin = item * slots_bytes + first * d_head * 4
+        for which, new in enumerate((keys, values)):
+            slots = k.load(layer + 8 * which, I64) + begin
+            with k.loop(0, n_seq) as i, k.loop(0, d_head) as j:
+                k.store(k.load(new + source + i * row_bytes + j * 4, F32), slots + (i * d_head + j) * 4)
     return k.text()
 
 
-class NativeRunner:
-    """Traces steps of the namespace `xp`, and runs them: see `captured_step.Runner`."""
-
-    max_rows = 64
-
-    def __init__(self, xp: Namespace, n_threads: int) -> None:
-        self.xp, self.tracer, self._n_threads = xp, NativeTracer(xp), n_threads
-        self._arena = Arena()
-
-    def record(self, step: Callable[[], Array]) -> tuple[Array, Tape]:
-        """Trace a step and run it; return its output, and the tape, which can be run again."""
-        self.tracer.tape = tape = Tape(Arena(), self._n_threads)
-        tape.output = self.tracer.computed(step())
-        tape.run_kernels()
-        return tape.output.copy(), tape
-
-    def once(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Trace a function of the namespace, run it, and return what it returns."""
-        self.tracer.tape = tape = Tape(self._arena, self._n_threads)
-        args = tuple(_traced_cache(each) if isinstance(each, KVCache) else each for each in args)
-        found = _plain(function(*args, xp=self.tracer, **options), self.tracer)
-        tape.run_kernels()
-        return found
-
-    def address(self, x: Array) -> int:
-        """Return where an array begins in memory."""
-        return int(x.ctypes.data)
-
-    def wait(self) -> None:
-        """Do nothing: a step has ended when `run` returns."""
+MAX_TAPES = 16  # of a step, for tokens of different shapes
 
 
-def _traced_cache(cache: KVCache) -> TracedCache:
-    return TracedCache(cache.layers, np.full((), cache.position, np.int32), cache.start)
+class NativeStep:
+    """`function(params, tokens, cache, ..., xp=)`, traced for each shape of its arguments, and run by kernels.
+
+    What cannot be traced is computed by `plain`, the same function.
+    """
+
+    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any], xp: Namespace, arena: Arena, n_threads: int) -> None:
+        self._function, self._plain, self._xp, self._arena, self._n_threads = function, plain, xp, arena, n_threads
+        self._traced: dict[Any, TracedStep] = {}
+
+    def __call__(self, params: Params, tokens: Array, cache: KVCache, *rest: Any, xp: Namespace, **options: Any) -> Any:
+        """Return the result of the function."""
+        if xp is not self._xp or not isinstance(cache.position, int):  # Other namespaces replace parts of the model.
+            return self._plain(params, tokens, cache, *rest, xp=xp, **options)
+        key = id(params), tokens.shape, cache.n_slots, rest, tuple(sorted(options.items()))
+        with threads.LOCK:
+            try:
+                step = self._traced.pop(key, None)
+                if step is None:
+                    step = TracedStep(self._function, params, tokens, cache, rest, options, self._xp, self._arena, self._n_threads)
+                found = step.run(tokens, cache)
+            except TypeError:
+                return self._plain(params, tokens, cache, *rest, xp=xp, **options)
+            self._traced[key] = step  # The latest is the last.
+            if len(self._traced) > MAX_TAPES:
+                del self._traced[next(iter(self._traced))]
+            return found
 
 
-def _plain(tree: Any, tracer: NativeTracer) -> Any:
+class TracedStep:
+    """A step for tokens and a cache of certain shapes, as a tape."""
+
+    def __init__(self, function: Callable[..., Any], params: Params, tokens: Array, cache: KVCache, rest: Any, options: Any, xp: Namespace, arena: Arena, n_threads: int) -> None:
+        self._params = params  # Its id is a key.
+        self._tokens, self._start = np.array(tokens), np.array(cache.start)
+        self._position = np.full((), cache.position, np.int32)
+        self._tape, tracer = Tape(arena, n_threads, cache), NativeTracer(xp)
+        tracer.tape = self._tape
+        own = TracedCache(cache.layers, self._position, self._start)
+        found = function(params, self._tokens, own, *rest, xp=tracer, **options)
+        self._result = _computed(found, tracer, cache.position)
+
+    def run(self, tokens: Array, cache: KVCache) -> Any:
+        """Run the step for tokens and a cache of the same shapes."""
+        assert self._tape.cache is not None
+        self._tape.cache.bind(cache)
+        self._tokens[...], self._start[...] = tokens, cache.start
+        self._position.fill(cache.position)
+        self._tape.run()
+        return _result(self._result, cache)
+
+
+class _Advanced(NamedTuple):
+    """Stands for the cache in a result: the one that was passed, with so many tokens more."""
+
+    n_tokens: int
+
+
+def _computed(tree: Any, tracer: NativeTracer, position: int) -> Any:
     if isinstance(tree, TracedArray):
         return tracer.computed(tree)
-    if isinstance(tree, HostArray):
-        return tree.view(np.ndarray)
-    if isinstance(tree, TracedCache):
-        return KVCache(tree.layers, int(tree.position), tree.start)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_plain(each, tracer) for each in tree))
+    if isinstance(tree, KVCache):
+        return _Advanced(int(tree.position) - position)
     if isinstance(tree, list | tuple):
-        return type(tree)(_plain(each, tracer) for each in tree)
-    return tree
+        return type(tree)(_computed(each, tracer, position) for each in tree)
+    raise TypeError(f"a step returns {type(tree).__name__}")
+
+
+def _result(tree: Any, cache: KVCache) -> Any:
+    if isinstance(tree, _Advanced):
+        return KVCache(cache.layers, cache.position + tree.n_tokens, cache.start)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_result(each, cache) for each in tree)
+    return tree.copy()  # The next run writes into it.

@@ -5,33 +5,55 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
+from gpt_xp_backends.native_backend.builder import I64, KernelBuilder, Value
 from gpt_xp_backends.native_backend.machine import SIGNATURE, Target, kernels, numbers
 
 N_SPINS = 4000  # About 0.1 ms: longer than a thread waits for the others, if each has a core.
-_lock = threading.Lock()  # Two runs that take turns on the pool could wait for each other.
+LOCK = threading.RLock()  # Two runs that take turns on the pool could wait for each other.
 
 
-def run(calls: "np.ndarray[Any, Any]", n_threads: int) -> None:
-    """Run kernels, [n, 2] of the address of each and that of its arguments, one after the other on all threads."""
-    arrived = numbers(0)
-    arguments = numbers(calls.ctypes.data, len(calls), arrived.ctypes.data, _yield_address())
-    kernel = SIGNATURE(kernels().address("run_all", lambda: run_all("run_all", kernels().target)))
-    if n_threads == 1:
-        kernel(arguments.ctypes.data, 0, 1)
-        return
-    with _lock:
-        others = [_pool(n_threads - 1).submit(kernel, arguments.ctypes.data, i, n_threads) for i in range(1, n_threads)]
-        kernel(arguments.ctypes.data, 0, n_threads)
-        for each in others:
-            each.result()
+class Calls:
+    """Kernels to run one after the other: each by all threads, or by one where it is too small to share."""
+
+    def __init__(self, calls: Sequence[tuple[int, int, bool]]) -> None:
+        """Take the address of each kernel, that of its arguments, and whether one thread alone runs it."""
+        rounds: list[tuple[int, int, list[tuple[int, int]]]] = [(_address("nothing", nothing), 0, [])]
+        for kernel, arguments, alone in calls:
+            if alone:
+                rounds[-1][2].append((kernel, arguments))
+            else:
+                rounds.append((kernel, arguments, []))
+        self._small = [np.asarray(small, np.int64).reshape(-1, 2) for *_, small in rounds]
+        self._rounds = np.asarray(
+            [(kernel, arguments, small.ctypes.data, len(small))
+             for (kernel, arguments, _), small in zip(rounds, self._small, strict=True)], np.int64,
+        )  # fmt: skip
+
+    def run(self, n_threads: int) -> None:
+        """Run the kernels. Two Python threads take turns, because two runs on the pool could wait for each other."""
+        counts = numbers(0, 0)
+        arguments = numbers(self._rounds.ctypes.data, len(self._rounds), counts.ctypes.data, _yield_address())
+        kernel = SIGNATURE(_address("run_all", run_all))
+        if n_threads == 1:
+            kernel(arguments.ctypes.data, 0, 1)
+            return
+        with LOCK:
+            submit, place = _pool(n_threads - 1).submit, arguments.ctypes.data
+            others = [submit(kernel, place, thread, n_threads) for thread in range(1, n_threads)]
+            kernel(place, 0, n_threads)
+            for each in others:
+                each.result()
+
+
+def _address(name: str, make: Callable[[str, Target], str]) -> int:
+    return kernels().address(name, lambda: make(name, kernels().target))
 
 
 _pool = functools.cache(ThreadPoolExecutor)
@@ -46,28 +68,53 @@ def _yield_address() -> int:
     return int(ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0)
 
 
+def nothing(name: str, target: Target) -> str:
+    """Return a kernel that does nothing."""
+    return KernelBuilder(name, target).text()
+
+
 def run_all(name: str, target: Target) -> str:
-    """Return a kernel that runs others. Its arguments: their list and number; a count of arrivals; `_yield_address`."""
+    """Return the kernel that runs `Calls`. Its arguments: the rounds and their number; two counts; `_yield_address`.
+
+    All threads run the first kernel of a round. The last to finish runs the small ones, and lets the others go on.
+    """
     k = KernelBuilder(name, target)
-    calls, n_calls, arrived, let_others_run = k.arguments(4)
+    rounds, n_rounds, counts, yields = k.arguments(4)
+    arrived, done = (k.ir.inttoptr((counts + 8 * i).ir, I64.as_pointer()) for i in range(2))
     kernel = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
-    count = k.ir.inttoptr(arrived.ir, I64.as_pointer())
-    yields = k.ir.inttoptr(let_others_run.ir, ir.FunctionType(ir.IntType(32), []).as_pointer())
-    with k.loop(0, n_calls) as i:
-        function = k.ir.inttoptr(k.load(calls + i * 16, I64).ir, kernel)
-        k.ir.call(function, [k.load(calls + i * 16 + 8, I64).ir, k.thread.ir, k.n_threads.ir])
-        all_are_here = (i + 1) * k.n_threads
-        k.ir.atomic_rmw("add", count, I64(1), "acq_rel")
-        wait, after, spins = k.ir.append_basic_block(), k.ir.append_basic_block(), k.variable(k.integer(0))
-        k.ir.branch(wait)
-        k.ir.position_at_end(wait)
-        spins.value = spins.value + 1
-        with k.when(spins.value > N_SPINS):
-            k.ir.call(yields, [])
-        now = k.ir.load_atomic(count, "acquire", 8)
-        k.ir.cbranch(k.ir.icmp_signed("<", now, all_are_here.ir), wait, after)
-        k.ir.position_at_end(after)
+    let_others_run = k.ir.inttoptr(yields.ir, ir.FunctionType(ir.IntType(32), []).as_pointer())
+
+    def call(place: Value, thread: Value, n_threads: Value) -> None:
+        function = k.ir.inttoptr(k.load(place, I64).ir, kernel)
+        k.ir.call(function, [k.load(place + 8, I64).ir, thread.ir, n_threads.ir])
+
+    with k.loop(0, n_rounds) as i:
+        place = rounds + i * 32
+        call(place, k.thread, k.n_threads)
+        before = Value(k, k.ir.atomic_rmw("add", arrived, I64(1), "acq_rel"))
+        is_last = (i + 1) * k.n_threads < before + 2
+        with k.ir.if_else(is_last.ir) as (then, otherwise):
+            with then:
+                with k.loop(0, k.load(place + 24, I64)) as j:
+                    call(k.load(place + 16, I64) + j * 16, k.integer(0), k.integer(1))
+                k.ir.store_atomic((i + 1).ir, done, "release", 8)
+            with otherwise:
+                _wait(k, done, i + 1, let_others_run)
     return k.text()
+
+
+def _wait(k: KernelBuilder, count: Any, number: Value, let_others_run: Any) -> None:
+    """Wait until a count reaches the number: first spin, then let other threads run."""
+    wait, after = k.ir.append_basic_block(), k.ir.append_basic_block()
+    spins = k.variable(k.integer(0))
+    k.ir.branch(wait)
+    k.ir.position_at_end(wait)
+    spins.value = spins.value + 1
+    with k.when(spins.value > N_SPINS):
+        k.ir.call(let_others_run, [])
+    now = Value(k, k.ir.load_atomic(count, "acquire", 8))
+    k.ir.cbranch((now < number).ir, wait, after)
+    k.ir.position_at_end(after)
 
 
 def n_cores() -> int:
