@@ -21,6 +21,7 @@ LOG2_LOW = math.log(2) - LOG2_HIGH
 EXP = (0.0013811661, 0.0083701341, 0.041668528, 0.16666509, 0.49999993, 1.0, 1.0)
 TANH = (-0.005704986, 0.020639087, -0.053739715, 0.133314422, -0.333332819)
 TANH_LIMIT = 0.625
+SHARES = 8  # for each thread
 
 
 class Value:
@@ -120,11 +121,10 @@ class KernelBuilder:
     def __init__(self, name: str, target: Target) -> None:
         self.target, self.width = target, target.width
         self.module = ir.Module(name)
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 4)
         function = ir.Function(self.module, kind, name)
         self.ir = ir.IRBuilder(function.append_basic_block())
-        self._arguments, thread, n_threads = (Value(self, each) for each in function.args)
-        self.thread, self.n_threads = thread, n_threads
+        self._arguments, self.thread, self.n_threads, self._taken = (Value(self, each) for each in function.args)
         self._n_arguments = 0
         self._intrinsics: dict[str, Any] = {}
 
@@ -223,9 +223,25 @@ class KernelBuilder:
         self.ir.branch(head)
         self.ir.position_at_end(after)
 
-    def shared_loop(self, n: Value) -> Any:
-        """Repeat what stands inside for this thread's share of `range(n)`."""
-        return self.loop(n * self.thread // self.n_threads, n * (self.thread + 1) // self.n_threads)
+    @contextlib.contextmanager
+    def shared_loop(self, n: Value) -> Iterator[Value]:
+        """Repeat what stands inside for each of `range(n)`, on the thread that takes it first.
+
+        A thread takes some at a time, so that one that is late, because another program uses its core, has less to do.
+        """
+        shares = self.larger(n // (self.n_threads * SHARES), 1)
+        step = self.select(self.n_threads < 2, n, shares)
+        counter = self.ir.inttoptr(self._taken.ir, I64.as_pointer())
+        take, body, after = (self.ir.append_basic_block() for _ in range(3))
+        self.ir.branch(take)
+        self.ir.position_at_end(take)
+        begin = Value(self, self.ir.atomic_rmw("add", counter, step.ir, "monotonic"))
+        self.ir.cbranch((begin < n).ir, body, after)
+        self.ir.position_at_end(body)
+        with self.loop(begin, self.smaller(begin + step, n)) as index:
+            yield index
+        self.ir.branch(take)
+        self.ir.position_at_end(after)
 
     def when(self, condition: Value) -> Any:
         """Do what stands inside only if the condition holds."""

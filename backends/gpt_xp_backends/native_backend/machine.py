@@ -1,7 +1,7 @@
 """Compiles LLVM IR for this processor with llvmlite, and keeps the object code on disk.
 
-A kernel is `name(arguments, thread, n_threads)`: the address of int64 numbers, which thread calls it, and how many share
-the work. It is called through ctypes, which lets other Python threads run meanwhile.
+A kernel is `name(arguments, thread, n_threads, taken)`: the address of int64 numbers, which thread calls it, how many share
+the work, and the address of an int64 that counts what they have taken of it, from 0. It is called through ctypes, which lets other Python threads run meanwhile.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from platformdirs import user_cache_dir
 
-SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 _VERSION = f"{llvmlite.__version__} {llvm.llvm_version_info}"
 
 

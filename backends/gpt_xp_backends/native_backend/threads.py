@@ -38,16 +38,16 @@ class Calls:
 
     def run(self, n_threads: int) -> None:
         """Run the kernels. Two Python threads take turns, because two runs on the pool could wait for each other."""
-        counts = numbers(0, 0)
+        counts = np.zeros(4 * 8, np.int64)  # Each count has its own line of the processor's cache.
         arguments = numbers(self._rounds.ctypes.data, len(self._rounds), counts.ctypes.data, _yield_address())
         kernel = SIGNATURE(_address("run_all", run_all))
         if n_threads == 1:
-            kernel(arguments.ctypes.data, 0, 1)
+            kernel(arguments.ctypes.data, 0, 1, 0)
             return
         with LOCK:
             submit, place = _pool(n_threads - 1).submit, arguments.ctypes.data
-            others = [submit(kernel, place, thread, n_threads) for thread in range(1, n_threads)]
-            kernel(place, 0, n_threads)
+            others = [submit(kernel, place, thread, n_threads, 0) for thread in range(1, n_threads)]
+            kernel(place, 0, n_threads, 0)
             for each in others:
                 each.result()
 
@@ -74,29 +74,32 @@ def nothing(name: str, target: Target) -> str:
 
 
 def run_all(name: str, target: Target) -> str:
-    """Return the kernel that runs `Calls`. Its arguments: the rounds and their number; two counts; `_yield_address`.
+    """Return the kernel that runs `Calls`. Its arguments: the rounds and their number; four counts; `_yield_address`.
 
     All threads run the first kernel of a round. The last to finish runs the small ones, and lets the others go on.
     """
     k = KernelBuilder(name, target)
     rounds, n_rounds, counts, yields = k.arguments(4)
-    arrived, done = (k.ir.inttoptr((counts + 8 * i).ir, I64.as_pointer()) for i in range(2))
-    kernel = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
+    arrived, done = (k.ir.inttoptr((counts + 64 * i).ir, I64.as_pointer()) for i in range(2))
+    taken, taken_alone = counts + 128, counts + 192
+    kernel = ir.FunctionType(ir.VoidType(), [I64] * 4).as_pointer()
     let_others_run = k.ir.inttoptr(yields.ir, ir.FunctionType(ir.IntType(32), []).as_pointer())
 
-    def call(place: Value, thread: Value, n_threads: Value) -> None:
+    def call(place: Value, thread: Value, n_threads: Value, taken: Value) -> None:
         function = k.ir.inttoptr(k.load(place, I64).ir, kernel)
-        k.ir.call(function, [k.load(place + 8, I64).ir, thread.ir, n_threads.ir])
+        k.ir.call(function, [k.load(place + 8, I64).ir, thread.ir, n_threads.ir, taken.ir])
 
     with k.loop(0, n_rounds) as i:
         place = rounds + i * 32
-        call(place, k.thread, k.n_threads)
+        call(place, k.thread, k.n_threads, taken)
         before = Value(k, k.ir.atomic_rmw("add", arrived, I64(1), "acq_rel"))
         is_last = (i + 1) * k.n_threads < before + 2
         with k.ir.if_else(is_last.ir) as (then, otherwise):
             with then:
                 with k.loop(0, k.load(place + 24, I64)) as j:
-                    call(k.load(place + 16, I64) + j * 16, k.integer(0), k.integer(1))
+                    k.store(k.integer(0), taken_alone)
+                    call(k.load(place + 16, I64) + j * 16, k.integer(0), k.integer(1), taken_alone)
+                k.store(k.integer(0), taken)
                 k.ir.store_atomic((i + 1).ir, done, "release", 8)
             with otherwise:
                 _wait(k, done, i + 1, let_others_run)
