@@ -222,9 +222,9 @@ def test_an_error_of_a_lazy_library_is_told_at_the_line_that_caused_it(library, 
 def test_a_library_that_hangs_is_ended_and_the_checks_go_on(library, monkeypatch):
     monkeypatch.setattr(run, "FUNCTIONS", {name: FUNCTIONS[name] for name in ("sort", "where")})
     monkeypatch.setattr(run, "PROGRAMS", ("forward pass", "cache"))
-    found = conform(library(SORT_HANGS), timeout=20)
+    found = conform(library(SORT_HANGS), timeout=10)
     assert wrong(found) == ["sort"]
-    assert check(found, "sort").message == "it took longer than 20 s, and its process was ended"
+    assert check(found, "sort").message == "it took longer than 10 s, and its process was ended"
     assert check(found, "where").is_ok
 
 
