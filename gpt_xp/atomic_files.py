@@ -30,6 +30,8 @@ def written_aside(
     file is removed. Raises `CheckpointError` if writing or renaming fails. `fix` says what to do if it is not allowed.
     `put(temporary, target)` may take the place of the renaming.
     """
+    if _is_special(Path(target)):
+        raise CheckpointError(f"cannot write {target}: it is no regular file, and a file would take its place")
     temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
     try:
         yield temporary
@@ -47,10 +49,19 @@ def check_place(path: Path, what: str) -> None:
     """Raise `SettingError`, before anything is computed, where no file can be made at `path`. `what` is its content."""
     if path.is_dir():
         raise SettingError(f"{what} cannot be written to {path}: it is a directory")
+    if _is_special(path):
+        raise SettingError(
+            f"{what} cannot be written to {path}: it is no regular file, and a file would take its place"
+        )
     if not path.parent.is_dir():
         raise SettingError(f"{what} cannot be written to {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise SettingError(f"{what} cannot be written to {path}: no file may be made in {path.parent}")
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is a device or a pipe, such as /dev/null, which renaming would replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
