@@ -33,6 +33,10 @@ def own_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "gpt_xp", *arguments]
 
 
+# With it, JAX leaves memory of a GPU to other processes. Otherwise it takes most of it when it starts.
+JAX_VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
 def thread_variables(threads: int | None) -> dict[str, str]:
     """Return the environment variables that set the number of threads of libraries; an empty dict for None."""
     return dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {}

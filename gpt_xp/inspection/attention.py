@@ -11,9 +11,9 @@ from gpt_xp.inspection.results import Attention
 from gpt_xp.model import Model
 from gpt_xp.types import NumpyArray
 
-PASS_BYTES = 2**28  # of the weights of attention that one pass through the model returns
+PASS_BYTES = 2**28  # One pass through the model returns so many bytes of weights of attention.
 COMPRESSED = 0.6  # zlib leaves 0.8 of the bytes of weights of 64 tokens, and 0.6 of 256 (bundled model)
-LARGEST_PICTURE = 64  # squares on a side of a small picture of a head
+LARGEST_PICTURE = 64  # A small picture of a head has at most so many squares on a side.
 
 
 def attention_form(config: GPT2Config, n_seq: int, room: int) -> tuple[str, int]:

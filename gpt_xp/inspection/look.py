@@ -1,6 +1,7 @@
 """`Model.look`: gather everything that the page shows about one prompt."""
 
 import contextlib
+import operator
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from gpt_xp.transformer import layer_norm, unembed
 from gpt_xp.types import Array, Namespace, NumpyArray, Params
 from gpt_xp.version import __version__
 
-SCRIPT_SIZE = 60_000  # bytes of the page without its numbers, at most
+SCRIPT_SIZE = 60_000  # The page without its numbers has at most so many bytes.
 BYTES_OF_A_CHARACTER = 3 / 4  # Numbers are written in base64.
 LENS_POSITIONS = 64  # A layer of the lens costs as much as the logits of these positions.
 
@@ -34,32 +35,32 @@ def look(
     backends: str | Sequence[str] | None = None,
     *,
     position: int | None = None,
-    max_size: int = MAX_SIZE,
+    max_size: int | None = None,
     special_tokens: bool = False,
     name: str | None = None,
     source: Path | None = None,
     threads: int | None = None,
     progress: StageProgress = no_stage_progress,
+    for_page: bool = True,
 ) -> Look:
     """Return what happens inside the model for one prompt; see `Model.look`.
 
     `name` is what the page calls the model. `source` is the directory that it was loaded from, if its params are
     unchanged. Without it, the model is saved to a temporary directory for the processes that compare backends.
-    `threads` and `progress` are as for `compare`.
+    `threads` and `progress` are as for `compare`. With `for_page` False, attention is only that of the last token.
     """
     ids = model._encode(prompt, special_tokens)
-    chosen = len(ids) - 1 if position is None else position
-    if not -len(ids) <= chosen < len(ids):
-        raise SettingError(f"position must be one of the {len(ids)} tokens, from 0, not {position}")
+    chosen = _place(position, len(ids))
     if backends:
         check_backends(backends, [model.backend.dtype])
-    space = room(model.config, len(ids), max_size)  # before anything is computed
+    # A page that is too large is an error before anything is computed.
+    space = room(model.config, len(ids), MAX_SIZE if max_size is None else max_size) if for_page else 0
     with progress("the model"):
         found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
         logits = found.pop("logits")
         if not np.isfinite(logits).all():
             raise not_finite(model.backend)
-        predicted = predictions(logits, chosen % len(ids))
+        predicted = predictions(logits, chosen)
         lens = logit_lens(model, list(found.values()), logits)
         attention = attention_of(model, ids, space)
     return Look(
@@ -76,6 +77,17 @@ def look(
         left_out=tuple(left_out(attention, lens, len(ids))),
         made_by=made_by(model),
     )
+
+
+def _place(position: int | None, n_seq: int) -> int:
+    """Return the position of a token, counted from 0. Raises `SettingError` where there is none."""
+    try:
+        chosen = n_seq - 1 if position is None else operator.index(position)
+    except TypeError:
+        chosen = n_seq
+    if not -n_seq <= chosen < n_seq:
+        raise SettingError(f"position must be the number of one of the {n_seq} tokens, from 0, not {position!r:.40}")
+    return chosen % n_seq
 
 
 def room(config: GPT2Config, n_seq: int, max_size: int) -> int:

@@ -6,9 +6,9 @@ import numpy as np
 
 from gpt_xp.comparison.distances import Distance
 from gpt_xp.comparison.figures import layer_names
+from gpt_xp.inspection.look import log_sum_exp
 from gpt_xp.inspection.results import Look
 from gpt_xp.reporting.text import short_dtypes, spelled, table, wrapped
-from gpt_xp.types import NumpyArray
 
 LAST_TOKENS = 24
 NEXT_TOKENS = 10
@@ -41,7 +41,8 @@ def _tokens(look: Look) -> Iterator[str]:
 
 def _next_tokens(look: Look) -> Table:
     found = look.predictions
-    probabilities = _softmax(found.all_logits)
+    logits = found.all_logits.astype(np.float64)
+    probabilities = np.exp(logits - log_sum_exp(logits))
     rows: list[tuple[str, ...]] = [("token", "id", "logit", "probability")]
     for token in found.ids[found.position][:NEXT_TOKENS]:
         rows.append((
@@ -119,9 +120,3 @@ def _name(distance: Distance) -> str:
 def _token(look: Look, token: int) -> str:
     known = look.vocabulary.get(int(token))
     return f"#{token}" if known is None else spelled(known)
-
-
-def _softmax(logits: NumpyArray) -> NumpyArray:
-    powers: NumpyArray = np.exp(logits.astype(np.float64) - logits.max())
-    powers /= powers.sum()
-    return powers

@@ -7,6 +7,7 @@ this machine: otherwise a page of another site could reach it through a name tha
 import dataclasses
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,10 +57,15 @@ class LookServer(ThreadingHTTPServer):
         self.serve_forever()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Write nothing: the browser went away before it had its answer."""
+        """Write nothing where the browser went away before it had its answer."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     def answer_look(self, request: dict[str, Any]) -> bytes:
-        """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`."""
+        """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`.
+
+        `text` is the prompt that the token ids are of, for the page to show.
+        """
         ids = _field(request, "token_ids", list) if "token_ids" in request else None
         prompt = _field(request, "prompt", str) if ids is None else ids
         position = _field(request, "position", int) if "position" in request else None
@@ -69,6 +75,8 @@ class LookServer(ThreadingHTTPServer):
             found = self.looking(prompt, position, not is_same)
             if is_same:
                 found = dataclasses.replace(found, prompt=self.look.prompt, distances=self.look.distances)
+            elif "text" in request:
+                found = dataclasses.replace(found, prompt=_field(request, "text", str))
             self.look = found
             return pack(found)
 
@@ -127,7 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_for(self, name: str) -> bool:
         """Return whether the request is for this name under the secret path, and comes from a page of this server."""
-        hosts = {f"{host}:{self.server.port}" for host in (HOST, "localhost")}
+        names = (HOST, "localhost")
+        hosts = {f"{name}:{self.server.port}" for name in names}
+        if self.server.port == 80:  # Browsers leave this number out.
+            hosts.update(names)
         origin = self.headers.get("Origin")
         is_own = origin is None or origin.removeprefix("http://") in hosts
         return self.headers.get("Host") in hosts and is_own and self.path == f"/{self.server.secret}/{name}"
@@ -159,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request of the page as if nothing were there."""
+        """Answer 404 to every request that is not the page's."""
         self.close_connection = True
         self._answer(404, "text/plain", b"not found\n")
 

@@ -172,11 +172,12 @@ def test_a_long_prompt_has_the_lens_of_its_last_positions(shakespeare: Model) ->
     assert "The logit lens has the last 64 of 100 positions." in found.left_out
 
 
-def test_another_position_has_all_logits(shakespeare: Model, look: Look) -> None:
+def test_another_position_has_all_logits(shakespeare: Model, look: Look, tmp_path: Path) -> None:
     found = shakespeare.look(PROMPT, position=3)
     assert found.predictions.position == 3
     np.testing.assert_allclose(found.predictions.all_logits, shakespeare.logits(look.token_ids)[3], rtol=0, atol=1e-5)
     assert shakespeare.look(PROMPT, position=-2).predictions.position == len(look.token_ids) - 2
+    shakespeare.look(PROMPT, position=np.int64(3)).save(tmp_path / "page.html")  # as np.argmax returns it
 
 
 @pytest.mark.parametrize("n_seq", [1, 2])
@@ -251,7 +252,9 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     [
         ({"backends": "nump"}, BackendError, "there is no backend 'nump'"),
         ({"backends": []}, None, None),
-        ({"position": 40}, SettingError, "position must be one of the .* tokens, from 0, not 40"),
+        ({"position": 40}, SettingError, "position must be the number of one of the 2 tokens, from 0, not 40"),
+        ({"position": 1.5}, SettingError, "position must be the number of one of the 2 tokens, from 0, not 1.5"),
+        ({"position": "1"}, SettingError, "position must be the number of one of the 2 tokens, from 0, not '1'"),
         ({"max_size": 10_000}, SettingError, "max_size is 10000, and a page for .* tokens takes at least"),
     ],
 )
@@ -360,6 +363,20 @@ def test_tables_in_the_terminal(call: Callable[..., Result]) -> None:
         assert title in found.out
     assert "numpy f32: inside the tolerance; the same likeliest token at 5 of 5 positions" in found.out
     assert max(map(len, found.out.splitlines())) <= 80
+
+
+def test_tables_of_any_length(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a page has a limit of its size, and only a page needs all weights of attention."""
+    monkeypatch.setattr("gpt_xp.inspection.look.MAX_SIZE", 10)
+    found = call("look", "-m", "shakespeare", "to be or not " * 20)
+    assert (found.code, found.err) == (0, "")
+    assert 'attention of "' in found.out
+
+
+def test_a_look_is_one_line_and_equal_to_itself_alone(look: Look, shakespeare: Model) -> None:
+    assert repr(look) == f"<Look: {look.model}, {len(look.token_ids)} tokens, {PROMPT!r:.60}>"
+    assert look == look  # noqa: PLR0124
+    assert look != shakespeare.look(PROMPT)
 
 
 def test_a_page_by_the_command(call: Callable[..., Result], tmp_path: Path) -> None:
