@@ -37,6 +37,8 @@ def written_aside(
         yield temporary
         (put or os.replace)(temporary, target)
     except OSError as error:
+        if error.errno == errno.ENOENT and not Path(target).parent.is_dir():
+            fix = f"there is no directory {Path(target).parent}: make it first"
         if error.errno in _NO_SPACE:
             fix = f"it needs {size(n_bytes)} there: make room and try again"
         raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error

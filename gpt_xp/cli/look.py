@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpt_xp.atomic_files import check_place
+from gpt_xp.cli.interrupts import clean_up_on_sigterm
 from gpt_xp.cli.loading import load_model, locate
 from gpt_xp.cli.options import (
     CONTEXT,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @special_tokens_option
 @loading_options
 @click.pass_context
+@clean_up_on_sigterm()
 def look(
     ctx: click.Context,
     /,
@@ -81,6 +83,7 @@ def look(
     name, model = load_model(**loading)
     note_special_tokens(model.tokenizer, [prompt], special_tokens)
     from gpt_xp.inspection.look import look as look_at
+    from gpt_xp.inspection.report import as_text, verdicts
 
     with _source(model, loading, compared) as source:
         looking = functools.partial(
@@ -92,6 +95,8 @@ def look(
         if html is not None:
             found.save(html)
             note(f"{html} has {size(html.stat().st_size)}")
+            for verdict in verdicts(found):
+                note(verdict)
         if server is not None:
             write(f"{server.url}\n")
             note("open this address in a browser on this machine; Ctrl-C ends the server")
@@ -99,8 +104,6 @@ def look(
                 text, compared if again else None, position=position
             ))  # fmt: skip
         elif html is None:
-            from gpt_xp.inspection.report import as_text
-
             write(as_text(found))
 
 

@@ -38,6 +38,13 @@ def last_width(config: GPT2Config, n_seq: int) -> int:
     return 4 if 4 * config.n_layer * config.n_head * n_seq <= 1_000_000 else 2
 
 
+def without_weights(config: GPT2Config, n_seq: int) -> Attention:
+    """Return an `Attention` of zeros, whose pictures have one square for each head."""
+    heads = config.n_layer, config.n_head
+    last = np.zeros((*heads, n_seq), np.float32 if last_width(config, n_seq) == 4 else np.uint16)
+    return Attention("small", np.zeros((*heads, 1, 1), np.uint8), last, n_seq)
+
+
 def attention_of(model: Model, ids: list[int], room: int) -> Attention:
     """Return the weights of attention of all layers, as exact as `room` bytes allow."""
     kind, square = attention_form(model.config, len(ids), room)

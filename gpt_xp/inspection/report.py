@@ -6,7 +6,6 @@ import numpy as np
 
 from gpt_xp.comparison.distances import Distance
 from gpt_xp.comparison.figures import layer_names
-from gpt_xp.inspection.look import log_sum_exp
 from gpt_xp.inspection.results import Look
 from gpt_xp.reporting.text import short_dtypes, spelled, table, wrapped
 
@@ -41,8 +40,8 @@ def _tokens(look: Look) -> Iterator[str]:
 
 def _next_tokens(look: Look) -> Table:
     found = look.predictions
-    logits = found.all_logits.astype(np.float64)
-    probabilities = np.exp(logits - log_sum_exp(logits))
+    powers = np.exp(found.all_logits.astype(np.float64) - found.all_logits.max())
+    probabilities = powers / powers.sum()
     rows: list[tuple[str, ...]] = [("token", "id", "logit", "probability")]
     for token in found.ids[found.position][:NEXT_TOKENS]:
         rows.append((
@@ -91,7 +90,7 @@ def _distances(look: Look) -> Iterator[str]:
         rows.append((name, *(_error(each, depth) for each in ran)))
     if ran:
         yield table(rows)
-    yield "".join(map(wrapped, _verdicts(look)))
+    yield "".join(map(wrapped, verdicts(look)))
 
 
 def _error(distance: Distance, depth: int) -> str:
@@ -101,7 +100,8 @@ def _error(distance: Distance, depth: int) -> str:
     return f"{error:.1e}" + ("" if error <= allowed else f" (allowed: {allowed:.1e})")
 
 
-def _verdicts(look: Look) -> Iterator[str]:
+def verdicts(look: Look) -> Iterator[str]:
+    """Yield a sentence for each backend: whether it is inside the tolerance."""
     for each in look.distances:
         if each.relative is None:
             yield f"{_name(each)}: FAILED: {'; '.join(each.problems)}"

@@ -115,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 content = page(self.server.look, server=True).encode()
             self._answer(200, "text/html; charset=utf-8", content)
+        elif self._is_for(None):
+            self._answer(301, "text/plain", b"", Location=f"/{self.server.secret}/")
         else:
             self.send_error(404)
 
@@ -133,15 +135,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(200, "application/octet-stream", content)
 
-    def _is_for(self, name: str) -> bool:
-        """Return whether the request is for this name under the secret path, and comes from a page of this server."""
+    def _is_for(self, name: str | None) -> bool:
+        """Return whether the request is for this name under the secret path, and comes from a page of this server.
+
+        None is the path without its last slash, which is easily lost in copying.
+        """
+        path = f"/{self.server.secret}" + ("" if name is None else f"/{name}")
         names = (HOST, "localhost")
         hosts = {f"{name}:{self.server.port}" for name in names}
         if self.server.port == 80:  # Browsers leave this number out.
             hosts.update(names)
         origin = self.headers.get("Origin")
         is_own = origin is None or origin.removeprefix("http://") in hosts
-        return self.headers.get("Host") in hosts and is_own and self.path == f"/{self.server.secret}/{name}"
+        return self.headers.get("Host") in hosts and is_own and self.path == path
 
     def _request(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
@@ -153,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise JsonError("a request must be a JSON object")
         return found
 
-    def _answer(self, code: int, kind: str, content: bytes) -> None:
+    def _answer(self, code: int, kind: str, content: bytes, **headers: str) -> None:
         self.send_response(code)
         for name, value in {
             "Content-Type": kind,
@@ -163,6 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
             **({"Connection": "close"} if self.close_connection else {}),
+            **headers,
         }.items():
             self.send_header(name, value)
         self.end_headers()

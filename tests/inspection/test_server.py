@@ -62,6 +62,11 @@ def test_the_page_is_served(served: LookServer) -> None:
     assert "Access-Control-Allow-Origin" not in headers
 
 
+def test_the_address_without_its_last_slash_leads_there(served: LookServer) -> None:
+    status, _, headers = ask(served, f"/{served.secret}")
+    assert (status, headers["Location"]) == (301, urlsplit(served.url).path)
+
+
 def test_it_listens_on_this_machine_alone(served: LookServer) -> None:
     assert served.server_address[0] == "127.0.0.1"
     assert len(served.secret) >= 20

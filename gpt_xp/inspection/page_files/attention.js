@@ -174,13 +174,14 @@ export function attentionPanel(look, choose, askHead) {
     const name = (i) => token(look.spell(tokens[i]));
     const isLast = position === n - 1;
     const isExact = fetched.has(block * heads + head) || (isLast ? last instanceof Float32Array : kind === "float32");
+    const sign = isExact || isLast ? "" : kind === "small" ? "≤ " : "≈ ";
     title.textContent = `Layer ${block}, head ${head}`;
     sentence.replaceChildren(`Layer ${block}, head ${head}: `, name(position), ` (position ${position}) looks at `,
-      ...order.slice(0, 3).flatMap((i, rank) => [rank ? ", " : "", name(i), ` (${i}) ${percent(row[i])}`]), ". ",
+      ...order.slice(0, 3).flatMap((i, rank) => [rank ? ", " : "", name(i), ` (${i}) ${sign}${percent(row[i])}`]), ". ",
       isExact ? "" : isLast ? "These weights are rounded to 16 bits." : kind === "small" ? `Each is the largest weight of a square of ${square} tokens.`
         : "These weights are rounded to 8 bits.");
     bars.replaceChildren(table(`Where position ${position} looks: layer ${block}, head ${head}`, ["key", "", "weight"],
-      order.slice(0, KEYS).map((i) => [[el("span", { class: "place", text: i }), name(i)], [bar(row[i])], percent(row[i])])));
+      order.slice(0, KEYS).map((i) => [[el("span", { class: "place", text: i }), name(i)], [bar(row[i])], sign + percent(row[i])])));
     exact.hidden = !askHead || isExact;
     one.setAttribute("aria-label", `Layer ${block}, head ${head}. Position ${position}, ${look.spell(tokens[position])}, `
       + `looks at position ${key}, ${look.spell(tokens[key])}: ${percent(row[key])}. Arrow keys move.`);

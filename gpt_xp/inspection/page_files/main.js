@@ -38,7 +38,8 @@ function show(next, size) {
   const { config, madeBy } = look;
   byId("about").textContent = [look.model, madeBy.backend, `${look.n} token${look.n > 1 ? "s" : ""}`,
     `${config.n_layer} layers of ${config.n_head} heads`, ...(look.distances.length ? ["reference: numpy float64"] : [])].join(" · ");
-  byId("prompt").value = look.prompt ?? "";
+  byId("prompt").value = byId("said").textContent = look.prompt ?? "";
+  byId("said").hidden = isServed || !look.prompt;
   byId("left-out").replaceChildren(...look.leftOut.map((text) => el("li", { text })));
   byId("made").querySelector("dl").replaceChildren(
     ...Object.entries(madeBy).flatMap(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })]));
@@ -102,6 +103,10 @@ function tellProblem(text) {
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   askLook({ prompt: byId("prompt").value });
+});
+
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
 
 // --- switches, and the numbers to copy ---
