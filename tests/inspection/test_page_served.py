@@ -127,7 +127,7 @@ def test_exact_logits_at_another_position(open_page: Opener, served: Served, sha
 
 def test_the_exact_weights_of_a_head(open_page: Opener, served: Served, shakespeare: Model) -> None:
     ids = np.random.default_rng(3).integers(0, 1024, 101).tolist()
-    served.look = replace(shakespeare.look(ids, max_size=500_000), prompt=None)
+    served.look = replace(shakespeare.look(ids, max_size=350_000), prompt=None)
     assert served.look.attention.kind == "small"
     opened = open_page(served.url)
     exact = opened.get_by_role("button", name="Ask for the exact weights of this head")
