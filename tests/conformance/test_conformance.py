@@ -253,7 +253,7 @@ def test_what_cannot_be_checked_is_said_before_anything_runs(library, monkeypatc
     monkeypatch.setattr(run, "LibraryProcess", None)
     for arguments, error, message in (
         ({"module": "no_such_library.core"}, BackendError, "there is no module 'no_such_library.core' here"),
-        ({"module": "numpy", "timeout": 0}, SettingError, "timeout must be more than 0 seconds"),
+        ({"module": "numpy", "timeout": 0}, SettingError, "timeout must be more than 0 and at most"),
         ({"module": "numpy", "model": "no-such-model"}, ModelNotFoundError, "no-such-model"),
     ):
         with pytest.raises(error, match=message):
