@@ -95,10 +95,11 @@ class Checks:
 
         arrays = {name: backend.asarray(array) for name, array in small_arrays().items()}
         found = backend.compile(function)(arrays)
-        found = backend.to_numpy(found) if describe(found) else np.asarray(found)
-        # The standard leaves the integers of argmax to the library.
+        is_array = bool(describe(found))
+        found = backend.to_numpy(found) if is_array else np.asarray(found)
+        # The standard leaves the integers of argmax to the library. A Python scalar has no dtype.
         dtypes = found.dtype.kind in "iu" if "argmax" in call else found.dtype == wanted.dtype
-        if found.shape != wanted.shape or not (dtypes or wanted.shape == ()):
+        if found.shape != wanted.shape or (is_array and not dtypes):
             return f"it returned {describe(found)}, and {describe(wanted)} was expected"
         return _far_off(found, wanted, TOLERANCE["function", "float32"])
 
