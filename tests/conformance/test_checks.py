@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from gpt_xp.conformance.checks import Checks
+from gpt_xp.hub.find import find_model
 
 FULL_IS_WIDE = """
 import array_api_strict
@@ -31,3 +34,22 @@ def test_a_python_scalar_has_no_dtype_to_check(checks_of):
 
 def test_sampling_needs_no_model():
     assert Checks("numpy", Path("no-model"), None, []).program("sampling").is_ok
+
+
+@pytest.mark.parametrize(
+    ("fails", "program", "file", "function", "code"),
+    [
+        ("concat", "cache", "kv_cache.py", "longer", "return xp.concat([x, more], axis=-2)"),
+        ("cumulative_sum", "sampling", "sampling.py", "keep_likeliest", "needed = xp.cumulative_sum("),
+    ],
+)
+def test_a_lazy_library_gets_the_line_of_the_function_that_fails(
+    library, monkeypatch, fails, program, file, function, code
+):
+    library("")
+    monkeypatch.setenv("LAZY_FAILS", fails)
+    found = Checks("lazy_namespace", find_model("shakespeare"), None, []).program(program)
+    assert found.message == "RuntimeError: this kernel does not exist"
+    assert found.line is not None
+    assert (found.line.file, found.line.function) == (file, function)
+    assert found.line.code.startswith(code)
