@@ -21,14 +21,13 @@ from gpt_xp.conformance.results import Check
 from gpt_xp.errors import BackendError
 from gpt_xp.generation.noise import gumbel_noise
 from gpt_xp.generation.sampling import Choice, choose
-from gpt_xp.inspection.trace import wide_trace
 from gpt_xp.loading import load
 from gpt_xp.model import Model
 from gpt_xp.processes import one_line
 from gpt_xp.prompts import shared_length
 from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
-from gpt_xp.transformer import gpt2, hidden_states, lm_loss
+from gpt_xp.transformer import gpt2, lm_loss
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Array, NumpyArray
 
@@ -283,14 +282,11 @@ def _compiled(backend: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _trace_without_cache(model: Model, ids: Sequence[int]) -> tuple[NumpyArray, NumpyArray]:
     """Return what `comparison.worker.trace` returns, computed in one forward pass without a cache."""
-    backend, config = model.backend, model.config
-    tokens = backend.asarray(np.asarray(ids, dtype=np.int32))
-    names = ("blocks.*.hook_resid_pre", f"blocks.{config.n_layer - 1}.hook_resid_post", "logits")
-    compiled = backend.compile(wide_trace, static=("names", *STATIC))
-    seen = compiled(model.params, tokens, config=config, names=names, xp=backend.xp)
-    last, _ = _compiled(backend, hidden_states)(model.params, tokens, config=config, xp=backend.xp)
-    *layers, logits = map(backend.to_numpy, seen.values())
-    return np.stack([*layers, backend.to_numpy(last)]), logits
+    backend = model.backend
+    tokens = backend.asarray(np.asarray([ids], dtype=np.int32))
+    step = _compiled(backend, worker.traced)
+    layers, logits, _ = step(model.params, tokens, None, len(ids), config=model.config, xp=backend.xp)
+    return np.stack([backend.to_numpy(each) for each in layers]), backend.to_numpy(logits)
 
 
 def _within(name: str, relative: float, allowed: float) -> Check:

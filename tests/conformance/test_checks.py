@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt_xp.comparison import worker
+from gpt_xp.conformance import checks as checks_module
 from gpt_xp.conformance.checks import Checks
 from gpt_xp.hub.find import find_model
 
@@ -53,3 +55,21 @@ def test_a_lazy_library_gets_the_line_of_the_function_that_fails(
     assert found.line is not None
     assert (found.line.file, found.line.function) == (file, function)
     assert found.line.code.startswith(code)
+
+
+def test_the_trace_without_a_cache_is_that_with_one_from_one_forward_pass(monkeypatch):
+    checks = Checks("numpy", find_model("shakespeare"), None, [])
+    calls = []
+    original = checks.reference.backend.xp.take
+    ids = checks.prompts[1]
+    wanted = worker.trace(checks.reference, ids)
+
+    def take(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checks.reference.backend.xp, "take", take)
+    found = checks_module._trace_without_cache(checks.reference, ids)
+    assert len(calls) == 2  # of tokens and of positions
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-9)
