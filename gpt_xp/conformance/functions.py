@@ -13,6 +13,8 @@ from gpt_xp.kv_cache import LayerCache
 from gpt_xp.types import NumpyArray
 
 PROGRAMS = ("forward pass", "cache", "loss", "sampling")
+# These programs need no other program, and are checked without NumPy's help alone.
+ALONE = ("forward pass", "sampling")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gpt_xp.cli.conform import conform as command
-from gpt_xp.conformance import run
+from gpt_xp.conformance import inputs
 from gpt_xp.conformance.results import Check, Conformance
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -65,5 +65,5 @@ def test_an_unknown_module_is_one_clear_error(call):
 
 def test_the_defaults_are_those_of_the_library():
     assert {each.name: each.default for each in command.params if each.name in ("timeout", "model")} == {
-        "timeout": run.TIMEOUT, "model": run.MODEL,
+        "timeout": inputs.TIMEOUT, "model": inputs.MODEL,
     }  # fmt: skip
