@@ -122,14 +122,14 @@ def _can_be_found(package: str) -> bool:
     """Return whether Python finds a package or a module of one file."""
     if package in sys.builtin_module_names:  # None of them is an array library.
         return False
-    # The process that imports it finds the modules of the current directory too.
-    if importlib.machinery.PathFinder.find_spec(package, [os.getcwd()]):
-        return True
     try:
         # It asks the finders of editable installs too, and imports nothing for a name without a dot.
-        return importlib.util.find_spec(package) is not None
+        if importlib.util.find_spec(package) is not None:
+            return True
     except ValueError:  # The name is empty, or that of a module that was not found in a usual way.
         return False
+    # The process that imports it finds the modules of the current directory too, after all others.
+    return importlib.machinery.PathFinder.find_spec(package, [os.getcwd()]) is not None
 
 
 def _import(module: str) -> Any:

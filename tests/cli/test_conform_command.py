@@ -1,6 +1,9 @@
 """The command `conform`: what it prints, where, and its exit codes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +57,14 @@ def test_wrong_usage(call):
     several = call("conform", "numpy", "jax", "--jit", "jax.jit")
     assert several.code == 2
     assert "--jit names a function of one library" in several.err
+
+
+def test_files_of_the_current_directory_hide_no_module(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('this file of the user was run')")
+    script = str(Path(sys.executable).with_name("gpt-xp"))
+    done = subprocess.run([script, "conform", "numpy"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "numpy: inside the tolerance" in done.stdout
 
 
 def test_an_unknown_module_is_one_clear_error(call):

@@ -9,6 +9,10 @@ from gpt_xp.conformance import checks as checks_module
 from gpt_xp.conformance.checks import Checks
 from gpt_xp.hub.find import find_model
 
+EXP_IS_0_BELOW_MINUS_7 = """
+import array_api_strict as strict
+def exp(x, /): return strict.where(x < -7, strict.asarray(0, dtype=x.dtype), strict.exp(x))
+"""
 FULL_IS_WIDE = """
 import array_api_strict
 def full(shape, value, *, dtype=None, device=None):
@@ -20,6 +24,11 @@ def mean(x, /, *, axis=None, keepdims=False):
     found = array_api_strict.mean(x, axis=axis, keepdims=keepdims)
     return float(found) if found.shape == () else found
 """
+
+
+def test_an_exp_that_is_0_too_early_is_caught(checks_of):
+    """Most exponentials of a softmax are small."""
+    assert checks_of(EXP_IS_0_BELOW_MINUS_7).function("exp").is_ok is False
 
 
 def test_the_dtype_of_an_array_without_axes_is_checked(checks_of):
