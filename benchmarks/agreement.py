@@ -31,7 +31,7 @@ from gpt_xp.comparison.figures import layer_names
 from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.comparison.results import BackendResult
 from gpt_xp.hub.find import find_model
-from gpt_xp.processes import thread_variables
+from gpt_xp.processes import JAX_VARIABLES, thread_variables
 from gpt_xp.reporting.text import markdown_table
 from gpt_xp.tokenizer.bpe import Tokenizer
 from gpt_xp.tolerances import TOLERANCE
@@ -60,7 +60,7 @@ This page shows how much that is.
 
 @dataclass(frozen=True)
 class Run:
-    """One library in one dtype: its record, its logits at all positions of all prompts, and the largest activations."""
+    """One library in one dtype: its record, and its logits at all positions of all prompts."""
 
     result: BackendResult
     logits: tuple[Any, ...]
@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.only, options.max_tokens = "shakespeare", 4
-    os.environ.update(thread_variables(options.threads))  # Not the job's `threads`, which MLX refuses.
+    os.environ.update(JAX_VARIABLES | thread_variables(options.threads))  # Not the job's `threads`, which MLX refuses.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TF32), os.environ.get("PYTHONPATH")]))
     has_cuda = any(device.name.startswith(("cuda", "gpu")) for info in gpt_xp.backends() for device in info.devices)
     backends = options.backends.split(",") if options.backends else installed(has_cuda)
@@ -176,8 +176,10 @@ def pairs(dtype: str, runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
 
 def distance(a: Run, b: Run) -> str:
     """Return the largest difference of the logits of two runs, as text."""
-    largest = max(float(np.abs(each).max()) for each in b.logits)
-    error = max(float(np.abs(np.float64(x) - y).max()) for x, y in zip(a.logits, b.logits, strict=True))
+    largest = np.max([np.abs(each).max() for each in b.logits])
+    error = np.max([np.abs(np.float64(x) - y).max() for x, y in zip(a.logits, b.logits, strict=True)])
+    if not np.isfinite(error / largest):
+        return "not finite"
     return "the same bits" if error == 0 else f"{error / largest:.1e}"
 
 

@@ -30,11 +30,15 @@ def written_aside(
     file is removed. Raises `CheckpointError` if writing or renaming fails. `fix` says what to do if it is not allowed.
     `put(temporary, target)` may take the place of the renaming.
     """
+    if _is_special(Path(target)):
+        raise CheckpointError(f"cannot write {target}: it is no regular file, and a file would take its place")
     temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.part"
     try:
         yield temporary
         (put or os.replace)(temporary, target)
     except OSError as error:
+        if error.errno == errno.ENOENT and not Path(target).parent.is_dir():
+            fix = f"there is no directory {Path(target).parent}: make it first"
         if error.errno in _NO_SPACE:
             fix = f"it needs {size(n_bytes)} there: make room and try again"
         raise CheckpointError(f"cannot write {target} ({error.strerror or error}); {fix}") from error
@@ -47,10 +51,19 @@ def check_place(path: Path, what: str) -> None:
     """Raise `SettingError`, before anything is computed, where no file can be made at `path`. `what` is its content."""
     if path.is_dir():
         raise SettingError(f"{what} cannot be written to {path}: it is a directory")
+    if _is_special(path):
+        raise SettingError(
+            f"{what} cannot be written to {path}: it is no regular file, and a file would take its place"
+        )
     if not path.parent.is_dir():
         raise SettingError(f"{what} cannot be written to {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise SettingError(f"{what} cannot be written to {path}: no file may be made in {path.parent}")
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is a device or a pipe, such as /dev/null, which renaming would replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def load(
     `DeviceMemoryError`; `SettingError` and `NumericalError` for a model that cannot be quantized in that way.
     """
     check_kind(quantize)
-    # before anything is fetched
+    # What is wrong with the backend is told before anything is fetched.
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads, mesh=mesh, hosts=hosts)
     if quantize:
         chosen = quantized_backend(chosen)
@@ -51,7 +51,7 @@ def load(
     found = checkpoint.read(find_model(name))
     params = quantize_params(found.params, quantize) if quantize else found.params
     model = Model(params, found.config, found.tokenizer, chosen)
-    model.carried = found.carried
+    model._carried = found.carried
     return model
 
 

@@ -63,7 +63,7 @@ class Model:
         self.tokenizer = tokenizer
         self.backend = get_backend(backend)
         self.params = params
-        self.carried: Carried | None = None  # entries and files that gpt-xp does not use, for `save`
+        self._carried: Carried | None = None  # entries and files that gpt-xp does not use, for `save`
 
     @property
     def params(self) -> Params:
@@ -263,15 +263,16 @@ class Model:
         backends: str | Sequence[str] | None = None,
         *,
         position: int | None = None,
-        max_size: int = 8_000_000,
+        max_size: int | None = None,
         special_tokens: bool = False,
     ) -> "Look":
         """Return what happens inside the model for one prompt: a `Look`, which a notebook shows as a page.
 
         It has the logits, the logit lens and the weights of attention, and for each of `backends` (names, as for
         `compare`) the distance from float64 on NumPy. All logits of the token at `position` (default: the last) are
-        kept, and the largest of the others. `max_size` are the bytes that the page may have: of a long prompt, the
-        weights of attention are rounded or made smaller, and the page says so. `special_tokens` is as in `generate`.
+        kept, and the largest of the others. `max_size` are the bytes that the page may have (default: 8 MB): of a long
+        prompt, the weights of attention are rounded or made smaller, and the page says so. `special_tokens` is as in
+        `generate`.
 
         Raises `SettingError` for a `position` or `max_size` that makes no sense, and the errors of `generate` and
         `compare`.
@@ -290,7 +291,7 @@ class Model:
         params = self.backend.fetch(self.params, self.config)
         try:
             if self.backend.process_index == 0:
-                checkpoint.save(directory, params, self.config, self.tokenizer, self.carried)
+                checkpoint.save(directory, params, self.config, self.tokenizer, self._carried)
         finally:
             self.backend.wait_for_others("the model is saved")
 

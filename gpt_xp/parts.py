@@ -22,6 +22,12 @@ def replaced_parts(xp: Namespace) -> dict[str, Callable[..., Any]]:
     return found
 
 
+def changed_parts(xp: Namespace) -> frozenset[str]:
+    """Return the names of the parts that an experiment has replaced, not a backend that computes the same faster."""
+    found: frozenset[str] = getattr(xp, "changed", frozenset())
+    return found
+
+
 def part(function: F) -> F:
     """Return the function as a part: a replacement in the namespace is called in its place."""
     name, place = function.__name__, [*inspect.signature(function).parameters].index("xp")
@@ -40,15 +46,19 @@ def part(function: F) -> F:
 
 
 class ReplacedParts:
-    """The namespace `xp`, in which parts of the model are replaced. Parts that `xp` replaces itself stay replaced."""
+    """The namespace `xp`, in which parts of the model are replaced. Parts that `xp` replaces itself stay replaced.
 
-    def __init__(self, xp: Namespace, parts: dict[str, Callable[..., Any]]) -> None:
+    A backend says with `same_results` that its parts compute the same as those of `transformer.py`.
+    """
+
+    def __init__(self, xp: Namespace, parts: dict[str, Callable[..., Any]], same_results: bool = False) -> None:
         for name, function in parts.items():
             if name not in NAMES:
                 raise SettingError(f"the model has no part {name!r}; its parts are: {', '.join(NAMES)}")
             if not callable(function):
                 raise SettingError(f"the part {name} can be replaced by a function, not by {function!r:.80}")
-        self._xp, self._own = xp, parts
+        self._xp, self._own, self._same_results = xp, parts, same_results
+        self.changed = changed_parts(xp) | (frozenset() if same_results else frozenset(parts))
         self.parts: dict[str, Callable[..., Any]] = {**xp.parts, **parts} if isinstance(xp, ReplacedParts) else parts
         self._without: dict[str, ReplacedParts] = {}
 
@@ -61,5 +71,7 @@ class ReplacedParts:
         """Return the namespace with that part as it is in `xp`, or in `transformer.py` if `xp` itself replaces it."""
         if name not in self._without:
             rest = {each: part for each, part in self._own.items() if each != name}
-            self._without[name] = ReplacedParts(self._xp if name in self._own else self._xp.without(name), rest)
+            self._without[name] = ReplacedParts(
+                self._xp if name in self._own else self._xp.without(name), rest, self._same_results
+            )
         return self._without[name]

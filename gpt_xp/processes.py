@@ -29,8 +29,12 @@ def check_dtypes(dtypes: Sequence[str]) -> None:
 
 
 def own_command(*arguments: str) -> list[str]:
-    """Return the command that runs gpt-xp in this Python."""
-    return [sys.executable, "-m", "gpt_xp", *arguments]
+    """Return the command that runs gpt-xp in this Python. It imports nothing from the current directory."""
+    return [sys.executable, "-P", "-m", "gpt_xp", *arguments]
+
+
+# With it, JAX leaves memory of a GPU to other processes. Otherwise it takes most of it when it starts.
+JAX_VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:

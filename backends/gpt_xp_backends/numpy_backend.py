@@ -64,7 +64,7 @@ class NumPyBackend(Backend):
             raise BackendError(f"numpy has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
         check_dtype("numpy", "cpu", dtype, ("float32", "float64"), why=" (its half precision is slower than float32)")
         self.dtype, self.device_memory = dtype, physical_memory()
-        self.xp = ReplacedParts(namespace(), parts())
+        self.xp = ReplacedParts(namespace(), parts(), same_results=True)
         self._threads, self._scope = threads, _limited(threads)
         # glibc returns blocks larger than any block freed before, up to 32 MB, to the system, which clears each page.
         # That takes 7% of the time of a prompt of 512 tokens. So a block of this size is freed; its pages are not used.
@@ -125,7 +125,7 @@ class NumPyBackend(Backend):
         scope = functools.partial(numpy_quantized.numba_threads, self._threads, blas)
         xp = QuantizedNamespace(namespace(), self.dtype, numpy_quantized.product)
         compiled = numpy_quantized.compiled_parts(parts(numpy_quantized.share))
-        return self.replace(xp=ReplacedParts(xp, compiled), _scope=scope, takes_quantized=True)
+        return self.replace(xp=ReplacedParts(xp, compiled, same_results=True), _scope=scope, takes_quantized=True)
 
     def settings(self) -> dict[str, str]:
         """Return what is known about NumPy's BLAS."""

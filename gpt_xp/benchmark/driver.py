@@ -13,14 +13,12 @@ from gpt_xp.benchmark.machine import describe_machine, usable_cores
 from gpt_xp.benchmark.process import ContenderProcess
 from gpt_xp.benchmark.results import Benchmark, ContenderResult, ContenderSpec
 from gpt_xp.errors import SettingError
-from gpt_xp.processes import StageProgress, no_stage_progress, thread_variables
+from gpt_xp.processes import JAX_VARIABLES, StageProgress, no_stage_progress, thread_variables
 
 # Seconds between turns. The threads of the last contender go on spinning, and would take cores from the next one: those
 # of OpenBLAS for 2**28 cycles, which is 0.1 s, and those of Intel's OpenMP for 0.2 s.
 PAUSE = 0.25
 CHECKED_TOKENS = 16  # prompt tokens after which logits are compared
-# JAX would take most of a GPU when it starts, and leave nothing to the others.
-JAX_VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def run_benchmark(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import gpt_xp
+from gpt_xp.cli.interrupts import clean_up_on_sigterm
 from gpt_xp.cli.options import CONTEXT, COUNT, TEXT, flag, json_option, model_option, names, option
 from gpt_xp.cli.output import waiting, write, write_json
 from gpt_xp.cli.wording import Command
@@ -54,6 +55,7 @@ from gpt_xp.hub.find import find_model
     help="Draw FILE (png, svg, pdf).",
 )
 @click.pass_context
+@clean_up_on_sigterm()
 def compare(
     ctx: click.Context,
     prompts: Sequence[str],

@@ -1,9 +1,12 @@
 """`gpt-xp conform`: check whether an array library can run GPT-2, and how exactly."""
 
+import os
+import sys
 from collections.abc import Sequence
 
 import click
 
+from gpt_xp.cli.interrupts import clean_up_on_sigterm
 from gpt_xp.cli.options import CONTEXT, TEXT, flag, json_option, option
 from gpt_xp.cli.output import note, write, write_json
 from gpt_xp.cli.wording import Command
@@ -28,6 +31,7 @@ from gpt_xp.hub.find import find_model
 @json_option
 @flag("--markdown", help="Print one row of a Markdown table for each MODULE, and the head.")
 @click.pass_context
+@clean_up_on_sigterm()
 def conform(
     ctx: click.Context,
     modules: Sequence[str],
@@ -75,4 +79,5 @@ def conform_worker() -> None:
     """Check one library. `gpt-xp conform` starts this process."""
     from gpt_xp.conformance.worker import serve
 
+    sys.path.append(os.getcwd())  # A library that is being written may be here. A file here hides no other module.
     serve()

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C where Python's default is not enough: while JAX is imported, and in callbacks."""
+"""Handle Ctrl-C and SIGTERM where Python's default is not enough: in JAX's imports and callbacks, and with children."""
 
 import _thread
 import contextlib
@@ -32,6 +32,31 @@ def let_interrupt_exit() -> bool:
         return False
     signal.signal(signal.SIGINT, exit_now)
     return True
+
+
+@contextlib.contextmanager
+def clean_up_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM leave the body by an exception, which removes its processes and files, and then end the process.
+
+    Change nothing where the signal has another handler already, or outside the main thread.
+    """
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+
+    def leave(signum: int, frame: object) -> None:
+        came.append(signum)
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

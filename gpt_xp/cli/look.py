@@ -1,14 +1,16 @@
 """`gpt-xp look`: show what happens inside the model for one prompt."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpt_xp.atomic_files import check_place
-from gpt_xp.cli.interrupts import exit_on_interrupt
+from gpt_xp.cli.interrupts import clean_up_on_sigterm
 from gpt_xp.cli.loading import load_model, locate
 from gpt_xp.cli.options import (
     CONTEXT,
@@ -29,7 +31,6 @@ from gpt_xp.inspection.results import MAX_SIZE
 from gpt_xp.reporting.text import size
 
 if TYPE_CHECKING:
-    from gpt_xp.inspection.results import Look
     from gpt_xp.inspection.server import LookServer
     from gpt_xp.model import Model
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @special_tokens_option
 @loading_options
 @click.pass_context
+@clean_up_on_sigterm()
 def look(
     ctx: click.Context,
     /,
@@ -80,48 +82,42 @@ def look(
     server = _server(port) if serve else None  # A port that is taken is an error before anything is computed.
     name, model = load_model(**loading)
     note_special_tokens(model.tokenizer, [prompt], special_tokens)
-    looking = functools.partial(_look, model, name, _source(loading), special_tokens, max_size, loading["threads"])
-    found = looking(prompt, backends=compared)
-    if html is not None:
-        found.save(html)
-        note(f"{html} has {size(html.stat().st_size)}")
-    if server is not None:
-        write(f"{server.url}\n")
-        note("open this address in a browser on this machine; Ctrl-C ends the server")
-        with exit_on_interrupt():
-            server.serve(
-                model, found, lambda text, position, again: looking(text, position, compared if again else None)
-            )
-    elif html is None:
-        from gpt_xp.inspection.report import as_text
-
-        write(as_text(found))
-
-
-def _source(loading: dict[str, Any]) -> Path | None:
-    """Return the directory of the model; None for weights that are not those of the directory, but quantized."""
-    if loading["quantize"]:
-        return None
-    return locate(*(loading[name] for name in ("model", "offline", "model_size", "models_dir")))[1]
-
-
-def _look(
-    model: "Model",
-    name: str,
-    source: Path | None,
-    special_tokens: bool,
-    max_size: int,
-    threads: int | None,
-    prompt: Any,
-    position: int | None = None,
-    backends: Sequence[str] | None = None,
-) -> "Look":
     from gpt_xp.inspection.look import look as look_at
+    from gpt_xp.inspection.report import as_text, verdicts
 
-    return look_at(
-        model, prompt, backends, position=position, max_size=max_size, special_tokens=special_tokens, name=name,
-        source=source, threads=threads, progress=functools.partial(waiting, exit_at_once=False),
-    )  # fmt: skip
+    with _source(model, loading, compared) as source:
+        looking = functools.partial(
+            look_at, model, max_size=max_size, special_tokens=special_tokens, name=name, source=source,
+            threads=loading["threads"], progress=functools.partial(waiting, exit_at_once=False),
+            for_page=serve or html is not None,
+        )  # fmt: skip
+        found = looking(prompt, compared)
+        if html is not None:
+            found.save(html)
+            note(f"{html} has {size(html.stat().st_size)}")
+            for verdict in verdicts(found):
+                note(verdict)
+        if server is not None:
+            write(f"{server.url}\n")
+            note("open this address in a browser on this machine; Ctrl-C ends the server")
+            server.serve(model, found, lambda text, position, again: looking(
+                text, compared if again else None, position=position
+            ))  # fmt: skip
+        elif html is None:
+            write(as_text(found))
+
+
+@contextlib.contextmanager
+def _source(model: "Model", loading: dict[str, Any], compared: Sequence[str] | None) -> Iterator[Path | None]:
+    """Yield the directory of the model for the processes of backends; quantized weights are saved once."""
+    if not compared:
+        yield None
+    elif loading["quantize"]:
+        with tempfile.TemporaryDirectory(prefix="gpt-xp-look-") as folder:
+            model.save(folder)
+            yield Path(folder)
+    else:
+        yield locate(*(loading[name] for name in ("model", "offline", "model_size", "models_dir")))[1]
 
 
 def _server(port: int) -> "LookServer":

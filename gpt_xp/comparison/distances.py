@@ -15,7 +15,7 @@ from gpt_xp.tolerances import TOLERANCE
 from gpt_xp.types import NumpyArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Distance:
     """How far one backend is from float64 on NumPy, for this prompt. The figures are those of `compare`.
 

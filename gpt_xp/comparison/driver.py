@@ -20,6 +20,7 @@ from gpt_xp.config import GPT2Config
 from gpt_xp.errors import GptXpError, PromptError, SettingError
 from gpt_xp.hub.find import default_model, find_model
 from gpt_xp.processes import (
+    JAX_VARIABLES,
     StageProgress,
     check_dtypes,
     failure_reason,
@@ -140,7 +141,7 @@ class ProcessOutput:
         command = own_command("compare-backend", str(folder / "job.json"))
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False,
-            env=os.environ | thread_variables(job["threads"]),
+            env=os.environ | JAX_VARIABLES | thread_variables(job["threads"]),
         )  # fmt: skip
         self.result: dict[str, Any] = {}
         self.failure = None

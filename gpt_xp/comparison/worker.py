@@ -68,19 +68,20 @@ def work(job_file: Path) -> None:
 
 
 def traced(
-    params: Params, tokens: Array, cache: KVCache, count: int | Array, config: GPT2Config, xp: Namespace
-) -> tuple[list[Array], Array, KVCache]:
-    """Return the embeddings and the output of each layer and of the last norm, the logits, and the cache.
+    params: Params, tokens: Array, cache: KVCache | None, count: int | Array, config: GPT2Config, xp: Namespace
+) -> tuple[list[Array], Array, KVCache | None]:
+    """Return the embeddings and the output of each layer and of the last norm, the logits, and the cache, if any.
 
     The arrays are [n_seq, n_embd] and [n_seq, n_vocab], in at least float32, of a batch of one row.
     """
     names = trace_names(config, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"])
     seen = Seen(tokens.shape[1:], names)  # of the one row
     x, after = hidden_states(params, tokens, config, cache, ReplacedParts(xp, seen.parts()))
-    assert after is not None
     layers = [*(seen.found[name] for name in names), x[0, ...]]
     logits = at_least_float32(unembed(layers[-1], params["wte"], xp), xp)
-    return [at_least_float32(each, xp) for each in layers], logits, after._replace(position=cache.position + count)
+    if cache is not None and after is not None:
+        after = after._replace(position=cache.position + count)
+    return [at_least_float32(each, xp) for each in layers], logits, after
 
 
 def trace(model: Model, ids: list[int]) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:

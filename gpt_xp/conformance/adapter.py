@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from gpt_xp.types import Array, Namespace, NumpyArray
 
 ADAPTER, WRAPPED, AS_IT_IS = "its adapter's namespace", "through array-api-compat", "as it is"
 
-# The ways from an array to NumPy, in the order in which they are tried. The last ones are methods of arrays.
+# These ways from an array to NumPy are tried in this order. The last ones are methods of arrays.
 WAYS_BACK: dict[str, Callable[[Any], Any]] = {
     "__array__": np.asarray,
     "DLPack": np.from_dlpack,
@@ -46,10 +47,9 @@ class NamespaceBackend(Backend):
             raise BackendError(f"{module} has no asarray, and so it cannot take arrays from NumPy") from None
         self.name, self.version, self.device, self.dtype = module, _version(given), "default", "float32"
         self.xp, self.used = _namespace(given, array)
-        self._array_type, self._own = (
-            type(array),
-            self.xp,
-        )  # `xp` may be replaced by a namespace that asks this backend.
+        # `xp` may be replaced by a namespace that calls this backend, which then needs the library's own namespace.
+        self._own = self.xp
+        self._array_type = type(array)
         self.way_back = _way_back(module, array, probe)
         self._to_numpy = WAYS_BACK[self.way_back]
 
@@ -110,16 +110,26 @@ def check_known(name: str) -> None:
     """Raise `BackendError` for a name that is neither an adapter's nor that of a module. Nothing is imported."""
     if has_adapter(name):
         return
-    package = name.partition(".")[0]
-    # The process that imports it finds the modules of the current directory too.
-    if package in sys.builtin_module_names or not importlib.machinery.PathFinder.find_spec(
-        package, [os.getcwd(), *sys.path]
-    ):
+    if not _can_be_found(name.partition(".")[0]):
         raise BackendError(
             f"there is no module {name!r} here, and no adapter of that name",
             "give a namespace that Python can import, such as numpy, dask.array or mlx.core, or a name that "
             "`gpt-xp backends` lists",
         )
+
+
+def _can_be_found(package: str) -> bool:
+    """Return whether Python finds a package or a module of one file."""
+    if package in sys.builtin_module_names:  # None of them is an array library.
+        return False
+    try:
+        # It asks the finders of editable installs too, and imports nothing for a name without a dot.
+        if importlib.util.find_spec(package) is not None:
+            return True
+    except ValueError:  # The name is empty, or that of a module that was not found in a usual way.
+        return False
+    # The process that imports it finds the modules of the current directory too, after all others.
+    return importlib.machinery.PathFinder.find_spec(package, [os.getcwd()]) is not None
 
 
 def _import(module: str) -> Any:
@@ -130,12 +140,15 @@ def _import(module: str) -> Any:
 
 
 def _namespace(given: Any, array: Array) -> tuple[Namespace, str]:
-    """Return array-api-compat's namespace for these arrays where it has one, else the module itself."""
+    """Return array-api-compat's namespace where it wraps this module, else the module itself.
+
+    A module may have the arrays of another one, such as NumPy's, and functions that are its own.
+    """
     try:
         found = array_namespace(array)
     except TypeError:
         return given, AS_IT_IS
-    return (found, WRAPPED) if found.__name__.startswith("array_api_compat.") else (given, AS_IT_IS)
+    return (found, WRAPPED) if found.__name__ == f"array_api_compat.{given.__name__}" else (given, AS_IT_IS)
 
 
 def _version(given: Any) -> str:

@@ -12,29 +12,29 @@ import numpy as np
 from gpt_xp.arrays import device_of
 from gpt_xp.comparison import worker
 from gpt_xp.comparison.figures import compare_layers, difference
-from gpt_xp.comparison.job import PROMPTS
 from gpt_xp.conformance.adapter import NamespaceBackend, find_library
 from gpt_xp.conformance.functions import FUNCTIONS, evaluate, expected, small_arrays
+from gpt_xp.conformance.inputs import TEXT_TOKENS, prompts_of
 from gpt_xp.conformance.lines import describe, failing_line
 from gpt_xp.conformance.namespaces import EagerNamespace, NumPyInPlace
 from gpt_xp.conformance.results import Check
 from gpt_xp.errors import BackendError
 from gpt_xp.generation.noise import gumbel_noise
 from gpt_xp.generation.sampling import Choice, choose
-from gpt_xp.inspection.trace import wide_trace
 from gpt_xp.loading import load
 from gpt_xp.model import Model
 from gpt_xp.processes import one_line
 from gpt_xp.prompts import shared_length
+from gpt_xp.registry import get_backend
 from gpt_xp.tolerances import TOLERANCE
-from gpt_xp.transformer import gpt2, hidden_states, lm_loss
+from gpt_xp.transformer import gpt2, lm_loss
 from gpt_xp.tree import leaves, tree_map
 from gpt_xp.types import Array, NumpyArray
 
-TEXT_TOKENS = 16
-ROUNDS, LONG = 5, 5.0  # of measuring the speed; no further round begins after 5 seconds
+# The speed is the best of at most 5 rounds, and no further round begins after 5 seconds.
+ROUNDS, LONG = 5, 5.0
 STATIC = ("config", "xp")
-SHORTENED = 300  # characters of an error
+SHORTENED = 300  # characters
 
 
 class Checks:
@@ -61,9 +61,9 @@ class Checks:
 
     @functools.cached_property
     def prompts(self) -> list[list[int]]:
-        """The token ids of the prompts: short ones, because a lazy library can take seconds for a token."""
+        """The token ids of the prompts."""
         assert self.reference.tokenizer is not None
-        return [self.reference.tokenizer.encode(text) for text in PROMPTS[:2]]
+        return prompts_of(self.reference.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Return the version, the device and the namespace."""
@@ -94,10 +94,11 @@ class Checks:
 
         arrays = {name: backend.asarray(array) for name, array in small_arrays().items()}
         found = backend.compile(function)(arrays)
-        found = backend.to_numpy(found) if describe(found) else np.asarray(found)
-        # The standard leaves the integers of argmax to the library.
+        is_array = bool(describe(found))
+        found = backend.to_numpy(found) if is_array else np.asarray(found)
+        # The standard leaves the integers of argmax to the library. A Python scalar has no dtype.
         dtypes = found.dtype.kind in "iu" if "argmax" in call else found.dtype == wanted.dtype
-        if found.shape != wanted.shape or not (dtypes or wanted.shape == ()):
+        if found.shape != wanted.shape or (is_array and not dtypes):
             return f"it returned {describe(found)}, and {describe(wanted)} was expected"
         return _far_off(found, wanted, TOLERANCE["function", "float32"])
 
@@ -171,7 +172,7 @@ class Checks:
         }  # fmt: skip
         filters = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
         found: list[list[NumpyArray]] = []
-        for backend in (self.backend, self.reference.backend):
+        for backend in (self.backend, get_backend("numpy", dtype="float64")):
             placed = {name: backend.asarray(array) for name, array in arrays.items()}
             choice: Choice = backend.compile(choose, static=("top_k", "xp"))(**placed, **filters, xp=backend.xp)
             found.append([backend.to_numpy(each) for each in choice])
@@ -281,14 +282,11 @@ def _compiled(backend: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _trace_without_cache(model: Model, ids: Sequence[int]) -> tuple[NumpyArray, NumpyArray]:
     """Return what `comparison.worker.trace` returns, computed in one forward pass without a cache."""
-    backend, config = model.backend, model.config
-    tokens = backend.asarray(np.asarray(ids, dtype=np.int32))
-    names = ("blocks.*.hook_resid_pre", f"blocks.{config.n_layer - 1}.hook_resid_post", "logits")
-    compiled = backend.compile(wide_trace, static=("names", *STATIC))
-    seen = compiled(model.params, tokens, config=config, names=names, xp=backend.xp)
-    last, _ = _compiled(backend, hidden_states)(model.params, tokens, config=config, xp=backend.xp)
-    *layers, logits = map(backend.to_numpy, seen.values())
-    return np.stack([*layers, backend.to_numpy(last)]), logits
+    backend = model.backend
+    tokens = backend.asarray(np.asarray([ids], dtype=np.int32))
+    step = _compiled(backend, worker.traced)
+    layers, logits, _ = step(model.params, tokens, None, len(ids), config=model.config, xp=backend.xp)
+    return np.stack([backend.to_numpy(each) for each in layers]), backend.to_numpy(logits)
 
 
 def _within(name: str, relative: float, allowed: float) -> Check:

@@ -10,12 +10,15 @@ from gpt_xp.conformance.functions import NAMES
 from gpt_xp.types import Namespace
 
 DTYPES = ("float32", "float64", "int32")
-# The functions of a namespace that return arrays.
+# Only these names are functions that return arrays.
 COMPUTING = frozenset(NAMES) - {"finfo", *DTYPES}
 
 
 class EagerNamespace:
-    """A namespace each of whose functions computes its result at once, so that an error arises in the right line."""
+    """A namespace whose functions compute their results at once, so that an error arises in the line of its cause.
+
+    Operators and indexing belong to the arrays, and stay lazy. Their errors arise in the line of the next function.
+    """
 
     def __init__(self, xp: Namespace, computed: Callable[[Any], Any]) -> None:
         self._xp, self._computed = xp, computed

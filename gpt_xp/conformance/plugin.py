@@ -48,7 +48,10 @@ class _Library(pytest.File):
 
         option = self.config.getoption
         try:
-            names = check_names(option("--gpt-xp-backend"), option("--gpt-xp-model"), option("--gpt-xp-jit"))
+            names = check_names(
+                option("--gpt-xp-backend"), option("--gpt-xp-model"), option("--gpt-xp-jit"),
+                option("--gpt-xp-timeout"),
+            )  # fmt: skip
         except GptXpError as error:
             raise self.CollectError(str(error)) from None
         for name in (LOADING, *names):

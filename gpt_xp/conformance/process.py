@@ -17,7 +17,7 @@ from gpt_xp.processes import own_command
 
 
 class CheckEnded(Exception):  # noqa: N818, it is no error of gpt-xp
-    """A check could not be made: it took too long, its process crashed, or it raised an error. The message says so."""
+    """The error of a check that could not be made: it took too long, its process crashed, or it raised an error."""
 
     def __init__(self, problem: str, hung: bool = False) -> None:
         super().__init__(problem)
@@ -31,11 +31,11 @@ class LibraryProcess:
         self._first: dict[str, Any] = {"module": module, "folder": str(folder), "jit": jit, "replaced": []}
         self._timeout = timeout
         self._process: subprocess.Popen[str] | None = None
-        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._stderr: Any = None
 
     def start(self) -> dict[str, Any]:
-        """Start the process if there is none, and return the description of the library. Raises `CheckEnded`."""
+        """Start the process, and return the description of the library. Raises `CheckEnded`, and ends it then."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, `end` closes it
         self._process = subprocess.Popen(
             own_command("conform-worker"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
@@ -43,7 +43,11 @@ class LibraryProcess:
         )  # fmt: skip
         self._answers = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
-        described: dict[str, Any] = self._ask(self._first)
+        try:
+            described: dict[str, Any] = self._ask(self._first)
+        except CheckEnded:
+            self.end()  # A process without a library would answer each later check with an error of its own.
+            raise
         return described
 
     def check(self, do: str, **arguments: Any) -> Any:
@@ -64,13 +68,12 @@ class LibraryProcess:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         try:
-            line = self._answers.get(timeout=self._timeout)
+            answer = self._answers.get(timeout=self._timeout)
         except queue.Empty:
             self.end()
             raise CheckEnded(f"it took longer than {self._timeout:g} s, and its process was ended", hung=True) from None
-        if line is None:
+        if answer is None:
             raise CheckEnded(self._last_words())
-        answer = json_text.parse(line)
         if "problem" in answer:
             raise CheckEnded(answer["problem"])
         return answer["value"]
@@ -104,16 +107,15 @@ class LibraryProcess:
         self.end()
 
 
-def _read(process: "subprocess.Popen[str]", answers: "queue.Queue[str | None]") -> None:
+def _read(process: "subprocess.Popen[str]", answers: "queue.Queue[dict[str, Any] | None]") -> None:
     """Put each answer of the process into the queue, and None at its end."""
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
             try:
-                json_text.parse(line)
+                answers.put(json_text.parse(line))
             except JsonError:  # A crash can leave half a line.
                 continue
-            answers.put(line)
     answers.put(None)
 
 

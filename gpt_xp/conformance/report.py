@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from gpt_xp.conformance.functions import PROGRAMS
+from gpt_xp.conformance.functions import ALONE, PROGRAMS
 from gpt_xp.conformance.results import Check, Conformance, Line
 from gpt_xp.reporting.text import markdown_table, table, wrapped
 
@@ -18,8 +18,8 @@ def as_text(found: Conformance) -> str:
     """Return the report of one library for a terminal of 80 columns."""
     if found.problem:
         return wrapped(f"{found.module}: FAILED: {found.problem}")
-    # NumPy's help does not change these two.
-    alone = ("forward pass", "sampling") if found.replaced else PROGRAMS
+    # The checks of these programs come before the line that announces NumPy's help, because they are made without it.
+    alone = ALONE if found.replaced else PROGRAMS
     parts = [
         wrapped(f"{found.module} {found.version}, {found.used}; model {found.model}, float32"),
         _functions(found.of("function")),
@@ -112,24 +112,28 @@ def _layer_rows(checks: Sequence[Check]) -> Iterator[tuple[str, ...]]:
 def _row(found: Conformance) -> list[str]:
     if found.problem:
         return [f"`{found.module}`", "-", "-", _cell(found.problem.partition(": ")[0]), *["-"] * (len(HEAD) - 4)]
-    functions = found.of("function")
-    wrong = [f"`{check.name}`" for check in functions if not check.is_ok]
-    count = f"{len(functions) - len(wrong)} of {len(functions)}"
+    functions, programs = found.of("function"), found.of("program")
+    fine = sum(check.is_ok is True for check in functions)
     return [
         f"`{found.module}`", str(found.version), _cell(str(found.used)),
-        f"{count}; not {', '.join(wrong)}" if wrong else count, _programs(found), *_errors(found),
+        "; ".join([f"{fine} of {len(functions)}", *_others(functions, lambda check: f"`{check.name}`")]),
+        "; ".join(_others(programs, _program) or ["all"]), *_errors(found),
         _short(found, "text"), _short(found, "speed"),
     ]  # fmt: skip
 
 
-def _programs(found: Conformance) -> str:
-    """Return which programs fail, and in which lines."""
-    wrong = [
-        check.name + (f" (`{check.line.file}:{check.line.number}`)" if check.line else "")
-        for check in found.of("program")
-        if not check.is_ok
-    ]
-    return f"not {', '.join(wrong)}" if wrong else "all"
+def _others(checks: Sequence[Check], name: Callable[[Check], str]) -> list[str]:
+    """Return which checks fail, and which were not made."""
+    parts = []
+    for is_ok, intro in ((False, "not "), (None, "not checked: ")):
+        if names := [name(check) for check in checks if check.is_ok is is_ok]:
+            parts.append(intro + ", ".join(names))
+    return parts
+
+
+def _program(check: Check) -> str:
+    """Return the name of a program, and the line in which it fails."""
+    return check.name + (f" (`{check.line.file}:{check.line.number}`)" if check.line else "")
 
 
 def _errors(found: Conformance) -> tuple[str, str]:

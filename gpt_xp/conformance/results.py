@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_xp.tree import finite
 
-# The kinds of checks, in the order in which they are listed.
+# The checks are listed in this order of their kinds.
 KINDS = ("function", "program", "layer", "text", "speed", "jit")
 
 

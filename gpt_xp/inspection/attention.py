@@ -11,9 +11,9 @@ from gpt_xp.inspection.results import Attention
 from gpt_xp.model import Model
 from gpt_xp.types import NumpyArray
 
-PASS_BYTES = 2**28  # of the weights of attention that one pass through the model returns
+PASS_BYTES = 2**28  # One pass through the model returns so many bytes of weights of attention.
 COMPRESSED = 0.6  # zlib leaves 0.8 of the bytes of weights of 64 tokens, and 0.6 of 256 (bundled model)
-LARGEST_PICTURE = 64  # squares on a side of a small picture of a head
+LARGEST_PICTURE = 64  # A small picture of a head has at most so many squares on a side.
 
 
 def attention_form(config: GPT2Config, n_seq: int, room: int) -> tuple[str, int]:
@@ -36,6 +36,13 @@ def square_of(config: GPT2Config, n_seq: int, room: int) -> int:
 def last_width(config: GPT2Config, n_seq: int) -> int:
     """Return the bytes of a weight of the last token: 4, or 2 where all take more than a megabyte."""
     return 4 if 4 * config.n_layer * config.n_head * n_seq <= 1_000_000 else 2
+
+
+def without_weights(config: GPT2Config, n_seq: int) -> Attention:
+    """Return an `Attention` of zeros, whose pictures have one square for each head."""
+    heads = config.n_layer, config.n_head
+    last = np.zeros((*heads, n_seq), np.float32 if last_width(config, n_seq) == 4 else np.uint16)
+    return Attention("small", np.zeros((*heads, 1, 1), np.uint8), last, n_seq)
 
 
 def attention_of(model: Model, ids: list[int], room: int) -> Attention:

@@ -1,8 +1,10 @@
 """`Model.look`: gather everything that the page shows about one prompt."""
 
 import contextlib
+import operator
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,10 @@ import numpy as np
 from gpt_xp.arrays import at_least_float32
 from gpt_xp.comparison.distances import Distance, distances
 from gpt_xp.comparison.driver import check_backends
-from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.generation.choosing import not_finite
-from gpt_xp.inspection.attention import attention_of, last_width
-from gpt_xp.inspection.page import id_dtype
+from gpt_xp.inspection.attention import attention_of, without_weights
+from gpt_xp.inspection.page import EMPTY_SIZE, page
 from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
 from gpt_xp.model import Model
 from gpt_xp.processes import StageProgress, no_stage_progress
@@ -23,9 +24,10 @@ from gpt_xp.transformer import layer_norm, unembed
 from gpt_xp.types import Array, Namespace, NumpyArray, Params
 from gpt_xp.version import __version__
 
-SCRIPT_SIZE = 60_000  # bytes of the page without its numbers, at most
 BYTES_OF_A_CHARACTER = 3 / 4  # Numbers are written in base64.
-LENS_POSITIONS = 64  # A layer of the lens costs as much as the logits of these positions.
+# A layer of the lens costs as much as the logits of its positions. All layers have about so many logits together, or
+# more, where these are not enough for LENS_POSITIONS.
+LENS_LOGITS, LENS_POSITIONS = 40_000_000, 64
 
 
 def look(
@@ -34,35 +36,35 @@ def look(
     backends: str | Sequence[str] | None = None,
     *,
     position: int | None = None,
-    max_size: int = MAX_SIZE,
+    max_size: int | None = None,
     special_tokens: bool = False,
     name: str | None = None,
     source: Path | None = None,
     threads: int | None = None,
     progress: StageProgress = no_stage_progress,
+    for_page: bool = True,
 ) -> Look:
     """Return what happens inside the model for one prompt; see `Model.look`.
 
     `name` is what the page calls the model. `source` is the directory that it was loaded from, if its params are
     unchanged. Without it, the model is saved to a temporary directory for the processes that compare backends.
-    `threads` and `progress` are as for `compare`.
+    `threads` and `progress` are as for `compare`. With `for_page` False, attention is only that of the last token.
     """
     ids = model._encode(prompt, special_tokens)
-    chosen = len(ids) - 1 if position is None else position
-    if not -len(ids) <= chosen < len(ids):
-        raise SettingError(f"position must be one of the {len(ids)} tokens, from 0, not {position}")
+    chosen = _place(position, len(ids))
     if backends:
         check_backends(backends, [model.backend.dtype])
-    space = room(model.config, len(ids), max_size)  # before anything is computed
+    limit = MAX_SIZE if max_size is None else max_size
+    if for_page and limit < EMPTY_SIZE:  # What is certain is told before anything is computed.
+        raise _too_small(limit, len(ids), EMPTY_SIZE)
     with progress("the model"):
-        found = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
-        logits = found.pop("logits")
+        streams = model.trace(ids, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "logits"])
+        logits = streams.pop("logits")
         if not np.isfinite(logits).all():
             raise not_finite(model.backend)
-        predicted = predictions(logits, chosen % len(ids))
-        lens = logit_lens(model, list(found.values()), logits)
-        attention = attention_of(model, ids, space)
-    return Look(
+        predicted = predictions(logits, chosen)
+        lens = logit_lens(model, list(streams.values()), logits)
+    found = Look(
         model=name or f"a GPT-2 of {model.config.n_params / 1e6:.1f}M params",
         config=model.config,
         prompt=prompt if isinstance(prompt, str) else None,
@@ -71,30 +73,44 @@ def look(
         surprise=surprise(logits, ids),
         predictions=predicted,
         lens=lens,
-        attention=attention,
+        attention=without_weights(model.config, len(ids)),
         distances=compared(model, ids, backends, source, threads, progress) if backends else (),
-        left_out=tuple(left_out(attention, lens, len(ids))),
         made_by=made_by(model),
     )
+    space = room(found, limit) if for_page else 0
+    with progress("attention"):
+        attention = attention_of(model, ids, space)
+    return replace(found, attention=attention, left_out=tuple(left_out(attention, lens, len(ids))))
 
 
-def room(config: GPT2Config, n_seq: int, max_size: int) -> int:
+def _place(position: int | None, n_seq: int) -> int:
+    """Return the position of a token, counted from 0. Raises `SettingError` where there is none."""
+    try:
+        chosen = n_seq - 1 if position is None else operator.index(position)
+    except TypeError:
+        chosen = n_seq
+    if not -n_seq <= chosen < n_seq:
+        raise SettingError(f"position must be the number of one of the {n_seq} tokens, from 0, not {position!r:.40}")
+    return chosen % n_seq
+
+
+def room(found: Look, max_size: int) -> int:
     """Return the bytes of a page that are left for the weights of attention, before they are written as text.
 
     Raises `SettingError` if there are too few for any picture of them.
     """
-    top, n_rows, n_heads = min(TOP, config.n_vocab), min(n_seq, LENS_POSITIONS), config.n_layer * config.n_head
-    id_width = np.dtype(id_dtype(config.n_vocab)).itemsize
-    others = (
-        8 * min(config.n_vocab, top * n_seq)  # the tokens: 6 bytes or so, and an id
-        + 4 * config.n_vocab + n_seq * ((4 + id_width) * top + (4 + id_width) * BINS)  # `Predictions`
-        + (config.n_layer + 1) * n_rows * ((4 + id_width) * LENS_TOP + 4)
-        + last_width(config, n_seq) * n_heads * n_seq
-    )  # fmt: skip
-    least = SCRIPT_SIZE + (others + n_heads) / BYTES_OF_A_CHARACTER
-    if max_size < least:
-        raise SettingError(f"max_size is {max_size}, and a page for {n_seq} tokens takes at least {least:.0f} bytes")
-    return int((max_size - SCRIPT_SIZE) * BYTES_OF_A_CHARACTER - others)
+    rest = replace(found, left_out=tuple(left_out(found.attention, found.lens, len(found.token_ids))))
+    last = found.attention.last.nbytes  # They are zeros yet, which take no room.
+    size = len(page(rest).encode()) + int(last / BYTES_OF_A_CHARACTER)
+    left = int((max_size - size) * BYTES_OF_A_CHARACTER)
+    if left < (least := found.config.n_layer * found.config.n_head):
+        raise _too_small(max_size, len(found.token_ids), size + int(least / BYTES_OF_A_CHARACTER) + 1)
+    return left
+
+
+def _too_small(max_size: int, n_seq: int, least: int) -> SettingError:
+    tokens = "1 token" if n_seq == 1 else f"{n_seq} tokens"
+    return SettingError(f"max_size is {max_size}, and a page for {tokens} takes at least {least} bytes")
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------
@@ -160,7 +176,8 @@ def lens_logits(params: Params, x: Array, xp: Namespace) -> Array:
 
 def logit_lens(model: Model, streams: list[NumpyArray], logits: NumpyArray) -> Lens:
     """Return the `Lens` of the residual streams [n_seq, n_embd] at the last positions. `logits` are the model's own."""
-    backend, first = model.backend, max(0, len(logits) - LENS_POSITIONS)
+    config, backend = model.config, model.backend
+    first = max(0, len(logits) - max(LENS_POSITIONS, LENS_LOGITS // ((config.n_layer + 1) * config.n_vocab)))
     step = backend.compile(lens_logits, static=("xp",))
     final = logits[first:].argmax(axis=-1)[:, None]
     ids, logprobs, chosen = [], [], []

@@ -20,6 +20,7 @@ from gpt_xp.types import NumpyArray
 
 SCRIPTS = ("data.js", "sampling.js", "dom.js", "color.js", "tokens.js", "next.js", "lens.js", "attention.js",
            "distances.js", "main.js")  # fmt: skip
+EMPTY_SIZE = 50_000  # A page without numbers has more bytes than this.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 # What the one script does not need: imports, the word `export`, and lines of comments.
 LINE_OF_A_MODULE = re.compile(r"^import .*\n|^export (?=function|const|class|async)|^ *(//|/?\*).*\n", re.MULTILINE)

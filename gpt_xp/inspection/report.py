@@ -8,7 +8,6 @@ from gpt_xp.comparison.distances import Distance
 from gpt_xp.comparison.figures import layer_names
 from gpt_xp.inspection.results import Look
 from gpt_xp.reporting.text import short_dtypes, spelled, table, wrapped
-from gpt_xp.types import NumpyArray
 
 LAST_TOKENS = 24
 NEXT_TOKENS = 10
@@ -41,7 +40,8 @@ def _tokens(look: Look) -> Iterator[str]:
 
 def _next_tokens(look: Look) -> Table:
     found = look.predictions
-    probabilities = _softmax(found.all_logits)
+    powers = np.exp(found.all_logits.astype(np.float64) - found.all_logits.max())
+    probabilities = powers / powers.sum()
     rows: list[tuple[str, ...]] = [("token", "id", "logit", "probability")]
     for token in found.ids[found.position][:NEXT_TOKENS]:
         rows.append((
@@ -90,7 +90,7 @@ def _distances(look: Look) -> Iterator[str]:
         rows.append((name, *(_error(each, depth) for each in ran)))
     if ran:
         yield table(rows)
-    yield "".join(map(wrapped, _verdicts(look)))
+    yield "".join(map(wrapped, verdicts(look)))
 
 
 def _error(distance: Distance, depth: int) -> str:
@@ -100,7 +100,8 @@ def _error(distance: Distance, depth: int) -> str:
     return f"{error:.1e}" + ("" if error <= allowed else f" (allowed: {allowed:.1e})")
 
 
-def _verdicts(look: Look) -> Iterator[str]:
+def verdicts(look: Look) -> Iterator[str]:
+    """Yield a sentence for each backend: whether it is inside the tolerance."""
     for each in look.distances:
         if each.relative is None:
             yield f"{_name(each)}: FAILED: {'; '.join(each.problems)}"
@@ -119,9 +120,3 @@ def _name(distance: Distance) -> str:
 def _token(look: Look, token: int) -> str:
     known = look.vocabulary.get(int(token))
     return f"#{token}" if known is None else spelled(known)
-
-
-def _softmax(logits: NumpyArray) -> NumpyArray:
-    powers: NumpyArray = np.exp(logits.astype(np.float64) - logits.max())
-    powers /= powers.sum()
-    return powers

@@ -9,13 +9,13 @@ from gpt_xp.comparison.distances import Distance
 from gpt_xp.config import GPT2Config
 from gpt_xp.types import NumpyArray
 
-MAX_SIZE = 8_000_000  # bytes of a page, where no other number is given
-TOP = 256  # tokens whose logits are kept at each position
-BINS = 64  # of the histogram of the other logits
-LENS_TOP = 5  # tokens of each cell of the logit lens
+MAX_SIZE = 8 * 2**20  # A page has at most so many bytes, where no other number is given. `--max-size 8M` is the same.
+TOP = 256  # So many logits are kept at each position.
+BINS = 64  # The histogram of the other logits has so many bins.
+LENS_TOP = 5  # A cell of the logit lens has so many tokens.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """The logits after each token.
 
@@ -33,7 +33,7 @@ class Predictions:
     all_logits: NumpyArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lens:
     """The logit lens: `unembed(layer_norm(x, **ln_f))` of the residual stream before the first and after each block.
 
@@ -48,7 +48,7 @@ class Lens:
     final: NumpyArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
     """The weights of attention.
 
@@ -65,7 +65,7 @@ class Attention:
     square: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Look:
     """What happens inside the model for one prompt.
 
@@ -87,6 +87,11 @@ class Look:
     distances: tuple[Distance, ...] = ()
     left_out: tuple[str, ...] = ()
     made_by: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the model and the prompt, without the arrays."""
+        prompt = "" if self.prompt is None else f", {self.prompt!r:.60}"
+        return f"<Look: {self.model}, {len(self.token_ids)} tokens{prompt}>"
 
     def save(self, path: str | Path) -> None:
         """Write the page to one file, which any browser opens without a network.

@@ -7,6 +7,7 @@ this machine: otherwise a page of another site could reach it through a name tha
 import dataclasses
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,10 +57,15 @@ class LookServer(ThreadingHTTPServer):
         self.serve_forever()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Write nothing: the browser went away before it had its answer."""
+        """Write nothing where the browser went away before it had its answer."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     def answer_look(self, request: dict[str, Any]) -> bytes:
-        """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`."""
+        """Return the packed look at a `prompt` (text) or at `token_ids`, with all logits at `position`.
+
+        `text` is the prompt that the token ids are of, for the page to show.
+        """
         ids = _field(request, "token_ids", list) if "token_ids" in request else None
         prompt = _field(request, "prompt", str) if ids is None else ids
         position = _field(request, "position", int) if "position" in request else None
@@ -69,6 +75,8 @@ class LookServer(ThreadingHTTPServer):
             found = self.looking(prompt, position, not is_same)
             if is_same:
                 found = dataclasses.replace(found, prompt=self.look.prompt, distances=self.look.distances)
+            elif "text" in request:
+                found = dataclasses.replace(found, prompt=_field(request, "text", str))
             self.look = found
             return pack(found)
 
@@ -107,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 content = page(self.server.look, server=True).encode()
             self._answer(200, "text/html; charset=utf-8", content)
+        elif self._is_for(None):
+            self._answer(301, "text/plain", b"", Location=f"/{self.server.secret}/")
         else:
             self.send_error(404)
 
@@ -125,12 +135,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(200, "application/octet-stream", content)
 
-    def _is_for(self, name: str) -> bool:
-        """Return whether the request is for this name under the secret path, and comes from a page of this server."""
-        hosts = {f"{host}:{self.server.port}" for host in (HOST, "localhost")}
+    def _is_for(self, name: str | None) -> bool:
+        """Return whether the request is for this name under the secret path, and comes from a page of this server.
+
+        None is the path without its last slash, which is easily lost in copying.
+        """
+        path = f"/{self.server.secret}" + ("" if name is None else f"/{name}")
+        names = (HOST, "localhost")
+        hosts = {f"{name}:{self.server.port}" for name in names}
+        if self.server.port == 80:  # Browsers leave this number out.
+            hosts.update(names)
         origin = self.headers.get("Origin")
         is_own = origin is None or origin.removeprefix("http://") in hosts
-        return self.headers.get("Host") in hosts and is_own and self.path == f"/{self.server.secret}/{name}"
+        return self.headers.get("Host") in hosts and is_own and self.path == path
 
     def _request(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
@@ -142,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise JsonError("a request must be a JSON object")
         return found
 
-    def _answer(self, code: int, kind: str, content: bytes) -> None:
+    def _answer(self, code: int, kind: str, content: bytes, **headers: str) -> None:
         self.send_response(code)
         for name, value in {
             "Content-Type": kind,
@@ -152,6 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
             **({"Connection": "close"} if self.close_connection else {}),
+            **headers,
         }.items():
             self.send_header(name, value)
         self.end_headers()
@@ -159,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request of the page as if nothing were there."""
+        """Answer 404 to every request that is not the page's."""
         self.close_connection = True
         self._answer(404, "text/plain", b"not found\n")
 

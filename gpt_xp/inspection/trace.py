@@ -13,13 +13,13 @@ from gpt_xp.arrays import at_least_float32, namespace_of
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import SettingError
 from gpt_xp.kv_cache import Past
-from gpt_xp.parts import ReplacedParts
+from gpt_xp.parts import ReplacedParts, changed_parts
 from gpt_xp.types import Array, Namespace, Params
 
 Names: TypeAlias = str | Sequence[str] | None
 
-# The parts of the model in which the intermediates are seen. Only those that are needed are replaced, because a backend
-# computes some parts in another way if one inside them is replaced: attention in one piece, if its softmax is.
+# The parts of the model in which the intermediates are seen. Only those that are needed are replaced: NumPy computes
+# attention in blocks, but not where softmax is replaced.
 SEEN_IN = {
     "embed": ("hook_embed", "hook_pos_embed"),
     "layer_norm": ("hook_scale", "hook_normalized", "hook_resid_mid"),
@@ -119,8 +119,9 @@ class Seen:
         return {name: getattr(self, f"_{name}") for name in ("transformer_block", *needed)}
 
     def _embed(self, tokens: Array, positions: Array, wte: Array, wpe: Array, xp: Namespace) -> Array:
-        self._note("hook_embed", xp.take(wte, tokens, axis=0), xp)
-        self._note("hook_pos_embed", xp.take(wpe, positions, axis=0), xp)
+        if "embed" not in changed_parts(xp):  # Another one may add other numbers.
+            self._note("hook_embed", xp.take(wte, tokens, axis=0), xp)
+            self._note("hook_pos_embed", xp.take(wpe, positions, axis=0), xp)
         return transformer.embed(tokens, positions, wte, wpe, xp)
 
     def _transformer_block(self, x: Array, xp: Namespace, **rest: Any) -> tuple[Array, Past]:
@@ -135,7 +136,8 @@ class Seen:
     def _layer_norm(self, x: Array, g: Array, b: Array, xp: Namespace, eps: float = 1e-5) -> Array:
         norm, reads = self._norms.pop(0) if self._norms else ("", "")
         self._note(reads, x, xp)
-        if not self._wanted.isdisjoint((f"{norm}.hook_scale", f"{norm}.hook_normalized")):
+        is_wanted = not self._wanted.isdisjoint((f"{norm}.hook_scale", f"{norm}.hook_normalized"))
+        if is_wanted and "layer_norm" not in changed_parts(xp):  # Another one may divide by other numbers.
             wide = at_least_float32(x, xp)
             centered = wide - xp.mean(wide, axis=-1, keepdims=True)
             scale = xp.sqrt(xp.mean(centered * centered, axis=-1, keepdims=True) + eps)

@@ -63,10 +63,10 @@ def library_of(name: str) -> str:
 
 
 def library_colors(libraries: Iterable[str]) -> dict[str, str]:
-    """Return the color of each library, which is the same in every plot.
+    """Return the color of each library.
 
-    The color of a library that `COLORS` does not know is chosen by its name. If two of them would have the same one,
-    the second in the alphabet takes the next color.
+    The libraries of `COLORS` have the same color in every plot. That of another library is chosen by its name. If two
+    of them would have the same one, the second in the alphabet takes the next color.
     """
     found: dict[str, str] = {}
     for library in sorted(set(libraries)):

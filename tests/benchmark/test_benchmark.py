@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PATIENCE, posix, process, start
+from commands import PATIENCE, children, posix, process, start
 from folders import TESTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -395,17 +395,6 @@ def test_a_plot_that_cannot_be_written_is_an_error_before_anything_runs():
     result = process("bench", "-m", "shakespeare", "--plot", "no-such-directory/out.png")
     assert (result.code, result.out) == (1, "")
     assert "a plot cannot be written to no-such-directory/out.png" in result.err
-
-
-def children(parent: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, _, _, ppid = status.read_text().replace(") ", " ").split(" ")[:4]
-        except (OSError, ValueError):  # it has just ended
-            continue
-        found += [int(pid)] if ppid == str(parent) else []
-    return found
 
 
 @posix

@@ -1,11 +1,14 @@
 """The command `conform`: what it prints, where, and its exit codes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from gpt_xp.cli.conform import conform as command
-from gpt_xp.conformance import run
+from gpt_xp.conformance import inputs
 from gpt_xp.conformance.results import Check, Conformance
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -56,6 +59,14 @@ def test_wrong_usage(call):
     assert "--jit names a function of one library" in several.err
 
 
+def test_files_of_the_current_directory_hide_no_module(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('this file of the user was run')")
+    script = str(Path(sys.executable).with_name("gpt-xp"))
+    done = subprocess.run([script, "conform", "numpy"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "numpy: inside the tolerance" in done.stdout
+
+
 def test_an_unknown_module_is_one_clear_error(call):
     result = call("conform", "numpy", "no_such_library")
     assert (result.code, result.out) == (1, "")
@@ -65,5 +76,5 @@ def test_an_unknown_module_is_one_clear_error(call):
 
 def test_the_defaults_are_those_of_the_library():
     assert {each.name: each.default for each in command.params if each.name in ("timeout", "model")} == {
-        "timeout": run.TIMEOUT, "model": run.MODEL,
+        "timeout": inputs.TIMEOUT, "model": inputs.MODEL,
     }  # fmt: skip

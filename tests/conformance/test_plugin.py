@@ -58,6 +58,15 @@ def test_an_unknown_library_is_an_error_of_collection(tmp_path):
     assert "there is no module 'no_such_library' here" in result.out
 
 
+def test_a_wrong_timeout_is_an_error_of_collection(tmp_path):
+    options = ["--gpt-xp-backend", "numpy", "--gpt-xp-timeout", "0"]
+    result = run_pytest(tmp_path, "--pyargs", "gpt_xp.conformance", *options)
+    assert result.code != 0
+    assert "timeout must be more than 0 and at most" in result.out
+    assert "Traceback" not in result.out
+    assert re.search(r"^=+ 1 error in", result.out, re.MULTILINE)
+
+
 def test_without_the_option_nothing_is_loaded_and_nothing_collected(tmp_path):
     (tmp_path / "test_own.py").write_text(
         "import sys\n"

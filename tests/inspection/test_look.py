@@ -1,5 +1,9 @@
 """`Model.look`: the numbers of the page, against `logits`, `score`, `trace` and `compare`."""
 
+import signal
+import subprocess
+import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Result
+from commands import PATIENCE, Result, children, posix, start
 from comparison import TOLERANCE, assert_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import make_backend, quantized
+from looks import random_look
 from small_models import CONFIGS, small_params, small_tokens
 from small_quantized import small
 
@@ -20,10 +25,9 @@ from gpt_xp import Backend, Model
 from gpt_xp.config import SIZES, GPT2Config
 from gpt_xp.errors import BackendError, CheckpointError, NumericalError, PromptError, SettingError
 from gpt_xp.inspection import attention
-from gpt_xp.inspection.attention import attention_form
-from gpt_xp.inspection.look import histogram, largest_first, room
+from gpt_xp.inspection.look import histogram, largest_first
 from gpt_xp.inspection.page import page
-from gpt_xp.inspection.results import BINS, LENS_TOP, TOP, Look
+from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Look
 
 PROMPT = "ROMEO:\nBut, soft! what light through yonder window breaks?"
 
@@ -138,7 +142,7 @@ def test_long_prompts_have_bytes_and_then_small_pictures(shakespeare: Model) -> 
     assert np.abs(weights - expected[:, :, *np.tril_indices(101)]).max() <= 0.004
     np.testing.assert_allclose(as_bytes.attention.last, expected[:, :, -1], rtol=0, atol=1e-6)
 
-    small = shakespeare.look(ids, max_size=550_000)
+    small = shakespeare.look(ids, max_size=350_000)
     side, square = small.attention.weights.shape[-1], small.attention.square
     assert small.attention.kind == "small"
     assert side * square >= 101 > (side - 1) * square
@@ -158,25 +162,27 @@ def test_many_passes_give_the_same_weights(monkeypatch: pytest.MonkeyPatch, look
 def test_the_weights_of_the_last_token_are_rounded_where_they_are_many(
     monkeypatch: pytest.MonkeyPatch, look: Look
 ) -> None:
-    for module in ("attention", "look"):
-        monkeypatch.setattr(f"gpt_xp.inspection.{module}.last_width", lambda config, n_seq: 2)
+    monkeypatch.setattr(attention, "last_width", lambda config, n_seq: 2)
     found = gpt_xp.load("shakespeare", backend="numpy").look(PROMPT)
     assert found.attention.last.dtype == np.uint16
     assert np.abs(found.attention.last / 65535.0 - look.attention.last).max() <= 1 / 65535
     assert any("rounded to 16 bits" in each for each in found.left_out)
 
 
-def test_a_long_prompt_has_the_lens_of_its_last_positions(shakespeare: Model) -> None:
+def test_a_long_prompt_has_the_lens_of_its_last_positions(shakespeare: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shakespeare.look(list(range(100))).lens.first == 0  # Logits of 1024 tokens are few.
+    monkeypatch.setattr("gpt_xp.inspection.look.LENS_LOGITS", 0)
     found = shakespeare.look(list(range(100)))
     assert (found.lens.first, found.lens.ids.shape[1]) == (36, 64)
     assert "The logit lens has the last 64 of 100 positions." in found.left_out
 
 
-def test_another_position_has_all_logits(shakespeare: Model, look: Look) -> None:
+def test_another_position_has_all_logits(shakespeare: Model, look: Look, tmp_path: Path) -> None:
     found = shakespeare.look(PROMPT, position=3)
     assert found.predictions.position == 3
     np.testing.assert_allclose(found.predictions.all_logits, shakespeare.logits(look.token_ids)[3], rtol=0, atol=1e-5)
     assert shakespeare.look(PROMPT, position=-2).predictions.position == len(look.token_ids) - 2
+    shakespeare.look(PROMPT, position=np.int64(3)).save(tmp_path / "page.html")  # as np.argmax returns it
 
 
 @pytest.mark.parametrize("n_seq", [1, 2])
@@ -251,8 +257,10 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     [
         ({"backends": "nump"}, BackendError, "there is no backend 'nump'"),
         ({"backends": []}, None, None),
-        ({"position": 40}, SettingError, "position must be one of the .* tokens, from 0, not 40"),
-        ({"max_size": 10_000}, SettingError, "max_size is 10000, and a page for .* tokens takes at least"),
+        ({"position": 40}, SettingError, "position must be the number of one of the 2 tokens, from 0, not 40"),
+        ({"position": 1.5}, SettingError, "position must be the number of one of the 2 tokens, from 0, not 1.5"),
+        ({"position": "1"}, SettingError, "position must be the number of one of the 2 tokens, from 0, not '1'"),
+        ({"max_size": 10_000}, SettingError, "max_size is 10000, and a page for .* tokens takes at least 50000 bytes"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(
@@ -284,12 +292,9 @@ def test_damaged_weights_are_an_error() -> None:
 @pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("n_seq", [1, 2, 64, 256, 1024])
 def test_every_length_and_size_of_model_fits_eight_megabytes(config: GPT2Config, n_seq: int) -> None:
-    space = room(config, n_seq, 8_000_000)
-    kind, square = attention_form(config, n_seq, space)
-    n_heads, n_weights = config.n_layer * config.n_head, n_seq * (n_seq + 1) // 2
-    side = -(-n_seq // square)
-    assert n_heads * {"float32": 4 * n_weights, "uint8": 0.6 * n_weights, "small": side**2}[kind] <= space
-    assert kind != "small" or side >= 20  # A picture can still be recognized.
+    found = random_look(config, n_seq)
+    assert len(page(found).encode()) <= MAX_SIZE
+    assert found.attention.kind != "small" or found.attention.weights.shape[2] >= 20  # It can still be recognized.
 
 
 def test_weights_that_cannot_be_compressed_become_pictures(shakespeare: Model) -> None:
@@ -304,8 +309,12 @@ def test_weights_that_cannot_be_compressed_become_pictures(shakespeare: Model) -
 @pytest.mark.parametrize("n_seq", [11, 256])
 def test_the_page_is_no_larger_than_it_may_be(shakespeare: Model, n_seq: int) -> None:
     ids = np.random.default_rng(n_seq).integers(0, 1024, n_seq).tolist()
-    for max_size in (900_000, 1_500_000):
+    for max_size in (800_000, 1_500_000):
         assert len(page(shakespeare.look(ids, max_size=max_size)).encode()) <= max_size
+    with pytest.raises(SettingError, match=r"a page for .* takes at least") as error:
+        shakespeare.look(ids, max_size=60_000)
+    least = int(str(error.value).split()[-2])
+    assert len(page(shakespeare.look(ids, max_size=least)).encode()) <= least
 
 
 # --- the page as a file -----------------------------------------------------------------------------------------------
@@ -362,12 +371,67 @@ def test_tables_in_the_terminal(call: Callable[..., Result]) -> None:
     assert max(map(len, found.out.splitlines())) <= 80
 
 
+def test_tables_of_any_length(call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a page has a limit of its size, and only a page needs all weights of attention."""
+    monkeypatch.setattr("gpt_xp.inspection.look.MAX_SIZE", 10)
+    found = call("look", "-m", "shakespeare", "to be or not " * 20)
+    assert (found.code, found.err) == (0, "")
+    assert 'attention of "' in found.out
+
+
+def test_a_look_is_one_line_and_equal_to_itself_alone(look: Look, shakespeare: Model) -> None:
+    assert repr(look) == f"<Look: {look.model}, {len(look.token_ids)} tokens, {PROMPT!r:.60}>"
+    assert look == look  # noqa: PLR0124
+    assert look != shakespeare.look(PROMPT)
+
+
 def test_a_page_by_the_command(call: Callable[..., Result], tmp_path: Path) -> None:
     file = tmp_path / "out.html"
     found = call("look", "-m", "shakespeare", "--html", str(file), "To be")
     assert (found.code, found.out) == (0, "")
     assert f"{file} has " in found.err
     assert "shakespeare: gpt-xp look" in file.read_text(encoding="utf-8")
+
+
+def test_a_page_says_on_stderr_which_backend_failed(call: Callable[..., Result], tmp_path: Path) -> None:
+    found = call("look", "-m", "shakespeare", "--html", str(tmp_path / "o.html"), "--backends", "numpy,jax@tpu", "To")
+    assert "numpy f32: inside the tolerance" in found.err
+    assert "jax@tpu f32: FAILED: " in found.err
+
+
+@posix
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "args",
+    [("look", "--backends", "numpy", "To be"), ("compare", "--backends", "numpy", "To be"), ("conform", "numpy")],
+)
+def test_sigterm_leaves_no_process_and_no_file(
+    args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    running = start(*args, "-m", "shakespeare")
+    end = time.monotonic() + PATIENCE
+    while not (workers := children(running.pid)) and time.monotonic() < end:
+        assert running.poll() is None, "it has ended before its time"
+        time.sleep(0.01)
+    time.sleep(0.3)  # A process that is just being started is not known to its parent.
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=PATIENCE)
+    assert (running.returncode, out) == (-signal.SIGTERM, b"")
+    assert b"Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_the_current_directory_are_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('this file of the user was run')")
+    script = str(Path(sys.executable).with_name("gpt-xp"))
+    done = subprocess.run(
+        [script, "look", "-m", "shakespeare", "--backends", "numpy", "To be"], cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "numpy f32: inside the tolerance" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,32 @@ def test_another_prompt(open_page: Opener, served: Served, shakespeare: Model) -
     assert table(opened, "#distance-table")[0][1] == "✓ inside"
 
 
+def test_only_the_answer_to_the_latest_request_is_shown(open_page: Opener, served: Served) -> None:
+    opened = open_page(served.url)
+    tokens = opened.locator("#strip [role=option]")
+    before, looking, begun = tokens.count(), served.looking, threading.Event()
+    may_end = {name: threading.Event() for name in ("one", "two")}
+
+    def slow(prompt: Any, position: int | None, again: bool) -> Any:
+        begun.set()
+        assert may_end[prompt].wait(PATIENCE)
+        return looking(prompt, position, again)
+
+    served.looking = slow
+    ask(opened, "one")
+    assert begun.wait(PATIENCE)  # The model computes for one request at a time.
+    ask(opened, "two")
+    may_end["one"].set()
+    while served.look.prompt != "one":
+        opened.wait_for_timeout(100)
+    opened.wait_for_timeout(500)  # The first answer comes, and is not shown.
+    assert (tokens.count(), opened.locator("#busy").is_visible()) == (before, True)
+    may_end["two"].set()
+    opened.locator("#busy").wait_for(state="hidden")
+    assert opened.locator("#prompt").input_value() == "two"
+    assert tokens.count() < before
+
+
 def test_an_error_is_shown_and_the_page_stays(open_page: Opener, served: Served) -> None:
     opened = open_page(served.url)
     ask(opened, "word " * 300)
@@ -101,7 +127,7 @@ def test_exact_logits_at_another_position(open_page: Opener, served: Served, sha
 
 def test_the_exact_weights_of_a_head(open_page: Opener, served: Served, shakespeare: Model) -> None:
     ids = np.random.default_rng(3).integers(0, 1024, 101).tolist()
-    served.look = replace(shakespeare.look(ids, max_size=500_000), prompt=None)
+    served.look = replace(shakespeare.look(ids, max_size=350_000), prompt=None)
     assert served.look.attention.kind == "small"
     opened = open_page(served.url)
     exact = opened.get_by_role("button", name="Ask for the exact weights of this head")

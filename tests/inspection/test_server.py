@@ -62,6 +62,11 @@ def test_the_page_is_served(served: LookServer) -> None:
     assert "Access-Control-Allow-Origin" not in headers
 
 
+def test_the_address_without_its_last_slash_leads_there(served: LookServer) -> None:
+    status, _, headers = ask(served, f"/{served.secret}")
+    assert (status, headers["Location"]) == (301, urlsplit(served.url).path)
+
+
 def test_it_listens_on_this_machine_alone(served: LookServer) -> None:
     assert served.server_address[0] == "127.0.0.1"
     assert len(served.secret) >= 20
@@ -128,6 +133,22 @@ def test_another_position_of_the_same_prompt_keeps_the_distances(served: LookSer
     assert (served.look.prompt, served.look.predictions.position) == (PROMPT, 1)
 
 
+def test_another_position_of_another_prompt_keeps_its_text(served: LookServer) -> None:
+    """Two tabs may show two prompts."""
+    status, _, _ = ask(served, "look", {"token_ids": [3, 1, 4], "position": 1, "text": "mine"})
+    assert status == 200
+    assert (served.look.prompt, served.look.token_ids) == ("mine", (3, 1, 4))
+
+
+def test_a_fault_of_an_answer_is_told_on_stderr(served: LookServer, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, is_told in ((BrokenPipeError(), False), (ValueError("a fault"), True)):
+        try:
+            raise error
+        except Exception:
+            served.handle_error(None, ("127.0.0.1", 1))
+        assert ("a fault" in capsys.readouterr().err) == is_told
+
+
 def test_the_weights_of_one_head(served: LookServer, shakespeare: Model) -> None:
     ids = [3, 1, 4, 1, 5]
     status, content, _ = ask(served, "attention", {"token_ids": ids, "layer": 4, "head": 2})
@@ -145,7 +166,7 @@ def test_the_weights_of_one_head(served: LookServer, shakespeare: Model) -> None
         ("look", {}, "the field prompt of a request must be text"),
         ("look", {"prompt": 3}, "the field prompt of a request must be text"),
         ("look", {"prompt": "x", "position": "1"}, "position of a request must be a whole number"),
-        ("look", {"prompt": "x", "position": 7}, "position must be one of the 1 tokens"),
+        ("look", {"prompt": "x", "position": 7}, "position must be the number of one of the 1 tokens"),
         ("look", {"token_ids": "text"}, "token_ids of a request must be a list"),
         ("look", {"token_ids": [1, 9999]}, "token id 9999 is not in the model's vocabulary"),
         ("look", {"token_ids": [[1], 2]}, "a prompt is text"),

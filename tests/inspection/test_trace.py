@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparison import TOLERANCE, assert_close, assert_values, xp_of
 from folders import ROOT
-from libraries import make_backend, quantized
+from libraries import make_backend, quantized, skipping_what_is_missing
 from small_models import CONFIGS, small_params, small_tokens, tree_map
 from small_quantized import float64_of, small
 
@@ -214,6 +214,28 @@ def test_parts_that_have_no_such_intermediate() -> None:
         assert np.isfinite(model.trace([1, 2, 3], "blocks.*.attn.hook_z")["blocks.1.attn.hook_z"]).all()
         with pytest.raises(SettingError, match=rf"one that {why} blocks.0.attn.hook_pattern: leave this name out"):
             model.trace([1, 2, 3], "blocks.*.attn.hook_pattern")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_another_part_does_not_compute_is_refused(quantize: str | None) -> None:
+    """Another layer norm has another scale, or none. A backend's own layer norm is the model's."""
+
+    def rms_norm(x: Any, g: Any, b: Any, xp: Any, eps: float = 1e-5) -> Any:
+        return g * x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps) + b
+
+    def without_positions(tokens: Any, positions: Any, wte: Any, wpe: Any, xp: Any) -> Any:
+        return xp.take(wte, tokens, axis=0)
+
+    params = PARAMS if quantize is None else gpt_xp.quantize(PARAMS, quantize)
+    with skipping_what_is_missing("numba"):
+        plain = Model(params, CONFIG, backend="numpy")
+    names = ("ln_final.hook_scale", "blocks.0.ln1.hook_normalized", "hook_pos_embed")
+    assert plain.trace([1, 2, 3], names).keys() == set(names)
+    model = Model(params, CONFIG, backend=gpt_xp.with_parts("numpy", layer_norm=rms_norm, embed=without_positions))
+    assert np.isfinite(model.trace([1, 2, 3], "blocks.*.hook_resid_mid")["blocks.1.hook_resid_mid"]).all()
+    for name in names:
+        with pytest.raises(SettingError, match=f"one that does not compute {name}: leave this name out"):
+            model.trace([1, 2, 3], name)
 
 
 def test_the_documentation_lists_all_names() -> None:

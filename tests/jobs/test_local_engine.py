@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import COMMAND, PATIENCE, Result, Terminal, posix, process, start
+from commands import COMMAND, PATIENCE, Result, Terminal, children, posix, process, start
 
 import gpt_xp
 from gpt_xp.errors import BackendError, GptXpError
@@ -137,14 +137,6 @@ def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:
 
 
 # Killed
-
-
-def children(pid: int) -> list[int]:
-    try:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return []
 
 
 def kill(pid: int) -> None:

@@ -1,11 +1,12 @@
 """Looks at models of any shape, with random weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from gpt_xp import GPT2Config, Model
-from gpt_xp.inspection.attention import attention_form, last_width
+from gpt_xp.inspection.attention import attention_form, last_width, square_of, without_weights
 from gpt_xp.inspection.look import left_out, room
 from gpt_xp.inspection.results import BINS, LENS_TOP, MAX_SIZE, TOP, Attention, Lens, Look, Predictions
 
@@ -45,14 +46,6 @@ def random_look(config: GPT2Config, n_seq: int) -> Look:
     def logprobs(*shape: int) -> Any:
         return -np.sort(random.exponential(3, shape)).astype(np.float32)
 
-    kind, square = attention_form(config, n_seq, room(config, n_seq, MAX_SIZE))
-    side, last = -(-n_seq // square), random.integers(0, 900, (layers, heads, n_seq))
-    shape = (layers, heads, side, side) if kind == "small" else (layers, heads, n_seq * (n_seq + 1) // 2)
-    weights = random.integers(0, 256, shape).astype(np.uint8)
-    attention = Attention(
-        kind, weights if kind != "float32" else (weights / 255).astype(np.float32),
-        last.astype(np.uint16) if last_width(config, n_seq) == 2 else (last / 65535).astype(np.float32), square,
-    )  # fmt: skip
     lens = Lens(
         first, ids(layers + 1, n_seq - first, LENS_TOP), logprobs(layers + 1, n_seq - first, LENS_TOP),
         logprobs(layers + 1, n_seq - first),
@@ -64,7 +57,19 @@ def random_look(config: GPT2Config, n_seq: int) -> Look:
         np.full((n_seq, BINS), (config.n_vocab - TOP) // BINS), np.tile(np.linspace(-3, 0, BINS), (n_seq, 1)),
         n_seq - 1, all_logits,
     )  # fmt: skip
-    return Look(
+    found = Look(
         "random", config, None, tuple(map(int, ids(n_seq))), {}, np.append(np.nan, random.exponential(5, n_seq - 1)),
-        predictions, lens, attention, left_out=tuple(left_out(attention, lens, n_seq)), made_by={"backend": "random"},
+        predictions, lens, without_weights(config, n_seq), made_by={"backend": "random"},
     )  # fmt: skip
+    space, n_weights = room(found, MAX_SIZE), n_seq * (n_seq + 1) // 2
+    kind, square = attention_form(config, n_seq, space)
+    if kind == "uint8" and layers * heads * n_weights > space:  # Random bytes cannot be compressed.
+        kind, square = "small", square_of(config, n_seq, space)
+    side, last = -(-n_seq // square), random.integers(0, 900, (layers, heads, n_seq))
+    shape = (layers, heads, side, side) if kind == "small" else (layers, heads, n_weights)
+    weights = random.integers(0, 256, shape).astype(np.uint8)
+    attention = Attention(
+        kind, weights if kind != "float32" else (weights / 255).astype(np.float32),
+        last.astype(np.uint16) if last_width(config, n_seq) == 2 else (last / 65535).astype(np.float32), square,
+    )  # fmt: skip
+    return replace(found, attention=attention, left_out=tuple(left_out(attention, lens, n_seq)))

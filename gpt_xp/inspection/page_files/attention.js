@@ -41,9 +41,9 @@ export function attentionPanel(look, choose, askHead) {
   function weight(block, head, query, key) {
     const index = block * heads + head;
     if (key > query) return 0;
-    if (query === n - 1) return last[index * n + key] / (last instanceof Uint16Array ? 65535 : 1);
     const place = (query * (query + 1)) / 2 + key;
     if (fetched.has(index)) return fetched.get(index)[place];
+    if (query === n - 1) return last[index * n + key] / (last instanceof Uint16Array ? 65535 : 1);
     if (kind === "small") return picture(block, head, Math.floor(query / square), Math.floor(key / square));
     const value = weights[index * numbers + place];
     return kind === "uint8" ? (value / 255) ** 2 : value;
@@ -172,14 +172,16 @@ export function attentionPanel(look, choose, askHead) {
     const row = Array.from({ length: position + 1 }, (_, i) => weight(block, head, position, i));
     const order = [...row.keys()].sort((a, b) => row[b] - row[a] || a - b);
     const name = (i) => token(look.spell(tokens[i]));
-    const isExact = kind === "float32" || position === n - 1 || fetched.has(block * heads + head);
+    const isLast = position === n - 1;
+    const isExact = fetched.has(block * heads + head) || (isLast ? last instanceof Float32Array : kind === "float32");
+    const sign = isExact || isLast ? "" : kind === "small" ? "≤ " : "≈ ";
     title.textContent = `Layer ${block}, head ${head}`;
     sentence.replaceChildren(`Layer ${block}, head ${head}: `, name(position), ` (position ${position}) looks at `,
-      ...order.slice(0, 3).flatMap((i, rank) => [rank ? ", " : "", name(i), ` (${i}) ${percent(row[i])}`]), ". ",
-      isExact ? "" : kind === "small" ? `Each is the largest weight of a square of ${square} tokens.`
+      ...order.slice(0, 3).flatMap((i, rank) => [rank ? ", " : "", name(i), ` (${i}) ${sign}${percent(row[i])}`]), ". ",
+      isExact ? "" : isLast ? "These weights are rounded to 16 bits." : kind === "small" ? `Each is the largest weight of a square of ${square} tokens.`
         : "These weights are rounded to 8 bits.");
     bars.replaceChildren(table(`Where position ${position} looks: layer ${block}, head ${head}`, ["key", "", "weight"],
-      order.slice(0, KEYS).map((i) => [[el("span", { class: "place", text: i }), name(i)], [bar(row[i])], percent(row[i])])));
+      order.slice(0, KEYS).map((i) => [[el("span", { class: "place", text: i }), name(i)], [bar(row[i])], sign + percent(row[i])])));
     exact.hidden = !askHead || isExact;
     one.setAttribute("aria-label", `Layer ${block}, head ${head}. Position ${position}, ${look.spell(tokens[position])}, `
       + `looks at position ${key}, ${look.spell(tokens[key])}: ${percent(row[key])}. Arrow keys move.`);

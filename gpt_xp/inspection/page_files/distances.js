@@ -149,6 +149,7 @@ export function distancePanel(look, choose) {
   function describe(run) {
     const settings = Object.entries({ version: run.version, device: run.device, ...run.settings }).filter(([, value]) => value);
     const others = (run.others ?? []).slice(0, 5).map((i) => `${i} (margin ${short(run.margins[i])})`);
+    if (run.others?.length > 5) others.push(`and ${run.others.length - 5} more`);
     return [el("h3", { text: `${run.name}: ${run.text.slice(2)}` }), el("p", { text: run.about }),
       ...run.problems.map((text) => el("p", { class: "out", text: `✗ ${text}` })),
       el("p", { text: run.ran ? `The likeliest next token is the same at ${n - run.others.length} of ${n} positions`

@@ -15,6 +15,7 @@ const pageSize = document.documentElement.outerHTML.length;
 const state = { position: 0, key: 0, depth: 0, head: 0, backend: 0, theme: "" };
 let look = null;
 let panels = [];
+let latest = 0; // the number of the latest request; answers to earlier ones are not shown
 
 /** Change some of what is chosen, and show it everywhere. Panels may scroll to it, if it was the reader's choice. */
 function choose(change, isChoice = true) {
@@ -37,7 +38,8 @@ function show(next, size) {
   const { config, madeBy } = look;
   byId("about").textContent = [look.model, madeBy.backend, `${look.n} token${look.n > 1 ? "s" : ""}`,
     `${config.n_layer} layers of ${config.n_head} heads`, ...(look.distances.length ? ["reference: numpy float64"] : [])].join(" · ");
-  byId("prompt").value = look.prompt ?? "";
+  byId("prompt").value = byId("said").textContent = look.prompt ?? "";
+  byId("said").hidden = isServed || !look.prompt;
   byId("left-out").replaceChildren(...look.leftOut.map((text) => el("li", { text })));
   byId("made").querySelector("dl").replaceChildren(
     ...Object.entries(madeBy).flatMap(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })]));
@@ -56,20 +58,26 @@ function show(next, size) {
 
 /** Return the bytes that the server answers; show its error and return null if it refuses. */
 async function ask(what, request) {
+  const number = ++latest;
   byId("problem").hidden = true;
   byId("busy").hidden = false;
   document.body.setAttribute("aria-busy", "true");
   try {
     const answer = await fetch(what, { method: "POST", body: JSON.stringify(request) });
-    if (answer.ok) return new Uint8Array(await answer.arrayBuffer());
+    if (answer.ok) {
+      const bytes = new Uint8Array(await answer.arrayBuffer());
+      return number === latest ? bytes : null;
+    }
     const { error } = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
     throw new Error(error);
   } catch (error) {
-    tellProblem(error instanceof TypeError ? "The server cannot be reached: it may have ended." : error.message);
+    if (number === latest) tellProblem(error instanceof TypeError ? "The server cannot be reached: it may have ended." : error.message);
     return null;
   } finally {
-    byId("busy").hidden = true;
-    document.body.removeAttribute("aria-busy");
+    if (number === latest) {
+      byId("busy").hidden = true;
+      document.body.removeAttribute("aria-busy");
+    }
   }
 }
 
@@ -79,7 +87,7 @@ async function askLook(request) {
 }
 
 function askPosition(position) {
-  return askLook({ token_ids: [...look.arrays.tokens], position });
+  return askLook({ token_ids: [...look.arrays.tokens], position, text: look.prompt ?? undefined });
 }
 
 async function askHead(layer, head) {
@@ -95,6 +103,10 @@ function tellProblem(text) {
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   askLook({ prompt: byId("prompt").value });
+});
+
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
 
 // --- switches, and the numbers to copy ---

@@ -21,13 +21,19 @@ export function nextPanel(look, choose, askPosition) {
     const range = el("input", { type: "range", id, min: 0, max, step, value, title: what });
     const number = el("input", { type: "number", min: 0, step: "any", value, "aria-label": `${label}, as a number` });
     const set = (text, other) => {
-      if (text === "" || !(Number(text) >= 0)) return;
+      const isBad = text === "" || !(Number(text) >= 0);
+      number.setAttribute("aria-invalid", isBad);
+      if (isBad) return;
       settings[name] = { topK: Math.round, temperature: Number }[name]?.(text) ?? clamp(Number(text), 0, 1);
       other.value = text;
       draw();
     };
     range.addEventListener("input", () => set(range.value, number));
     number.addEventListener("input", () => set(number.value, range));
+    number.addEventListener("change", () => { // What was typed becomes what is used.
+      number.value = settings[name];
+      number.removeAttribute("aria-invalid");
+    });
     return el("div", { class: "control" }, el("label", { for: id, text: label }), range, number,
       el("span", { class: "what", text: what }));
   };
@@ -66,7 +72,7 @@ export function nextPanel(look, choose, askPosition) {
     const cut = found.cutCount > 0
       ? `${number(found.cutCount)} tokens are cut, with ${percent(found.cutMass)} of the probability. ` : "No token is cut. ";
     const isExact = position === look.position;
-    notes.textContent = `${number(found.kept)} tokens are left. ${cut}log p is the model's own, in nats, before temperature and filters.`
+    notes.textContent = `${found.kept === 1 ? "1 token is" : `${number(found.kept)} tokens are`} left. ${cut}log p is the model's own, in nats, before temperature and filters.`
       + (isExact || found.kept + found.cutCount <= ids.length ? ""
         : ` Approximate: here the page has the ${ids.length} largest logits, and a histogram of the others.`);
     exact.hidden = isExact || !askPosition;

@@ -43,7 +43,7 @@ function needed(powers, left, topP) {
     before += take * powers[i];
     count += take;
   }
-  return count;
+  return Math.max(count, 1); // One is left, whatever topP is.
 }
 
 /** Leave only the first `count` tokens. */
