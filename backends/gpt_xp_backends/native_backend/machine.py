@@ -65,8 +65,8 @@ def this_processor() -> Target:
     return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
 
 
-@functools.cache
 def _target_machine(target: Target) -> Any:
+    """Return a new machine of LLVM: an engine frees the one that it is given."""
     found = llvm.Target.from_triple(target.triple)
     return found.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)
 
@@ -90,7 +90,8 @@ class Kernels:
     def __init__(self, target: Target, folder: Path | None) -> None:
         self.target, self._folder = target, folder
         self._loaded: dict[str, int] = {}
-        self._engines: list[Any] = []  # They own the code, so they live as long as this.
+        self._engine: Any = None  # It owns the code, so it lives as long as this.
+        self._code: list[bytes] = []
 
     def address(self, name: str, text: Callable[[], str]) -> int:
         """Return the address of the kernel `name`, which `text()` describes in LLVM IR."""
@@ -120,11 +121,12 @@ class Kernels:
         return code
 
     def _load(self, name: str, code: bytes) -> int:
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(self.target))
-        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        self._engines.append((engine, code))
-        return int(engine.get_function_address(name))
+        if self._engine is None:
+            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(self.target))
+        self._code.append(code)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return int(self._engine.get_function_address(name))
 
 
 def _write(path: Path, content: bytes) -> None:
