@@ -46,7 +46,7 @@ def namespace_of(params: Params, tokens: Array, config: Any, xp: Namespace) -> N
     if len(tokens.shape) not in (1, 2):
         raise _not_tokens(f"an array of the shape {tuple(tokens.shape)}")
     try:
-        return xp or array_api_compat.array_namespace(tokens, wte)
+        return xp or getattr(wte, "namespace", None) or array_api_compat.array_namespace(tokens, wte)
     except TypeError:
         raise _not_tokens(f"{_kind(tokens)} beside weights that are {_kind(wte)}") from None
 

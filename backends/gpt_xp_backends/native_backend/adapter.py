@@ -1,12 +1,13 @@
 """NumPy's arrays, with kernels that llvmlite compiles for this processor, on weights that are packed for them."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, import_library
+from gpt_xp.backend import Backend, BackendInfo, DeviceInfo, check_dtype, few_sizes, import_library
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import BackendError
 from gpt_xp.installation import install_command
@@ -33,12 +34,12 @@ class NativeBackend(NumPyBackend):
         check_dtype("native", "cpu", dtype, ("float32", "float16"))
         llvmlite = import_library("llvmlite", FIX)
         from gpt_xp_backends.native_backend import threads as native_threads
-        from gpt_xp_backends.native_backend.tape import Arena
+        from gpt_xp_backends.native_backend.tape import Runner
 
         self.version, self.dtype = llvmlite.__version__, dtype
         self._n_threads = threads or native_threads.n_cores()
         self.xp = _namespace(self._n_threads)
-        self._xp, self._arena = self.xp, Arena()
+        self._runner = Runner(self.xp, self._n_threads)
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -71,7 +72,8 @@ class NativeBackend(NumPyBackend):
 
         wte = params["wte"]
         if not isinstance(wte, PackedTable):
-            wte = PackedTable(packed(QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T))
+            weight = QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T
+            wte = PackedTable(packed(weight), self.xp)
         blocks = [block(**each) for each in params["blocks"]]
         return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
 
@@ -100,11 +102,23 @@ class NativeBackend(NumPyBackend):
     ) -> Callable[..., Any]:
         """Return the function, which is traced and run by kernels if it is given the backend's namespace."""
         plain = super().compile(function, static, donate)
-        if "cache" not in donate:
+        if not {"params", "tokens", "cache", "xp"} <= inspect.signature(function).parameters.keys():
             return plain
         from gpt_xp_backends.native_backend.tape import NativeStep
 
-        return functools.wraps(function)(NativeStep(function, plain, self._xp, self._arena, self._n_threads))
+        return functools.wraps(function)(NativeStep(function, plain, self._runner))
+
+    def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
+        """Return one of few sizes, because each is traced. Attention leaves out the slots that are hidden."""
+        return min(few_sizes(n_tokens), n_ctx)
+
+    def settings(self) -> dict[str, str]:
+        """Return the processor as LLVM names it, the threads, and why a step was computed without kernels."""
+        from gpt_xp_backends.native_backend.machine import this_processor
+
+        target = this_processor()
+        found = {"cpu": target.cpu, "vector": f"{32 * target.width} bits", "threads": str(self._n_threads)}
+        return found | ({"not_traced": self._runner.problem} if self._runner.problem else {})
 
 
 def _namespace(n_threads: int) -> Namespace:
@@ -124,7 +138,9 @@ def _namespace(n_threads: int) -> Namespace:
         return out
 
     def take(x: Any, indices: Array, axis: int) -> Array:
-        return x.weight.columns(np.asarray(indices)) if isinstance(x, PackedTable) else plain.take(x, indices, axis=axis)
+        return (
+            x.weight.columns(np.asarray(indices)) if isinstance(x, PackedTable) else plain.take(x, indices, axis=axis)
+        )
 
     def matrix_transpose(x: Any) -> Any:
         return x.weight if isinstance(x, PackedTable) else plain.matrix_transpose(x)
@@ -132,4 +148,4 @@ def _namespace(n_threads: int) -> Namespace:
     return numpy_backend.NumPy(**vars(plain) | {"matmul": matmul, "take": take, "matrix_transpose": matrix_transpose})
 
 
-__all__ = ["NativeBackend", "BackendError"]
+__all__ = ["BackendError", "NativeBackend"]

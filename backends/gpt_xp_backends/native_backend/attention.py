@@ -90,9 +90,9 @@ def _store_columns(k: KernelBuilder, vectors: list[Value], address: Value, d_hea
 
 
 def _one_query(k: KernelBuilder, h: _Head, row: Value, scores: Value, d_head: int) -> None:
-    columns, q = _columns(k, d_head), h.q + row * h.q_row
+    columns, q, mask = _columns(k, d_head), h.q + row * h.q_row, h.mask + row * h.mask_row
     query = [load(q) * h.scale for load in columns]
-    mask, largest = h.mask + row * h.mask_row, k.variable(k.vector(-math.inf))
+    n_keys, largest = _visible(k, mask, h.mask_row, k.integer(1), h.n_slots), k.variable(k.vector(-math.inf))
 
     def score(first: Value, hidden: Value, last: Value | None) -> None:
         sums = []
@@ -107,13 +107,13 @@ def _one_query(k: KernelBuilder, h: _Head, row: Value, scores: Value, d_head: in
         k.store(found, scores + first * 4)
         largest.value = k.larger(largest.value, found)
 
-    whole = h.n_slots // k.width * k.width
+    whole = n_keys // k.width * k.width
     with k.loop(0, whole, k.width) as first:
         score(first, k.load(mask + first * 4), None)
-    with k.when(whole < h.n_slots):  # The keys after the last slot are the last key, with no weight.
-        score(whole, k.load_first(mask + whole * 4, h.n_slots - whole, -math.inf), h.n_slots - 1)
-    total = _exponentials(k, scores, h.n_slots, k.all_max(largest.value))
-    mixed = _mix(k, scores, h.values, h.n_slots, columns, d_head)
+    with k.when(whole < n_keys):  # The keys after the last one are the last one, with no weight.
+        score(whole, k.load_first(mask + whole * 4, n_keys - whole, -math.inf), n_keys - 1)
+    total = _exponentials(k, scores, n_keys, k.all_max(largest.value))
+    mixed = _mix(k, scores, h.values, n_keys, columns, d_head)
     _store_columns(k, [each / total for each in mixed], h.out + row * h.out_row, d_head)
 
 
@@ -232,4 +232,9 @@ def _mix_tile(
                 total.value = k.fma(weight, value, total.value)
     skipped = vectors[0] * k.width
     for row, totals in enumerate(sums):
-        _store_columns(k, [each.value for each in totals], out[0] + row * out[1] + 4 * skipped, min(d_head - skipped, len(columns) * k.width))
+        _store_columns(
+            k,
+            [each.value for each in totals],
+            out[0] + row * out[1] + 4 * skipped,
+            min(d_head - skipped, len(columns) * k.width),
+        )

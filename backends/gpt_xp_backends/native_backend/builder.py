@@ -180,7 +180,9 @@ class KernelBuilder:
     def load_first(self, address: Value, n: int | Value, other: float = 0.0) -> Value:
         """Load a vector of which only the first `n` numbers are in memory. The rest are `other`."""
         mask, kind = self._first(n), ir.VectorType(F32, self.width)
-        load = self._intrinsic("masked.load", kind, [kind.as_pointer(), I32, mask.ir.type, kind], f"v{self.width}f32.p0")
+        load = self._intrinsic(
+            "masked.load", kind, [kind.as_pointer(), I32, mask.ir.type, kind], f"v{self.width}f32.p0"
+        )
         rest = self.vector(other)
         return Value(self, self.ir.call(load, [self._pointer(address, kind), I32(4), mask.ir, rest.ir]))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, kind_of
-from gpt_xp.types import NumpyArray
+from gpt_xp.types import Namespace, NumpyArray
 
 
 class PackedWeight:
@@ -50,12 +50,15 @@ class PackedWeight:
 
 
 class PackedTable:
-    """The token table, [n_rows, n_columns], packed as the weight of `unembed`."""
+    """The token table, [n_rows, n_columns], packed as the weight of `unembed`.
 
-    __slots__ = ("weight",)
+    `namespace` takes packed weights. Functions that are given no namespace find it here.
+    """
 
-    def __init__(self, weight: PackedWeight) -> None:
-        self.weight = weight
+    __slots__ = ("namespace", "weight")
+
+    def __init__(self, weight: PackedWeight, namespace: Namespace) -> None:
+        self.weight, self.namespace = weight, namespace
 
     @property
     def kind(self) -> str:

@@ -49,7 +49,11 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
             codes = weight + panel * (groups * (columns * GROUP // 2))
             scale = scales + panel * (groups * (columns * 4))
             if few:
-                tiles((2, 1), lambda n, x, out: _tile_int4(k, n, (x, x_row), (codes, scale), (out, out_row), groups), panel)
+                tiles(
+                    (2, 1),
+                    lambda n, x, out: _tile_int4(k, n, (x, x_row), (codes, scale), (out, out_row), groups),
+                    panel,
+                )
             else:
                 _widen_int4(k, codes, scale, wide, groups)
         else:
@@ -58,7 +62,9 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
             scale_of = _scale(k, kind, scale)
             if few or kind == "float32":
                 sizes = (FEW_ROWS, 2, 1) if few else (tile_rows(target), 4, 2, 1)
-                tiles(sizes, lambda n, x, out: tile(k, kind, n, (x, x_row), part, (out, out_row), n_in, scale_of), panel)
+                tiles(
+                    sizes, lambda n, x, out: tile(k, kind, n, (x, x_row), part, (out, out_row), n_in, scale_of), panel
+                )
             else:
                 _widen(k, kind, part, wide, n_in, scale_of)
         if not few and kind != "float32":

@@ -7,6 +7,7 @@ once more before each replay.
 
 import functools
 import hashlib
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,14 +18,18 @@ from gpt_xp.kv_cache import KVCache
 from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import attention, expressions, products, threads
-from gpt_xp_backends.native_backend.machine import kernels, numbers
 from gpt_xp_backends.native_backend.builder import F32, I32, I64, KernelBuilder, Value
+from gpt_xp_backends.native_backend.machine import kernels, numbers
 from gpt_xp_backends.native_backend.packed import PackedWeight
 from gpt_xp_backends.programs import Node, Program
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 
 SMALL = 2**14  # Another thread would take longer to come than so many numbers take to be computed.
 ALIGNMENT = 64  # bytes of a line of the processor's cache
+
+
+class NotTracedError(Exception):
+    """This step cannot be a tape, and is computed as it stands."""
 
 
 class Arena:
@@ -92,13 +97,17 @@ class CacheTable:
         self._rows = {int(row[0]): row.ctypes.data for row in self.numbers}
 
     def bind(self, cache: KVCache) -> None:
-        """Take the arrays of a cache. Raises `TypeError` where they lie in memory in an unusual way."""
+        """Take the arrays of a cache. Raises `NotTracedError` where they lie in memory in an unusual way."""
         arrays = [x for layer in cache.layers for x in layer]
         if self._arrays and all(before() is x for before, x in zip(self._arrays, arrays, strict=True)):
             return
         for row, (k, v) in zip(self.numbers, cache.layers, strict=True):
-            if not k.strides == v.strides or k.strides[1:] != (4 * k.shape[2], 4) or not k.dtype == v.dtype == np.float32:
-                raise TypeError("the cache lies in memory in an unusual way")
+            if (
+                not k.strides == v.strides
+                or k.strides[1:] != (4 * k.shape[2], 4)
+                or not k.dtype == v.dtype == np.float32
+            ):
+                raise NotTracedError("the cache lies in memory in an unusual way")
             row[:] = k.ctypes.data, v.ctypes.data, k.strides[0]
         self._arrays = [weakref.ref(x) for x in arrays]
 
@@ -136,10 +145,9 @@ def host_array(array: Any, note: Callable[[Callable[[], Any]], None]) -> HostArr
 class NativeTracer(Tracer):
     """The namespace of a step that is traced: it adds kernels to `tape`."""
 
-    tape: Tape
-
-    def __init__(self, xp: Namespace) -> None:
+    def __init__(self, xp: Namespace, tape: Tape) -> None:
         super().__init__(xp, Calls(self._product, self._expression, None, self._attend))
+        self.tape = tape
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._xp, name)
@@ -174,7 +182,11 @@ class NativeTracer(Tracer):
 
     def reshape(self, x: Any, shape: Any) -> Any:
         """Return the same numbers in another shape."""
-        return super().reshape(x, shape) if isinstance(x, TracedArray) else self._noted(self._xp.reshape, "reshape")(x, shape)
+        return (
+            super().reshape(x, shape)
+            if isinstance(x, TracedArray)
+            else self._noted(self._xp.reshape, "reshape")(x, shape)
+        )
 
     def view(self, x: Any, change: Callable[[Any], Any]) -> Any:
         """Return the view that `change` makes of an array; a view of an array without numbers is one, too."""
@@ -229,7 +241,16 @@ class NativeTracer(Tracer):
             places += out.ctypes.data, out.shape[-1] * 4
             outputs.append(out)
         kept = width * 4 * expressions.n_kept(program)
-        self.tape.add(kernel, *places, rows, width, self.tape.scratch(kept), kept, keep=tuple(a for a in arrays if isinstance(a, HostArray)), alone=rows * width < SMALL)
+        self.tape.add(
+            kernel,
+            *places,
+            rows,
+            width,
+            self.tape.scratch(kept),
+            kept,
+            keep=tuple(a for a in arrays if isinstance(a, HostArray)),
+            alone=rows * width < SMALL,
+        )
         return outputs
 
     def _attend(self, q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
@@ -302,7 +323,9 @@ def put(name: str, target: Any) -> str:
     and token; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
     """
     k = KernelBuilder(name, target)
-    layer, keys, values, batch_bytes, head_bytes, row_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(12)
+    layer, keys, values, batch_bytes, head_bytes, row_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(
+        12
+    )
     first = Value(k, k.ir.sext(k.load(place, I32).ir, I64)) % n_slots
     slots_bytes = k.load(layer + 16, I64)
     with k.shared_loop(batch * n_head) as item:
@@ -319,45 +342,61 @@ MAX_TAPES = 16  # of a step, for tokens of different shapes
 
 
 class NativeStep:
-    """`function(params, tokens, cache, ..., xp=)`, traced for each shape of its arguments, and run by kernels.
+    """`function(params, tokens, cache, ..., xp)`, traced for each shape of its arguments, and run by kernels.
 
-    What cannot be traced is computed by `plain`, the same function.
+    What cannot be traced is computed by `plain`, the same function. `problem` then says why.
     """
 
-    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any], xp: Namespace, arena: Arena, n_threads: int) -> None:
-        self._function, self._plain, self._xp, self._arena, self._n_threads = function, plain, xp, arena, n_threads
+    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any], runner: "Runner") -> None:
+        self._function, self._plain, self._runner = function, plain, runner
+        self._names = tuple(inspect.signature(function).parameters)
         self._traced: dict[Any, TracedStep] = {}
 
-    def __call__(self, params: Params, tokens: Array, cache: KVCache, *rest: Any, xp: Namespace, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the result of the function."""
-        if xp is not self._xp or not isinstance(cache.position, int):  # Other namespaces replace parts of the model.
-            return self._plain(params, tokens, cache, *rest, xp=xp, **options)
-        key = id(params), tokens.shape, cache.n_slots, rest, tuple(sorted(options.items()))
+        given = dict(zip(self._names, args, strict=False)) | options
+        params, tokens, cache, xp = (given.pop(name) for name in ("params", "tokens", "cache", "xp"))
+        # Other namespaces replace parts of the model.
+        if xp is not self._runner.xp or cache is None or not isinstance(cache.position, int):
+            return self._plain(*args, **options)
+        key = id(params), tokens.shape, cache.n_slots, tuple(sorted(given.items()))
         with threads.LOCK:
+            step = self._traced.pop(key, None)
             try:
-                step = self._traced.pop(key, None)
                 if step is None:
-                    step = TracedStep(self._function, params, tokens, cache, rest, options, self._xp, self._arena, self._n_threads)
+                    step = TracedStep(self._function, params, tokens, cache, given, self._runner)
                 found = step.run(tokens, cache)
-            except TypeError:
-                return self._plain(params, tokens, cache, *rest, xp=xp, **options)
+            except NotTracedError as error:
+                self._runner.problem = str(error)
+                return self._plain(*args, **options)
             self._traced[key] = step  # The latest is the last.
             if len(self._traced) > MAX_TAPES:
                 del self._traced[next(iter(self._traced))]
             return found
 
 
+class Runner:
+    """What all steps of a backend share: its namespace, memory, number of threads; and why a step was not traced."""
+
+    def __init__(self, xp: Namespace, n_threads: int) -> None:
+        self.xp, self.arena, self.n_threads, self.problem = xp, Arena(), n_threads, ""
+
+
 class TracedStep:
     """A step for tokens and a cache of certain shapes, as a tape."""
 
-    def __init__(self, function: Callable[..., Any], params: Params, tokens: Array, cache: KVCache, rest: Any, options: Any, xp: Namespace, arena: Arena, n_threads: int) -> None:
+    def __init__(
+        self, function: Callable[..., Any], params: Params, tokens: Array, cache: KVCache, others: Any, runner: Runner
+    ) -> None:
         self._params = params  # Its id is a key.
         self._tokens, self._start = np.array(tokens), np.array(cache.start)
         self._position = np.full((), cache.position, np.int32)
-        self._tape, tracer = Tape(arena, n_threads, cache), NativeTracer(xp)
-        tracer.tape = self._tape
-        own = TracedCache(cache.layers, self._position, self._start)
-        found = function(params, self._tokens, own, *rest, xp=tracer, **options)
+        self._tape = Tape(runner.arena, runner.n_threads, cache)
+        own, tracer = TracedCache(cache.layers, self._position, self._start), NativeTracer(runner.xp, self._tape)
+        try:
+            found = function(params=params, tokens=self._tokens, cache=own, xp=tracer, **others)
+        except TypeError as error:  # of a `TracedArray`, or of NumPy, which was given one
+            raise NotTracedError(str(error)) from error
         self._result = _computed(found, tracer, cache.position)
 
     def run(self, tokens: Array, cache: KVCache) -> Any:
@@ -383,7 +422,7 @@ def _computed(tree: Any, tracer: NativeTracer, position: int) -> Any:
         return _Advanced(int(tree.position) - position)
     if isinstance(tree, list | tuple):
         return type(tree)(_computed(each, tracer, position) for each in tree)
-    raise TypeError(f"a step returns {type(tree).__name__}")
+    raise NotTracedError(f"a step returns {type(tree).__name__}")
 
 
 def _result(tree: Any, cache: KVCache) -> Any:
