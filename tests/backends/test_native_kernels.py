@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("llvmlite", reason="llvmlite is not installed: pip install 'gpt-xp[native]'")
 
-from gpt_xp_backends.native_backend import attention, expressions, machine, packed, products, tape
+from gpt_xp_backends.native_backend import attention, expressions, machine, packed, products
 from gpt_xp_backends.native_backend.builder import KernelBuilder
 from gpt_xp_backends.programs import Operation, Program
 from native_targets import ARM64, TARGETS
@@ -224,8 +224,8 @@ def test_keys_and_values_go_to_their_slots(target: Any, n_seq: int) -> None:
     slots = [np.full((batch * n_head, n_slots + 4, d_head), 7, np.float32) for _ in range(2)]
     layer = machine.numbers(slots[0].ctypes.data, slots[1].ctypes.data, slots[0].strides[0])
     run(
-        target, "put", tape.put, layer.ctypes.data, new[1].ctypes.data, new[2].ctypes.data, *new[1].strides[:3], batch,
-        n_head, n_seq, d_head, n_slots, position.ctypes.data, n_threads=3,
+        target, "put", attention.put, layer.ctypes.data, new[1].ctypes.data, new[2].ctypes.data, *new[1].strides[:3],
+        batch, n_head, n_seq, d_head, n_slots, position.ctypes.data, n_threads=3,
     )  # fmt: skip
     for each, whole in zip(new[1:], slots, strict=True):
         assert np.array_equal(whole[:, 7 : 7 + n_seq], each.reshape(batch * n_head, n_seq, d_head))

@@ -34,7 +34,7 @@ class NativeBackend(NumPyBackend):
         check_dtype("native", "cpu", dtype, ("float32", "float16"))
         llvmlite = import_library("llvmlite", FIX)
         from gpt_xp_backends.native_backend import threads as native_threads
-        from gpt_xp_backends.native_backend.tape import Runner
+        from gpt_xp_backends.native_backend.step import Runner
 
         self.version, self.dtype = llvmlite.__version__, dtype
         self._n_threads = threads or native_threads.n_cores()
@@ -104,7 +104,7 @@ class NativeBackend(NumPyBackend):
         plain = super().compile(function, static, donate)
         if not {"params", "tokens", "cache", "xp"} <= inspect.signature(function).parameters.keys():
             return plain
-        from gpt_xp_backends.native_backend.tape import NativeStep
+        from gpt_xp_backends.native_backend.step import NativeStep
 
         return functools.wraps(function)(NativeStep(function, plain, self._runner))
 
@@ -123,7 +123,7 @@ class NativeBackend(NumPyBackend):
 
 def _namespace(n_threads: int) -> Namespace:
     """Return NumPy's namespace, in which three functions take packed weights."""
-    from gpt_xp_backends.native_backend import tape
+    from gpt_xp_backends.native_backend import tape, tracer
     from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
 
     plain = numpy_backend.namespace()
@@ -133,7 +133,7 @@ def _namespace(n_threads: int) -> Namespace:
         if not isinstance(w, PackedWeight):
             return plain.matmul(x, w)
         calls = tape.Tape(arena, n_threads)
-        out = tape.product(calls, np.ascontiguousarray(x, np.float32), w)
+        out = tracer.product(calls, np.ascontiguousarray(x, np.float32), w)
         calls.run()
         return out
 

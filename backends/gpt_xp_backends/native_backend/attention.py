@@ -1,16 +1,18 @@
 """Kernels that compute attention: scores, softmax and the mix of values, for each head.
 
-Few queries: each reads the keys and the values once, and the scores stay in the processor's first cache. Many queries: the
-keys of a head are packed into panels, and both products are tiles of `products`. Keys that no query of a block sees are
-left out.
+Few queries: each reads the keys and the values once, and the scores stay in the processor's first cache. Many queries:
+the keys of a head are packed into panels, and both products are tiles, as those of `products`. Keys that no query of a
+block sees are left out.
 """
 
 import math
 from collections.abc import Callable
 
-from gpt_xp_backends.native_backend.builder import F32, I64, KernelBuilder, Value
+from gpt_xp_backends.native_backend.builder import F32, I32, I64, KernelBuilder
+from gpt_xp_backends.native_backend.functions import exp
 from gpt_xp_backends.native_backend.machine import Target
 from gpt_xp_backends.native_backend.products import VECTORS, panel_columns, tile, tile_rows
+from gpt_xp_backends.native_backend.value import Value
 
 MAX_FEW = 5  # Up to so many queries of each head, packing the keys takes longer than it saves.
 BLOCK = 64  # queries that are computed together
@@ -30,9 +32,10 @@ class _Head:
 
     def __init__(self, k: KernelBuilder) -> None:
         (q, q_batch, q_head, self.q_row, layer, mask, mask_batch, self.mask_row, out, out_batch, out_head,
-         self.out_row, self.n_heads, self.batch, self.n_queries, self.n_slots, self.memory) = k.arguments(17)  # fmt: skip
+         self.out_row, self.n_heads, self.batch, self.n_queries, self.n_slots, self.memory,
+         self.scratch_bytes) = k.arguments(18)  # fmt: skip
         keys, values, kv_head = (k.load(layer + 8 * i, I64) for i in range(3))
-        self.scratch_bytes, self.scale = k.arguments(1)[0], k.splat(k.float_argument())
+        self.scale = k.splat(k.float_argument())
         self._bases = (q, q_batch, q_head), (keys, values, kv_head), (mask, mask_batch), (out, out_batch, out_head)
 
     def at(self, item: Value) -> None:
@@ -121,7 +124,7 @@ def _exponentials(k: KernelBuilder, scores: Value, n: Value, largest: Value) -> 
     """Replace scores by exp(score - largest), and return a vector of their sum. They fill whole vectors."""
     total = k.variable(k.vector(0))
     with k.loop(0, n, k.width) as first:
-        e = k.exp(k.load(scores + first * 4) - largest)
+        e = exp(k, k.load(scores + first * 4) - largest)
         k.store(e, scores + first * 4)
         total.value = total.value + e
     return k.all_sum(total.value)
@@ -238,3 +241,28 @@ def _mix_tile(
             out[0] + row * out[1] + 4 * skipped,
             min(d_head - skipped, len(columns) * k.width),
         )
+
+
+# --- the cache ---
+
+
+def put(name: str, target: Target) -> str:
+    """Return a kernel that writes the keys and values of new tokens into their slots.
+
+    Its arguments: the layer's numbers in the `CacheTable`; the new keys; the new values; the bytes of their batch, head
+    and token; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
+    """
+    k = KernelBuilder(name, target)
+    layer, keys, values, batch_bytes, head_bytes, row_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(
+        12
+    )
+    first = Value(k, k.ir.sext(k.load(place, I32).ir, I64)) % n_slots
+    slots_bytes = k.load(layer + 16, I64)
+    with k.shared_loop(batch * n_head) as item:
+        source = item // n_head * batch_bytes + item % n_head * head_bytes
+        begin = item * slots_bytes + first * d_head * 4
+        for which, new in enumerate((keys, values)):
+            slots = k.load(layer + 8 * which, I64) + begin
+            with k.loop(0, n_seq) as i, k.loop(0, d_head) as j:
+                k.store(k.load(new + source + i * row_bytes + j * 4, F32), slots + (i * d_head + j) * 4)
+    return k.text()

@@ -1,7 +1,6 @@
 """Writes kernels as LLVM IR. `Value` lets a kernel be written with Python's operators."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,110 +8,12 @@ import numpy as np
 from llvmlite import ir
 
 from gpt_xp_backends.native_backend.machine import Target
+from gpt_xp_backends.native_backend.value import Value, Variable
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
-# log(2) in two parts. A whole number of up to 8 bits times the first is exact in float32.
-LOG2_HIGH = round(math.log(2) * 2**12) / 2**12
-LOG2_LOW = math.log(2) - LOG2_HIGH
-# exp(r) = 1 + r + r^2 * p(r) for |r| < log(2) / 2, with a relative error of at most 4e-9; and
-# tanh(x) = x + x^3 * p(x^2) for |x| < 0.625, of at most 5e-9: least squares, weighted until all maxima are equal.
-EXP = (0.0013811661, 0.0083701341, 0.041668528, 0.16666509, 0.49999993, 1.0, 1.0)
-TANH = (-0.005704986, 0.020639087, -0.053739715, 0.133314422, -0.333332819)
-TANH_LIMIT = 0.625
 SHARES = 8  # for each thread
-
-
-class Value:
-    """A number or a vector of the kernel. Arithmetic with it makes instructions."""
-
-    __slots__ = ("ir", "kernel")
-
-    def __init__(self, kernel: "KernelBuilder", value: Any) -> None:
-        self.kernel, self.ir = kernel, value
-
-    @property
-    def is_float(self) -> bool:
-        """Whether it is, or holds, floating-point numbers."""
-        return isinstance(_element(self.ir.type), ir.FloatType | ir.HalfType)
-
-    def _apply(self, names: tuple[str, str], other: Any, after: bool = False) -> "Value":
-        other = self.kernel.like(self, other)
-        left, right = (other, self) if after else (self, other)
-        return Value(self.kernel, getattr(self.kernel.ir, names[not self.is_float])(left.ir, right.ir))
-
-    def __add__(self, other: Any) -> "Value":
-        return self._apply(("fadd", "add"), other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> "Value":
-        return self._apply(("fsub", "sub"), other)
-
-    def __rsub__(self, other: Any) -> "Value":
-        return self._apply(("fsub", "sub"), other, after=True)
-
-    def __mul__(self, other: Any) -> "Value":
-        return self._apply(("fmul", "mul"), other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> "Value":
-        return self._apply(("fdiv", ""), other)
-
-    def __rtruediv__(self, other: Any) -> "Value":
-        return self._apply(("fdiv", ""), other, after=True)
-
-    def __floordiv__(self, other: Any) -> "Value":
-        return self._apply(("", "sdiv"), other)
-
-    def __mod__(self, other: Any) -> "Value":
-        return self._apply(("", "srem"), other)
-
-    def __and__(self, other: Any) -> "Value":
-        return self._apply(("", "and_"), other)
-
-    def __or__(self, other: Any) -> "Value":
-        return self._apply(("", "or_"), other)
-
-    def __lshift__(self, other: Any) -> "Value":
-        return self._apply(("", "shl"), other)
-
-    def __rshift__(self, other: Any) -> "Value":
-        return self._apply(("", "lshr"), other)
-
-    def __lt__(self, other: Any) -> "Value":
-        return self._compare("<", other)
-
-    def __gt__(self, other: Any) -> "Value":
-        return self._compare(">", other)
-
-    def __ge__(self, other: Any) -> "Value":
-        return self._compare(">=", other)
-
-    def _compare(self, sign: str, other: Any) -> "Value":
-        compare = self.kernel.ir.fcmp_ordered if self.is_float else self.kernel.ir.icmp_signed
-        return Value(self.kernel, compare(sign, self.ir, self.kernel.like(self, other).ir))
-
-
-class Variable:
-    """A value that a loop changes. LLVM keeps it in a register."""
-
-    def __init__(self, kernel: "KernelBuilder", first: Value) -> None:
-        self._kernel = kernel
-        with kernel.ir.goto_entry_block():
-            self._place = kernel.ir.alloca(first.ir.type)
-        self.value = first
-
-    @property
-    def value(self) -> Value:
-        """The value now."""
-        return Value(self._kernel, self._kernel.ir.load(self._place))
-
-    @value.setter
-    def value(self, value: Value) -> None:
-        self._kernel.ir.store(value.ir, self._place)
 
 
 class KernelBuilder:
@@ -334,48 +235,11 @@ class KernelBuilder:
             half //= 2
         return found
 
-    # --- functions ---
-
-    def exp(self, x: Value) -> Value:
-        """Return the exponentials, to float32's rounding: 0 below -87.3, and at most exp(88.3)."""
-        is_zero = x < -87.3
-        x = self.smaller(self.larger(x, -87.3), 88.3)
-        # x = n * log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
-        shifted = self.fma(x, self.like(x, 1 / math.log(2)), self.like(x, 1.5 * 2**23))
-        n = shifted - 1.5 * 2**23
-        r = self.fma(n, self.like(x, -LOG2_HIGH), x)
-        r = self.fma(n, self.like(x, -LOG2_LOW), r)
-        p = self.polynomial(r, EXP)
-        bits = Value(self, self.ir.bitcast(shifted.ir, ir.VectorType(I32, x.ir.type.count))) << 23
-        one = Value(self, self.ir.bitcast(p.ir, bits.ir.type)) + bits
-        return self.select(is_zero, self.vector(0), Value(self, self.ir.bitcast(one.ir, x.ir.type)))
-
-    def tanh(self, x: Value) -> Value:
-        """Return the hyperbolic tangents, to float32's rounding."""
-        size = self.larger(x, 0.0 - x)
-        square = x * x
-        small = self.fma(x * square, self.polynomial(square, TANH), x)
-        e = self.exp(size * -2.0)
-        large = (1.0 - e) / (1.0 + e)
-        large = self.select(x < 0.0, 0.0 - large, large)
-        return self.select(size < TANH_LIMIT, small, large)
-
-    def polynomial(self, x: Value, coefficients: Sequence[float]) -> Value:
-        """Return the polynomial with these coefficients, the highest power first (Horner's scheme)."""
-        result = self.like(x, coefficients[0])
-        for each in coefficients[1:]:
-            result = self.fma(result, x, self.like(x, each))
-        return result
-
     def _intrinsic(self, name: str, result: Any, types: list[Any], suffix: str) -> Any:
         full = f"llvm.{name}.{suffix}"
         if full not in self._intrinsics:
             self._intrinsics[full] = ir.Function(self.module, ir.FunctionType(result, types), full)
         return self._intrinsics[full]
-
-
-def _element(kind: Any) -> Any:
-    return kind.element if isinstance(kind, ir.VectorType) else kind
 
 
 def _order(places: Sequence[int]) -> Any:

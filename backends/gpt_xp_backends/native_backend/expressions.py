@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
-from gpt_xp_backends.native_backend.builder import F32, KernelBuilder, Value, Variable
+from gpt_xp_backends.native_backend.builder import F32, KernelBuilder
+from gpt_xp_backends.native_backend.functions import exp, tanh
 from gpt_xp_backends.native_backend.machine import Target
+from gpt_xp_backends.native_backend.value import Value, Variable
 from gpt_xp_backends.programs import Operation, Program
 
 LOWEST = -3.4028234663852886e38
@@ -52,9 +54,10 @@ def _kept(program: Program) -> dict[int, int]:
     operations = dict(_numbered(program))
     for number, operation in operations.items():
         for each in operation.inputs:
-            is_kept = type(each) is int and each in operations and not operations[each].is_row
-            if is_kept and phase[number] > phase[each] and each not in program.outputs:
-                found.setdefault(int(each), len(found))
+            if not isinstance(each, int) or each not in operations or operations[each].is_row:
+                continue
+            if phase[number] > phase[each] and each not in program.outputs:
+                found.setdefault(each, len(found))
     return found
 
 
@@ -126,25 +129,12 @@ class _Row:
 
     def _apply(self, operation: Operation, value: Callable[[int], Value]) -> Value:
         k = self.k
-        inputs = [value(each) if type(each) is int else k.vector(each) for each in operation.inputs]
-        match operation.function:
-            case "add":
-                return inputs[0] + inputs[1]
-            case "subtract":
-                return inputs[0] - inputs[1]
-            case "multiply":
-                return inputs[0] * inputs[1]
-            case "divide":
-                return inputs[0] / inputs[1]
-            case "exp":
-                return k.exp(inputs[0])
-            case "tanh":
-                return k.tanh(inputs[0])
-            case "sqrt":
-                return k.sqrt(inputs[0])
-            case "astype":  # All are float32.
-                return inputs[0]
-        raise ValueError(f"no kernel computes {operation.function}")
+        x, *others = [value(each) if type(each) is int else k.vector(each) for each in operation.inputs]
+        functions: dict[str, Callable[..., Value]] = {
+            "add": lambda y: x + y, "subtract": lambda y: x - y, "multiply": lambda y: x * y, "divide": lambda y: x / y,
+            "exp": lambda: exp(k, x), "tanh": lambda: tanh(k, x), "sqrt": lambda: k.sqrt(x), "astype": lambda: x,
+        }  # fmt: skip
+        return functions[operation.function](*others)
 
 
 def _neutral(operation: Operation) -> float:

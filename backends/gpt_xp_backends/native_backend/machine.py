@@ -1,7 +1,8 @@
 """Compiles LLVM IR for this processor with llvmlite, and keeps the object code on disk.
 
-A kernel is `name(arguments, thread, n_threads, taken)`: the address of int64 numbers, which thread calls it, how many share
-the work, and the address of an int64 that counts what they have taken of it, from 0. It is called through ctypes, which lets other Python threads run meanwhile.
+A kernel is `name(arguments, thread, n_threads, taken)`: the address of int64 numbers, which thread calls it, how many
+share the work, and the address of an int64 that counts what they have taken of it, from 0. It is called through ctypes,
+which lets other Python threads run meanwhile.
 """
 
 import ctypes

@@ -1,20 +1,21 @@
 """Weights in panels, as the kernels of `products` read them."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from gpt_xp.quantization import GROUP, Quantized, QuantizedTable, QuantizedWeight, kind_of
+from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 from gpt_xp.types import Namespace, NumpyArray
 
 
 class PackedWeight:
     """The weight of a linear layer, [n_in, n_out], in panels of some columns.
 
-    `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] uint8:
-    a byte has the codes of inputs i and i + 16 of a group of 32. `scales` is [n_panels * columns] for int8, and
+    `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] of
+    uint8: a byte has the codes of inputs i and i + 16 of a group of 32. `scales` is [n_panels * columns] for int8, and
     [n_panels, groups, columns] for int4. Columns after the last are zero.
     """
 
@@ -113,7 +114,7 @@ def share(function: Callable[[int, int], None], n: int, n_threads: int) -> None:
     """Call `function(begin, end)` for parts of `range(n)` on several threads."""
     with ThreadPoolExecutor(n_threads) as pool:
         bounds = [n * i // n_threads for i in range(n_threads + 1)]
-        for done in [pool.submit(function, *each) for each in zip(bounds, bounds[1:], strict=False)]:
+        for done in [pool.submit(function, *each) for each in itertools.pairwise(bounds)]:
             done.result()
 
 
@@ -126,6 +127,3 @@ def unpack(weight: PackedWeight) -> NumpyArray | QuantizedWeight:
     if weight.kind == "int8":
         return QuantizedWeight(whole, weight.scales[:n_out])
     return QuantizedWeight(whole, weight.scales.transpose(0, 2, 1).reshape(-1, n_in // GROUP)[:n_out])
-
-
-__all__ = ["PackedTable", "PackedWeight", "Quantized", "QuantizedTable", "pack", "unpack"]

@@ -1,8 +1,8 @@
 """Kernels that multiply rows by a packed weight.
 
-A packed weight is cut into panels of as many columns as three vectors hold. A panel lies in memory as it is read: all its
-columns for the first input, then for the second. A tile of the product, some rows by one panel, stays in registers while
-the panel is read once. OpenBLAS copies a weight into such an order at every call; here it is packed at load.
+A packed weight is cut into panels of as many columns as three vectors hold. A panel lies in memory as it is read: all
+its columns for the first input, then for the second. A tile of the product, some rows by one panel, stays in registers
+while the panel is read once. OpenBLAS copies a weight into such an order at every call; here it is packed at load.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,9 @@ from typing import Any
 from llvmlite import ir
 
 from gpt_xp.quantization import GROUP
-from gpt_xp_backends.native_backend.builder import F16, F32, I8, I16, I32, KernelBuilder, Value
+from gpt_xp_backends.native_backend.builder import F16, F32, I8, I16, I32, KernelBuilder
 from gpt_xp_backends.native_backend.machine import Target
+from gpt_xp_backends.native_backend.value import Value
 
 VECTORS = 3  # vectors in a row of a panel
 FEW_ROWS = 4  # Up to so many rows, a weight is widened in registers; for more, a panel is widened in memory first.
@@ -35,12 +36,12 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
     columns = panel_columns(target)
     wide = memory + k.thread * (n_in * (4 * columns))
 
-    def tiles(sizes: Sequence[int], multiply: Callable[[int, Value, Value], None], panel: Value) -> None:
+    def tiles(panel: Value, sizes: Sequence[int], multiply: Callable[[int, Rows, Rows], None]) -> None:
         begin = k.integer(0)
         for size in sizes:
             end = begin + (rows - begin) // size * size
             with k.loop(begin, end, size) as row:
-                multiply(size, x + row * x_row, out + row * out_row + panel * (4 * columns))
+                multiply(size, (x + row * x_row, x_row), (out + row * out_row + panel * (4 * columns), out_row))
             begin = end
 
     with k.shared_loop(n_panels) as panel:
@@ -49,27 +50,20 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
             codes = weight + panel * (groups * (columns * GROUP // 2))
             scale = scales + panel * (groups * (columns * 4))
             if few:
-                tiles(
-                    (2, 1),
-                    lambda n, x, out: _tile_int4(k, n, (x, x_row), (codes, scale), (out, out_row), groups),
-                    panel,
-                )
+                tiles(panel, (2, 1), lambda n, x, out: _tile_int4(k, n, x, (codes, scale), out, groups))
             else:
                 _widen_int4(k, codes, scale, wide, groups)
         else:
             part = weight + panel * (n_in * (columns * BYTES[kind]))
-            scale = scales + panel * (4 * columns)
-            scale_of = _scale(k, kind, scale)
+            factors = _scale(k, kind, scales + panel * (4 * columns))
             if few or kind == "float32":
                 sizes = (FEW_ROWS, 2, 1) if few else (tile_rows(target), 4, 2, 1)
-                tiles(
-                    sizes, lambda n, x, out: tile(k, kind, n, (x, x_row), part, (out, out_row), n_in, scale_of), panel
-                )
+                tiles(panel, sizes, lambda n, x, out: tile(k, kind, n, x, part, out, n_in, factors))
             else:
-                _widen(k, kind, part, wide, n_in, scale_of)
+                _widen(k, kind, part, wide, n_in, factors)
         if not few and kind != "float32":
             sizes = tile_rows(target), 4, 2, 1
-            tiles(sizes, lambda n, x, out: tile(k, "float32", n, (x, x_row), wide, (out, out_row), n_in, []), panel)
+            tiles(panel, sizes, lambda n, x, out: tile(k, "float32", n, x, wide, out, n_in, []))
     return k.text()
 
 
@@ -88,6 +82,7 @@ Rows = tuple[Value, Value]  # the address of the first of some rows, and the byt
 def tile(
     k: KernelBuilder, kind: str, n_rows: int, x: Rows, panel: Value, out: Rows, n_in: Value, scale: list[Value]
 ) -> None:
+    """Multiply rows of x by a panel. The scale has a vector for each of its vectors, or is empty."""
     sums = [[k.variable(k.vector(0)) for _ in range(VECTORS)] for _ in range(n_rows)]
     step = BYTES[kind] * k.width
     with k.loop(0, n_in) as i:

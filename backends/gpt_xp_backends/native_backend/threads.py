@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from gpt_xp_backends.native_backend.builder import I64, KernelBuilder, Value
+from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
 from gpt_xp_backends.native_backend.machine import SIGNATURE, Target, kernels, numbers
+from gpt_xp_backends.native_backend.value import Value
 
 N_SPINS = 4000  # About 0.1 ms: longer than a thread waits for the others, if each has a core.
 LOCK = threading.RLock()  # Two runs that take turns on the pool could wait for each other.

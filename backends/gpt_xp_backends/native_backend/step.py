@@ -1,0 +1,109 @@
+"""Runs the steps of a model as tapes: one for each shape of the tokens and of the cache."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.types import Array, Namespace, Params
+from gpt_xp_backends.captured_step import TracedCache
+from gpt_xp_backends.native_backend import threads
+from gpt_xp_backends.native_backend.tape import Arena, NotTracedError, Tape
+from gpt_xp_backends.native_backend.tracer import NativeTracer
+from gpt_xp_backends.tracing import TracedArray
+
+MAX_TAPES = 16  # of a step, for tokens of different shapes
+
+
+class NativeStep:
+    """`function(params, tokens, cache, ..., xp)`, traced for each shape of its arguments, and run by kernels.
+
+    What cannot be traced is computed by `plain`, the same function. `problem` then says why.
+    """
+
+    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any], runner: "Runner") -> None:
+        self._function, self._plain, self._runner = function, plain, runner
+        self._names = tuple(inspect.signature(function).parameters)
+        self._traced: dict[Any, TracedStep] = {}
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Return the result of the function."""
+        given = dict(zip(self._names, args, strict=False)) | options
+        params, tokens, cache, xp = (given.pop(name) for name in ("params", "tokens", "cache", "xp"))
+        # Other namespaces replace parts of the model.
+        if xp is not self._runner.xp or cache is None or not isinstance(cache.position, int):
+            return self._plain(*args, **options)
+        key = id(params), tokens.shape, cache.n_slots, tuple(sorted(given.items()))
+        with threads.LOCK:
+            step = self._traced.pop(key, None)
+            try:
+                if step is None:
+                    step = TracedStep(self._function, params, tokens, cache, given, self._runner)
+                found = step.run(tokens, cache)
+            except NotTracedError as error:
+                self._runner.problem = str(error)
+                return self._plain(*args, **options)
+            self._traced[key] = step  # The latest is the last.
+            if len(self._traced) > MAX_TAPES:
+                del self._traced[next(iter(self._traced))]
+            return found
+
+
+class Runner:
+    """What all steps of a backend share: its namespace, memory, number of threads; and why a step was not traced."""
+
+    def __init__(self, xp: Namespace, n_threads: int) -> None:
+        self.xp, self.arena, self.n_threads, self.problem = xp, Arena(), n_threads, ""
+
+
+class TracedStep:
+    """A step for tokens and a cache of certain shapes, as a tape."""
+
+    def __init__(
+        self, function: Callable[..., Any], params: Params, tokens: Array, cache: KVCache, others: Any, runner: Runner
+    ) -> None:
+        self._params = params  # Its id is a key.
+        self._tokens, self._start = np.array(tokens), np.array(cache.start)
+        self._position = np.full((), cache.position, np.int32)
+        self._tape = Tape(runner.arena, runner.n_threads, cache)
+        own, tracer = TracedCache(cache.layers, self._position, self._start), NativeTracer(runner.xp, self._tape)
+        try:
+            found = function(params=params, tokens=self._tokens, cache=own, xp=tracer, **others)
+        except TypeError as error:  # of a `TracedArray`, or of NumPy, which was given one
+            raise NotTracedError(str(error)) from error
+        self._result = _computed(found, tracer, cache.position)
+
+    def run(self, tokens: Array, cache: KVCache) -> Any:
+        """Run the step for tokens and a cache of the same shapes."""
+        assert self._tape.cache is not None
+        self._tape.cache.bind(cache)
+        self._tokens[...], self._start[...] = tokens, cache.start
+        self._position.fill(cache.position)
+        self._tape.run()
+        return _result(self._result, cache)
+
+
+class _Advanced(NamedTuple):
+    """Stands for the cache in a result: the one that was passed, with so many tokens more."""
+
+    n_tokens: int
+
+
+def _computed(tree: Any, tracer: NativeTracer, position: int) -> Any:
+    if isinstance(tree, TracedArray):
+        return tracer.computed(tree)
+    if isinstance(tree, KVCache):
+        return _Advanced(int(tree.position) - position)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_computed(each, tracer, position) for each in tree)
+    raise NotTracedError(f"a step returns {type(tree).__name__}")
+
+
+def _result(tree: Any, cache: KVCache) -> Any:
+    if isinstance(tree, _Advanced):
+        return KVCache(cache.layers, cache.position + tree.n_tokens, cache.start)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_result(each, cache) for each in tree)
+    return tree.copy()  # The next run writes into it.
