@@ -98,27 +98,25 @@ def tile(
 
 
 def _tile_int4(k: KernelBuilder, n_rows: int, x: Rows, panel: Rows, out: Rows, groups: Value) -> None:
-    """Multiply the codes of a group, each 8 too large, and take away 8 times the sum of x before they are scaled."""
+    """Multiply rows of x by a panel of codes. The two codes of a byte have sums of their own, which need not wait."""
     codes, scales = panel
     half, row_bytes = GROUP // 2, VECTORS * k.width
     sums = [[k.variable(k.vector(0)) for _ in range(VECTORS)] for _ in range(n_rows)]
     with k.loop(0, groups) as group:
-        inner = [[k.variable(k.vector(0)) for _ in range(VECTORS)] for _ in range(n_rows)]
-        x_sums = [k.variable(k.vector(0)) for _ in range(n_rows)]
+        inner = [[[k.variable(k.vector(0)) for _ in range(2)] for _ in range(VECTORS)] for _ in range(n_rows)]
         with k.loop(0, half) as i:
             pairs = [_int4_pair(k, codes + (group * half + i) * row_bytes + c * k.width) for c in range(VECTORS)]
             for row, totals in enumerate(inner):
                 place = x[0] + row * x[1] + (group * GROUP + i) * 4
                 for side, address in enumerate((place, place + 4 * half)):
                     number = k.splat(k.load(address, F32))
-                    x_sums[row].value = x_sums[row].value + number
                     for total, pair in zip(totals, pairs, strict=True):
-                        total.value = k.fma(number, pair[side], total.value)
+                        total[side].value = k.fma(number, pair[side], total[side].value)
         for c in range(VECTORS):
             scale = k.load(scales + (group * VECTORS + c) * (4 * k.width))
             for row in range(n_rows):
-                exact = k.fma(x_sums[row].value, k.vector(-8), inner[row][c].value)
-                sums[row][c].value = k.fma(exact, scale, sums[row][c].value)
+                first, second = inner[row][c]
+                sums[row][c].value = k.fma(first.value + second.value, scale, sums[row][c].value)
     for row, totals in enumerate(sums):
         for c, total in enumerate(totals):
             k.store(total.value, out[0] + row * out[1] + 4 * k.width * c)
@@ -141,13 +139,16 @@ def _widen_int4(k: KernelBuilder, codes: Value, scales: Value, wide: Value, grou
             for c in range(VECTORS):
                 for side, number in enumerate(_int4_pair(k, codes + (group * half + i) * row + c * k.width)):
                     place = group * GROUP + i + side * half
-                    k.store((number - 8.0) * scale[c], wide + (place * VECTORS + c) * (4 * k.width))
+                    k.store(number * scale[c], wide + (place * VECTORS + c) * (4 * k.width))
 
 
 def _int4_pair(k: KernelBuilder, address: Value) -> tuple[Value, Value]:
-    """Load a byte for each column: the code of one input in its low bits, of another in its high bits, plus 8."""
+    """Load a byte for each column, and return the numbers of the codes in its low and in its high bits."""
     codes = _extended(k, k.load(address, ir.VectorType(I8, k.width)), "zext")
-    return _float(k, codes & 15), _float(k, codes >> 4)
+    if k.target.has("avx512f"):  # One instruction looks up 16 numbers in a register, by the low 4 bits of each code.
+        table = Value(k, ir.Constant(ir.VectorType(F32, 16), [float(code - 8) for code in range(16)]))
+        return k.looked_up(table, codes), k.looked_up(table, codes >> 4)
+    return _float(k, (codes & 15) - 8), _float(k, (codes >> 4) - 8)
 
 
 def widened(k: KernelBuilder, kind: str, address: Value) -> Value:
