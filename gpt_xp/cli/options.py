@@ -152,7 +152,7 @@ loading_options = together(
     click.option("--models_dir", hidden=True),
     option(
         "-b", "--backend", metavar="NAME",
-        help="numpy, jax, torch, cupy or mlx: see `gpt-xp backends`.  [default: numpy]",
+        help="numpy, native, jax, torch, cupy or mlx: see `gpt-xp backends`.  [default: numpy]",
     ),
     option("--device", metavar="NAME", help="A device of the backend, such as cpu, gpu or cuda:1."),
     option(

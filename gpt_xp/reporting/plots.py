@@ -19,7 +19,7 @@ INK, GREY, SOFT = "#222222", "#777777", "#999999"
 # Okabe and Ito's colors, which people with color blindness can tell apart.
 COLORS = {
     "numpy": "#0072B2", "jax": "#D55E00", "torch": "#CC79A7", "cupy": "#009E73", "mlx": "#56B4E9",
-    "array-api-strict": "#E69F00", "floor": INK,
+    "array-api-strict": "#E69F00", "native": "#F0E442", "floor": INK,
 }  # fmt: skip
 OTHER_COLORS = ("#555555", "#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#661100")
 VARIANTS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))  # of one library: float32, float16, int8, ...

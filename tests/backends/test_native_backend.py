@@ -1,0 +1,211 @@
+"""The backend `native`: tapes, packed weights, threads. Every test with the fixture `backend` runs on it too."""
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import posix
+from comparison import TOLERANCE, assert_values
+from libraries import make_backend
+from small_models import CONFIGS, small_params
+from small_quantized import small
+
+import gpt_xp
+from gpt_xp import Backend, Model
+from gpt_xp.errors import BackendError
+from gpt_xp.generation.decoder import Decoder
+from gpt_xp.kv_cache import KVCache
+from gpt_xp.quantization import QuantizedWeight, quantization_of
+from gpt_xp.transformer import gpt2_with_cache
+from gpt_xp.tree import leaves, tree_map
+
+LONG = CONFIGS["long"]
+PROMPTS = np.random.default_rng(1).integers(0, LONG.n_vocab, (2, 61)).tolist()
+
+
+@pytest.fixture
+def native() -> Backend:
+    """Return the backend, in float32."""
+    return make_backend("native")
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch, native: Backend) -> list[tuple[int, ...]]:
+    """Return a list that gets the shape of the tokens of each step that is traced."""
+    from gpt_xp_backends.native_backend import step
+
+    shapes, real = [], step.TracedStep.__init__
+
+    def init(self: Any, function: Any, params: Any, tokens: Any, *args: Any) -> None:
+        shapes.append(tokens.shape)
+        real(self, function, params, tokens, *args)
+
+    monkeypatch.setattr(step.TracedStep, "__init__", init)
+    return shapes
+
+
+def long_model(backend: Any, factor: float = 1.0) -> Model:
+    """Return a model whose cache outgrows its first size. Another factor makes another model."""
+    return Model(tree_map(lambda x: factor * x, small_params("long")), LONG, backend=backend)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_step_through_all_sizes_of_the_cache_is_numpys(native: Backend, traced: list[Any]) -> None:
+    """The cache grows from 128 to 256 and 307 slots, and then its ring begins again."""
+    ids = np.random.default_rng(3).integers(0, LONG.n_vocab, 330)
+    found: list[Any] = []
+    for backend in (native, "numpy"):
+        model = long_model(backend)
+        decoder = Decoder(model.params, LONG, model.backend)
+        logits, cache = decoder.prefill([ids[:7].tolist(), ids[3:7].tolist()])
+        steps = [logits]
+        for token in ids[7:]:
+            logits, cache = decoder.decode([token, token], cache)
+            steps.append(logits)
+        found.append(np.stack(steps))
+    assert_values(found[0], found[1], TOLERANCE["logits", "float32"])
+    assert traced == [(2, 7), (2, 1), (2, 1), (2, 1)]
+
+
+def test_the_next_prompt_of_a_length_is_not_traced_again(native: Backend, traced: list[Any]) -> None:
+    model = long_model(native)
+    for prompt in ([1, 2, 3], [9, 8, 7], [5, 6, 7]):
+        assert (
+            model.generate(prompt, max_tokens=5).token_ids
+            == long_model("numpy").generate(prompt, max_tokens=5).token_ids
+        )
+    assert traced == [(1, 3), (1, 1)]
+
+
+def test_what_a_step_returned_stays_as_it_is(native: Backend) -> None:
+    """The next step writes into the same memory."""
+    decoder = Decoder(long_model(native).params, LONG, native)
+    first, cache = decoder.prefill([[1, 2, 3]])
+    kept = first.copy()
+    again, _ = decoder.prefill([[4, 5, 6]])
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(first, again)
+    assert isinstance(cache, KVCache)
+    assert cache.position == 3
+
+
+def test_a_function_that_needs_numbers_is_computed_as_it_stands(native: Backend, traced: list[Any]) -> None:
+    def sorted_logits(params: Any, tokens: Any, cache: Any, config: Any, xp: Any) -> Any:
+        logits, after = gpt2_with_cache(params, tokens, config, cache, xp)
+        return xp.sort(logits, axis=-1), after
+
+    model = long_model(native)
+    step = native.compile(sorted_logits, static=("config", "xp"), donate=("cache",))
+    tokens = np.array([[3, 1, 4]], np.int32)
+    cache = native.new_cache(LONG, model.params["wpe"], 128, np.zeros(1, np.int32))
+    found, _ = step(model.params, tokens, cache, config=LONG, xp=native.xp)
+    assert_values(found[0], np.sort(long_model("numpy").logits([3, 1, 4]), axis=-1), TOLERANCE["logits", "float32"])
+    assert traced == [(1, 3)]
+    assert "sort needs numbers" in native.settings()["not_traced"]
+
+
+def test_two_models_share_a_backend(native: Backend) -> None:
+    models = [long_model(native, factor) for factor in (1, 1.3)]
+    texts = [[each.generate([1, 2, 3], max_tokens=9).token_ids for each in models] for _ in range(2)]
+    alone = [long_model("numpy", factor).generate([1, 2, 3], max_tokens=9).token_ids for factor in (1, 1.3)]
+    assert texts == [alone, alone]
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_python_threads_take_turns() -> None:
+    make_backend("native")
+    backend = gpt_xp.get_backend("native", threads=3)
+    models = [long_model(backend, factor) for factor in (1, 1.3, 0.8)]
+    alone = [long_model("numpy", factor).generate([1, 2, 3], max_tokens=30).token_ids for factor in (1, 1.3, 0.8)]
+    barrier = threading.Barrier(3)
+
+    def generate(model: Model) -> Any:
+        barrier.wait()
+        return model.generate([1, 2, 3], max_tokens=30).token_ids
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(generate, models)) == alone
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    make_backend("native")
+    backend = gpt_xp.get_backend("native", threads=threads)
+    found = long_model(backend).logits(PROMPTS)
+    assert_values(found, long_model("numpy").logits(PROMPTS), TOLERANCE["logits", "float32"])
+    assert backend.settings()["threads"] == str(threads)
+
+
+@posix
+def test_a_fork_computes_too(native: Backend) -> None:
+    """It has none of the threads of its parent."""
+    model = long_model(native)
+    right = model.generate([1, 2, 3], max_tokens=5).token_ids
+    pid = os.fork()
+    if pid == 0:
+        try:
+            is_right = model.generate([1, 2, 3], max_tokens=5).token_ids == right
+        finally:
+            os._exit(0 if is_right else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_float16_is_storage_alone() -> None:
+    """The sums are float32: the text is that of a model whose weights are rounded to float16."""
+    model = Model(small_params("124M-ratios"), CONFIGS["124M-ratios"], backend=make_backend("native", "float16"))
+    rounded = small_params("124M-ratios")
+    for block in rounded["blocks"]:
+        for layer in (*block["attn"].values(), *block["mlp"].values()):
+            layer["w"] = layer["w"].astype(np.float16).astype(np.float32)
+    rounded["wte"] = rounded["wte"].astype(np.float16).astype(np.float32)
+    expected = Model(rounded, CONFIGS["124M-ratios"], backend="numpy").logits([1, 2, 3, 4, 5])
+    assert_values(model.logits([1, 2, 3, 4, 5]), expected, TOLERANCE["logits", "float32"])
+    assert model.params["wte"].dtype == np.float16
+    assert model.params["wpe"].dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_are_packed_and_unpacked(native: Backend, kind: str) -> None:
+    params, config = small(kind)
+    placed = native.place(params, config)
+    assert quantization_of(placed) == kind
+    for found, expected in zip(leaves(native.fetch(placed, config)), leaves(params), strict=True):
+        if isinstance(expected, tuple):
+            assert type(found) is type(expected)
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        else:
+            assert np.array_equal(found, expected)
+    assert not any(isinstance(leaf, QuantizedWeight) for leaf in leaves(placed))
+
+
+def test_a_gpt2_without_a_namespace_finds_that_of_its_weights(native: Backend) -> None:
+    model = long_model(native)
+    found = gpt_xp.gpt2(model.params, np.array([3, 1, 4]), LONG)
+    assert_values(found, long_model("numpy").logits([3, 1, 4]), TOLERANCE["logits", "float32"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": "float64"}, "native does not compute in float64"), ({"device": "gpu"}, "no device 'gpu'")],
+)
+def test_what_it_cannot_do_is_said(options: dict[str, Any], message: str) -> None:
+    make_backend("native")
+    with pytest.raises(BackendError, match=message):
+        gpt_xp.get_backend("native", **options)
+
+
+def test_without_llvmlite_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    with pytest.raises(BackendError, match="llvmlite is not installed"):
+        gpt_xp.get_backend("native")
