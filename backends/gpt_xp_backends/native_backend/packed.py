@@ -1,6 +1,7 @@
 """Weights in panels, as the kernels of `products` read them."""
 
 import itertools
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 from gpt_xp.types import Namespace, NumpyArray
+
+PANELS = 64  # So many panels are packed before the memory of what they were packed from is given back.
 
 
 class PackedWeight:
@@ -106,14 +109,31 @@ def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -
             part = weight[:, panel * columns : (panel + 1) * columns]
             panels[panel, :, : part.shape[1]] = part
 
-    share(copy, n_panels, n_threads)
+    for begin in range(0, n_panels, PANELS):
+        share(copy, begin, min(begin + PANELS, n_panels), n_threads)
+        release_pages(weight[:, begin * columns : (begin + PANELS) * columns])
+    release_pages(weight)
     return panels
 
 
-def share(function: Callable[[int, int], None], n: int, n_threads: int) -> None:
-    """Call `function(begin, end)` for parts of `range(n)` on several threads."""
+def release_pages(array: NumpyArray) -> None:
+    """Let the system take back the memory of the file that an array is mapped from. Reading it maps it again."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    lies_side_by_side = array.flags.c_contiguous or array.flags.f_contiguous
+    if not isinstance(owner, mmap.mmap) or not lies_side_by_side or not hasattr(owner, "madvise"):
+        return
+    first = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    begin, end = -(-first // mmap.PAGESIZE), (first + array.nbytes) // mmap.PAGESIZE
+    if begin < end:  # Whole pages alone.
+        owner.madvise(mmap.MADV_DONTNEED, begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE)
+
+
+def share(function: Callable[[int, int], None], first: int, last: int, n_threads: int) -> None:
+    """Call `function(begin, end)` for parts of `range(first, last)` on several threads."""
     with ThreadPoolExecutor(n_threads) as pool:
-        bounds = [n * i // n_threads for i in range(n_threads + 1)]
+        bounds = [first + (last - first) * i // n_threads for i in range(n_threads + 1)]
         for done in [pool.submit(function, *each) for each in itertools.pairwise(bounds)]:
             done.result()
 

@@ -115,11 +115,11 @@ def _tile_int4(k: KernelBuilder, n_rows: int, x: Rows, panel: Rows, out: Rows, g
         for c in range(VECTORS):
             scale = k.load(scales + (group * VECTORS + c) * (4 * k.width))
             for row in range(n_rows):
-                first, second = inner[row][c]
-                sums[row][c].value = k.fma(first.value + second.value, scale, sums[row][c].value)
-    for row, totals in enumerate(sums):
-        for c, total in enumerate(totals):
-            k.store(total.value, out[0] + row * out[1] + 4 * k.width * c)
+                low, high = inner[row][c]
+                sums[row][c].value = k.fma(low.value + high.value, scale, sums[row][c].value)
+    for row, found in enumerate(sums):
+        for c, result in enumerate(found):
+            k.store(result.value, out[0] + row * out[1] + 4 * k.width * c)
 
 
 def _widen(k: KernelBuilder, kind: str, panel: Value, wide: Value, n_in: Value, scale: list[Value]) -> None:
