@@ -24,8 +24,7 @@ def replaced_parts(xp: Namespace) -> dict[str, Callable[..., Any]]:
 
 def changed_parts(xp: Namespace) -> frozenset[str]:
     """Return the names of the parts that an experiment has replaced, not a backend that computes the same faster."""
-    found: frozenset[str] = getattr(xp, "changed", frozenset())
-    return found
+    return xp.changed if isinstance(xp, ReplacedParts) else frozenset()
 
 
 def part(function: F) -> F:
@@ -58,7 +57,9 @@ class ReplacedParts:
             if not callable(function):
                 raise SettingError(f"the part {name} can be replaced by a function, not by {function!r:.80}")
         self._xp, self._own, self._same_results = xp, parts, same_results
-        self.changed = changed_parts(xp) | (frozenset() if same_results else frozenset(parts))
+        # Another namespace is not asked for `changed`: NumPy's would import a library to look for it.
+        before = xp.changed if isinstance(xp, ReplacedParts) else frozenset()
+        self.changed: frozenset[str] = before | (frozenset() if same_results else frozenset(parts))
         self.parts: dict[str, Callable[..., Any]] = {**xp.parts, **parts} if isinstance(xp, ReplacedParts) else parts
         self._without: dict[str, ReplacedParts] = {}
 
