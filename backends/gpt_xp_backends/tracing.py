@@ -228,13 +228,17 @@ class Tracer:
             [whole] = node.inputs
             array = self._array(whole)
             whole.buffer_is_private = False
-            node.array, node.inputs = node.viewed(array), ()
+            node.array, node.inputs = self.viewed(node, array), ()
         elif node.array is None and node.function == "matmul":
             q, scale = _undivided(node.inputs[0])
             node.array, node.inputs = self._calls.matmul(self._array(q), node.inputs[1].array, scale), ()
         elif node.array is None:
             self._run(node, self._calls.compute)
         return node.array
+
+    def viewed(self, node: Node, whole: Array) -> Array:
+        """Return the view that a node is of an array."""
+        return node.viewed(whole)
 
     def _run(self, node: Node, compute: Compute) -> None:
         """Compute an expression, and before it the products and views below it."""

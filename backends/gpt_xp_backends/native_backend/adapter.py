@@ -30,7 +30,9 @@ class NativeBackend(NumPyBackend):
     takes_quantized = True
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
-        super().__init__(device, "float32", threads)
+        if device not in (None, "cpu"):
+            raise BackendError(f"native has no device {device!r}, only cpu: take the backend cupy or jax for a GPU")
+        super().__init__(None, "float32", threads)
         check_dtype("native", "cpu", dtype, ("float32", "float16"))
         llvmlite = import_library("llvmlite", FIX)
         from gpt_xp_backends.native_backend import threads as native_threads
@@ -50,30 +52,28 @@ class NativeBackend(NumPyBackend):
     def place(self, params: Params, config: GPT2Config) -> Params:
         """Return params whose token table and linear weights are packed."""
         from gpt_xp_backends.native_backend.machine import kernels
-        from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight, pack
+        from gpt_xp_backends.native_backend.packed import PackedTable, pack
         from gpt_xp_backends.native_backend.products import panel_columns
 
         columns = panel_columns(kernels().target)
 
         def packed(weight: Any) -> Any:
-            if isinstance(weight, PackedWeight):
-                return weight
             return pack(weight, self.dtype, columns, self._n_threads)
 
         def linear(w: Any, b: Any) -> Params:
-            return {"w": packed(w), "b": np.asarray(b, np.float32)}
+            return {"w": packed(w), "b": wide(b)}
 
         def block(ln_1: Params, attn: Params, ln_2: Params, mlp: Params) -> Params:
             layers = [{name: linear(**layer) for name, layer in part.items()} for part in (attn, mlp)]
             return {"ln_1": wide(ln_1), "attn": layers[0], "ln_2": wide(ln_2), "mlp": layers[1]}
 
         def wide(tree: Any) -> Any:
-            return tree_map(lambda leaf: np.asarray(leaf, np.float32), tree)
+            return tree_map(lambda leaf: np.ascontiguousarray(leaf, np.float32), tree)
 
+        params = self.unplaced(params, config)
         wte = params["wte"]
-        if not isinstance(wte, PackedTable):
-            weight = QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T
-            wte = PackedTable(packed(weight), self.xp)
+        weight = QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T
+        wte = PackedTable(packed(weight), self.xp)
         blocks = [block(**each) for each in params["blocks"]]
         return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
 
@@ -127,15 +127,15 @@ def _namespace(n_threads: int) -> Namespace:
     from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
 
     plain = numpy_backend.namespace()
-    arena = tape.Arena()
 
     def matmul(x: Array, w: Any) -> Array:
         if not isinstance(w, PackedWeight):
             return plain.matmul(x, w)
-        calls = tape.Tape(arena, n_threads)
-        out = tracer.product(calls, np.ascontiguousarray(x, np.float32), w)
+        calls = tape.Tape(tape.Arena(), n_threads)
+        rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
+        out = tracer.product(calls, rows, w)
         calls.run()
-        return out
+        return out.reshape(*x.shape[:-1], w.shape[1])
 
     def take(x: Any, indices: Array, axis: int) -> Array:
         return (

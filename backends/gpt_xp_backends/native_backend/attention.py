@@ -32,8 +32,8 @@ class _Head:
 
     def __init__(self, k: KernelBuilder) -> None:
         (q, q_batch, q_head, self.q_row, layer, mask, mask_batch, self.mask_row, out, out_batch, out_head,
-         self.out_row, self.n_heads, self.batch, self.n_queries, self.n_slots, self.memory,
-         self.scratch_bytes) = k.arguments(18)  # fmt: skip
+         self.out_row, self.n_heads, self.n_queries, self.n_slots, self.memory,
+         self.scratch_bytes) = k.arguments(17)  # fmt: skip
         keys, values, kv_head = (k.load(layer + 8 * i, I64) for i in range(3))
         self.scale = k.splat(k.float_argument())
         self._bases = (q, q_batch, q_head), (keys, values, kv_head), (mask, mask_batch), (out, out_batch, out_head)
@@ -50,20 +50,20 @@ def attention(name: str, target: Target, d_head: int, few: bool) -> str:
     """Return a kernel that computes softmax(q * scale @ k.T + mask) @ v for heads of `d_head` numbers.
 
     Its arguments: q, and the bytes of its batch, head and row; the layer's numbers in the `CacheTable`; mask, and the
-    bytes of its batch and row; out, and the bytes of its batch, head and row; heads; batch; queries; slots; memory;
+    bytes of its batch and row; out, and the bytes of its batch, head and row; heads; queries; slots; memory;
     the bytes of it for each thread; the scale, a float32. A key and a value lie side by side in their head.
     """
     k = KernelBuilder(name, target)
     h = _Head(k)
     memory = h.memory + k.thread * h.scratch_bytes
     if few:
-        with k.shared_loop(h.batch * h.n_heads) as item:
+        with k.shared_loop() as item:
             h.at(item)
             with k.loop(0, h.n_queries) as row:
                 _one_query(k, h, row, memory, d_head)
     else:
         n_blocks = (h.n_queries + (BLOCK - 1)) // BLOCK
-        with k.shared_loop(h.batch * h.n_heads * n_blocks) as item:
+        with k.shared_loop() as item:
             h.at(item // n_blocks)
             first = item % n_blocks * BLOCK
             _many_queries(k, h, first, k.smaller(h.n_queries - first, BLOCK), memory, d_head)
@@ -250,15 +250,14 @@ def put(name: str, target: Target) -> str:
     """Return a kernel that writes the keys and values of new tokens into their slots.
 
     Its arguments: the layer's numbers in the `CacheTable`; the new keys; the new values; the bytes of their batch, head
-    and token; batch; heads; tokens; numbers of a head; slots; the address of the position, an int32.
+    and token; heads; tokens; numbers of a head; slots; the address of the position, an int32.
     """
     k = KernelBuilder(name, target)
-    layer, keys, values, batch_bytes, head_bytes, row_bytes, batch, n_head, n_seq, d_head, n_slots, place = k.arguments(
-        12
-    )
+    layer, keys, values, batch_bytes, head_bytes, row_bytes = k.arguments(6)
+    n_head, n_seq, d_head, n_slots, place = k.arguments(5)
     first = Value(k, k.ir.sext(k.load(place, I32).ir, I64)) % n_slots
     slots_bytes = k.load(layer + 16, I64)
-    with k.shared_loop(batch * n_head) as item:
+    with k.shared_loop() as item:
         source = item // n_head * batch_bytes + item % n_head * head_bytes
         begin = item * slots_bytes + first * d_head * 4
         for which, new in enumerate((keys, values)):

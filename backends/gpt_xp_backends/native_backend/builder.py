@@ -13,8 +13,6 @@ from gpt_xp_backends.native_backend.value import Value, Variable
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
-SHARES = 8  # for each thread
-
 
 class KernelBuilder:
     """Builds one kernel. `width` is how many float32 numbers a vector has on the target."""
@@ -25,7 +23,7 @@ class KernelBuilder:
         kind = ir.FunctionType(ir.VoidType(), [I64] * 4)
         function = ir.Function(self.module, kind, name)
         self.ir = ir.IRBuilder(function.append_basic_block())
-        self._arguments, self.thread, self.n_threads, self._taken = (Value(self, each) for each in function.args)
+        self._arguments, self.thread, self._begin, self._end = (Value(self, each) for each in function.args)
         self._n_arguments = 0
         self._intrinsics: dict[str, Any] = {}
 
@@ -126,25 +124,15 @@ class KernelBuilder:
         self.ir.branch(head)
         self.ir.position_at_end(after)
 
-    @contextlib.contextmanager
-    def shared_loop(self, n: Value) -> Iterator[Value]:
-        """Repeat what stands inside for each of `range(n)`, on the thread that takes it first.
+    def shared_loop(self) -> Any:
+        """Repeat what stands inside for each part of the work that this call is to do."""
+        return self.loop(self._begin, self._end)
 
-        A thread takes some at a time, so that one that is late, because another program uses its core, has less to do.
-        """
-        shares = self.larger(n // (self.n_threads * SHARES), 1)
-        step = self.select(self.n_threads < 2, n, shares)
-        counter = self.ir.inttoptr(self._taken.ir, I64.as_pointer())
-        take, body, after = (self.ir.append_basic_block() for _ in range(3))
-        self.ir.branch(take)
-        self.ir.position_at_end(take)
-        begin = Value(self, self.ir.atomic_rmw("add", counter, step.ir, "monotonic"))
-        self.ir.cbranch((begin < n).ir, body, after)
-        self.ir.position_at_end(body)
-        with self.loop(begin, self.smaller(begin + step, n)) as index:
-            yield index
-        self.ir.branch(take)
-        self.ir.position_at_end(after)
+    def pause(self) -> None:
+        """Tell the processor that a loop waits for another thread."""
+        name, arguments = ("x86.sse2.pause", []) if self.target.is_x86 else ("aarch64.hint", [I32(1)])
+        function = self._intrinsic(name, ir.VoidType(), [each.type for each in arguments], "")
+        self.ir.call(function, arguments)
 
     def when(self, condition: Value) -> Any:
         """Do what stands inside only if the condition holds."""
@@ -241,7 +229,7 @@ class KernelBuilder:
         return found
 
     def _intrinsic(self, name: str, result: Any, types: list[Any], suffix: str) -> Any:
-        full = f"llvm.{name}.{suffix}"
+        full = f"llvm.{name}.{suffix}".rstrip(".")
         if full not in self._intrinsics:
             self._intrinsics[full] = ir.Function(self.module, ir.FunctionType(result, types), full)
         return self._intrinsics[full]

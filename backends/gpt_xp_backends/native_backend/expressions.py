@@ -1,5 +1,6 @@
 """Kernels that compute a `Program`: an expression, row by row, with a loop over the row between two reductions."""
 
+import math
 from collections.abc import Callable
 
 from gpt_xp_backends.native_backend.builder import F32, KernelBuilder
@@ -8,20 +9,21 @@ from gpt_xp_backends.native_backend.machine import Target
 from gpt_xp_backends.native_backend.value import Value, Variable
 from gpt_xp_backends.programs import Operation, Program
 
-LOWEST = -3.4028234663852886e38
+REDUCTIONS = ("max", "sum")
 
 
 def expression(name: str, target: Target, program: Program) -> str:
     """Return a kernel that computes the program.
 
-    Its arguments: the address of each array, and the bytes of its row, first of those given and then of the results;
-    rows; the numbers in a row; memory; the bytes of it for each thread. A row's numbers lie side by side.
+    The parts of its work are rows. Its arguments: the address of each array, and the bytes of its row, first of those
+    given and then of the results; the numbers in a row; memory; the bytes of it for each thread. A row's numbers lie
+    side by side.
     """
     k = KernelBuilder(name, target)
     arrays = [k.arguments(2) for _ in range(len(program.given) + len(program.outputs))]
-    rows, width, memory, bytes_each = k.arguments(4)
+    width, memory, bytes_each = k.arguments(3)
     memory = memory + k.thread * bytes_each
-    with k.shared_loop(rows) as row:
+    with k.shared_loop() as row:
         places = [base + row * row_bytes for base, row_bytes in arrays]
         _Row(k, program, places, width, memory).compute()
     return k.text()
@@ -39,7 +41,7 @@ def _phases(program: Program) -> dict[int, int]:
     for number, operation in _numbered(program):
         inputs = [each for each in operation.inputs if type(each) is int]
         phase[number] = max((phase[each] + (each in reduced) for each in inputs), default=0)
-        if operation.function in ("max", "sum"):
+        if operation.function in REDUCTIONS:
             reduced.add(number)
     return phase
 
@@ -78,7 +80,7 @@ class _Row:
         """Compute the loops one after the other."""
         for phase in range(max(self.phase.values()) + 1):
             for number, operation in self.operations:
-                if operation.is_row and self.phase[number] == phase and operation.function not in ("max", "sum"):
+                if operation.is_row and self.phase[number] == phase and operation.function not in REDUCTIONS:
                     self.row_values[number] = self._apply(operation, self.row_values.__getitem__)
             self._loop(phase)
         for number in self.program.outputs:
@@ -88,8 +90,8 @@ class _Row:
     def _loop(self, phase: int) -> None:
         k = self.k
         here = [(number, each) for number, each in self.operations if self.phase[number] == phase]
-        elements = [(number, each) for number, each in here if not each.is_row]
-        reductions = [(number, each) for number, each in here if each.function in ("max", "sum")]
+        reductions = [(number, each) for number, each in here if each.function in REDUCTIONS]
+        elements = [(number, each) for number, each in here if not each.is_row and each.function not in REDUCTIONS]
         if not elements and not reductions:
             return
         totals = {number: k.variable(k.vector(_neutral(each))) for number, each in reductions}
@@ -138,4 +140,4 @@ class _Row:
 
 
 def _neutral(operation: Operation) -> float:
-    return LOWEST if operation.function == "max" else 0.0
+    return -math.inf if operation.function == "max" else 0.0

@@ -16,12 +16,13 @@ LOG2_LOW = math.log(2) - LOG2_HIGH
 EXP = (0.0013811661, 0.0083701341, 0.041668528, 0.16666509, 0.49999993, 1.0, 1.0)
 TANH = (-0.005704986, 0.020639087, -0.053739715, 0.133314422, -0.333332819)
 TANH_LIMIT = 0.625
+LARGEST = 88.72  # exp of more is infinity in float32.
 
 
 def exp(k: KernelBuilder, x: Value) -> Value:
-    """Return the exponentials, to float32's rounding: 0 below -87.3, and at most exp(88.3)."""
-    is_zero = x < -87.3
-    x = k.smaller(k.larger(x, -87.3), 88.3)
+    """Return the exponentials, to float32's rounding: 0 below -87.3, infinity above 88.72, and NaN of NaN."""
+    is_small, is_large = x < -87.3, x > LARGEST
+    x = k.select(is_small, k.vector(-87.3), k.select(is_large, k.vector(LARGEST), x))
     # x = n * log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
     shifted = k.fma(x, k.like(x, 1 / math.log(2)), k.like(x, 1.5 * 2**23))
     n = shifted - 1.5 * 2**23
@@ -30,7 +31,8 @@ def exp(k: KernelBuilder, x: Value) -> Value:
     p = polynomial(k, r, EXP)
     bits = Value(k, k.ir.bitcast(shifted.ir, ir.VectorType(I32, x.ir.type.count))) << 23
     one = Value(k, k.ir.bitcast(p.ir, bits.ir.type)) + bits
-    return k.select(is_zero, k.vector(0), Value(k, k.ir.bitcast(one.ir, x.ir.type)))
+    result = k.select(is_large, k.vector(math.inf), Value(k, k.ir.bitcast(one.ir, x.ir.type)))
+    return k.select(is_small, k.vector(0), result)
 
 
 def tanh(k: KernelBuilder, x: Value) -> Value:

@@ -1,8 +1,7 @@
 """Compiles LLVM IR for this processor with llvmlite, and keeps the object code on disk.
 
-A kernel is `name(arguments, thread, n_threads, taken)`: the address of int64 numbers, which thread calls it, how many
-share the work, and the address of an int64 that counts what they have taken of it, from 0. It is called through ctypes,
-which lets other Python threads run meanwhile.
+A kernel is `name(arguments, thread, begin, end)`: the address of int64 numbers, the number of the thread, and which
+parts of the work to do. It is called through ctypes, which lets other Python threads run meanwhile.
 """
 
 import ctypes
@@ -10,8 +9,9 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,18 @@ import llvmlite.binding as llvm
 import numpy as np
 from platformdirs import user_cache_dir
 
+from gpt_xp.quantization import GROUP
+
 SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+
+
+class _Shared:
+    """The lock of all `Kernels`. A fork gets a new one, because another thread of its parent may hold this."""
+
+    lock = threading.RLock()
+
+
+_KERNELS: list["Kernels"] = []  # of this processor, once they are asked for
 _VERSION = f"{llvmlite.__version__} {llvm.llvm_version_info}"
 
 
@@ -35,6 +46,11 @@ class Target:
     def has(self, feature: str) -> bool:
         """Return whether the processor has this feature of LLVM's list."""
         return f"+{feature}" in self.features.split(",")
+
+    @property
+    def is_x86(self) -> bool:
+        """Whether it is one of Intel's or AMD's."""
+        return self.triple.startswith(("x86_64", "i686", "amd64"))
 
     @property
     def width(self) -> int:
@@ -62,8 +78,9 @@ def this_processor() -> Target:
     """Return the processor of this machine. Its 512-bit registers are used, if it has them."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
+    triple, features = llvm.get_process_triple(), llvm.get_host_cpu_features().flatten()
+    target = Target(triple, llvm.get_host_cpu_name(), features)
+    return replace(target, features=f"{features},-prefer-256-bit") if target.is_x86 else target
 
 
 def _target_machine(target: Target) -> Any:
@@ -97,20 +114,24 @@ class Kernels:
     def address(self, name: str, text: Callable[[], str]) -> int:
         """Return the address of the kernel `name`, which `text()` describes in LLVM IR."""
         if name not in self._loaded:
-            code = self._found(name) or self._compiled(name, text())
-            self._loaded[name] = self._load(name, code)
+            with _Shared.lock:
+                if name not in self._loaded:
+                    self._loaded[name] = self._load(name, self._found(name) or self._compiled(name, text()))
         return self._loaded[name]
 
     def _path(self, name: str) -> Path | None:
         if self._folder is None:
             return None
-        key = "\n".join((name, _sources(), _VERSION, *vars(self.target).values()))
+        key = "\n".join((name, _sources(), str(GROUP), _VERSION, *vars(self.target).values()))
         return self._folder / f"{name[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
 
     def _found(self, name: str) -> bytes | None:
         """Return the code on disk, if it is whole: a digest stands before it."""
+        path = self._path(name)
+        if path is None or not _is_ours(path.parent):
+            return None
         try:
-            content = path.read_bytes() if (path := self._path(name)) else b""
+            content = path.read_bytes()
         except OSError:
             return None
         return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
@@ -133,13 +154,25 @@ class Kernels:
 def _write(path: Path, content: bytes) -> None:
     """Write a file of the cache at once, or not at all: a cache that cannot be written is no error."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
     except OSError:
         return
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether only this user can write to a folder. Code that others could have put there is not run."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    return os.name != "posix" or (found.st_uid == os.geteuid() and not found.st_mode & 0o022)
 
 
 @functools.cache
@@ -149,10 +182,18 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-@functools.cache
 def kernels() -> Kernels:
     """Return the kernels of this processor, kept in the user's cache."""
-    return Kernels(this_processor(), Path(user_cache_dir("gpt-xp", appauthor=False)) / "kernels")
+    if not _KERNELS:
+        with _Shared.lock:  # Two of them would each free their own code.
+            if not _KERNELS:
+                folder = Path(user_cache_dir("gpt-xp", appauthor=False)) / "kernels"
+                _KERNELS.append(Kernels(this_processor(), folder if folder.is_absolute() else None))
+    return _KERNELS[0]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: setattr(_Shared, "lock", threading.RLock()))
 
 
 def numbers(*values: int) -> "np.ndarray[Any, Any]":

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp.errors import BackendError
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 from gpt_xp.types import Namespace, NumpyArray
 
@@ -39,7 +40,9 @@ class PackedWeight:
 
     def columns(self, ids: NumpyArray) -> NumpyArray:
         """Return some columns in float32, [*ids.shape, n_in]."""
-        n_in, width = self.shape[0], self.panels.shape[2]
+        (n_in, n_out), width = self.shape, self.panels.shape[2]
+        if ids.size and not 0 <= ids.min() <= ids.max() < n_out:
+            raise IndexError(f"there are {n_out} columns, and {ids.min()} to {ids.max()} were asked for")
         panel, column = np.divmod(ids, width)
         codes = self.panels[panel, :, column]
         if self.kind == "int8":
@@ -81,7 +84,10 @@ class PackedTable:
 
 
 def pack(weight: Any, kind: str, columns: int, n_threads: int) -> PackedWeight:
-    """Pack a weight [n_in, n_out], an array or quantized, in panels of that many columns."""
+    """Pack a weight [n_in, n_out], an array or quantized, in panels of that many columns.
+
+    Raises `BackendError` for a number that is too large for float16.
+    """
     if isinstance(weight, QuantizedWeight):
         kind, (n_in, n_out) = kind_of(weight), weight.shape
         if kind == "int8":
@@ -94,7 +100,11 @@ def pack(weight: Any, kind: str, columns: int, n_threads: int) -> PackedWeight:
             scales = _panels(weight.scale.T, np.dtype(np.float32), columns, n_threads)
         return PackedWeight(kind, (n_in, n_out), panels, scales)
     n_in, n_out = weight.shape
-    return PackedWeight(kind, (n_in, n_out), _panels(weight, np.dtype(kind), columns, n_threads), None)
+    try:
+        panels = _panels(weight, np.dtype(kind), columns, n_threads)
+    except FloatingPointError:
+        raise BackendError(f"a weight is too large for {kind}: take float32") from None
+    return PackedWeight(kind, (n_in, n_out), panels, None)
 
 
 def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -> NumpyArray:
@@ -105,9 +115,10 @@ def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -
         panels[-1] = 0
 
     def copy(begin: int, end: int) -> None:
-        for panel in range(begin, end):
-            part = weight[:, panel * columns : (panel + 1) * columns]
-            panels[panel, :, : part.shape[1]] = part
+        with np.errstate(over="raise"):  # A number that float16 cannot hold.
+            for panel in range(begin, end):
+                part = weight[:, panel * columns : (panel + 1) * columns]
+                panels[panel, :, : part.shape[1]] = part
 
     for begin in range(0, n_panels, PANELS):
         share(copy, begin, min(begin + PANELS, n_panels), n_threads)

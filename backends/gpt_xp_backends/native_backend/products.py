@@ -28,11 +28,11 @@ def panel_columns(target: Target) -> int:
 def product(name: str, target: Target, kind: str, few: bool) -> str:
     """Return a kernel that multiplies `few` rows, or more, by a weight of that kind.
 
-    Its arguments: x and the bytes of its row; rows; the panels, and their scales (0 without); out and the bytes of its
-    row; inputs; panels; memory for one widened panel of each thread. `out` has whole panels of columns.
+    The parts of its work are panels. Its arguments: x and the bytes of its row; rows; the panels, and their scales (0
+    without); out and the bytes of its row; inputs; memory for one widened panel of each thread. `out` has whole panels.
     """
     k = KernelBuilder(name, target)
-    x, x_row, rows, weight, scales, out, out_row, n_in, n_panels, memory = k.arguments(10)
+    x, x_row, rows, weight, scales, out, out_row, n_in, memory = k.arguments(9)
     columns = panel_columns(target)
     wide = memory + k.thread * (n_in * (4 * columns))
 
@@ -44,7 +44,7 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
                 multiply(size, (x + row * x_row, x_row), (out + row * out_row + panel * (4 * columns), out_row))
             begin = end
 
-    with k.shared_loop(n_panels) as panel:
+    with k.shared_loop() as panel:
         if kind == "int4":
             groups = n_in // GROUP
             codes = weight + panel * (groups * (columns * GROUP // 2))

@@ -1,17 +1,19 @@
 """Runs the steps of a model as tapes: one for each shape of the tokens and of the cache."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_xp.kv_cache import KVCache
+from gpt_xp.tree import leaves
 from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import threads
 from gpt_xp_backends.native_backend.tape import Arena, NotTracedError, Tape
-from gpt_xp_backends.native_backend.tracer import NativeTracer
+from gpt_xp_backends.native_backend.tracer import NativeTracer, host_array
 from gpt_xp_backends.tracing import TracedArray
 
 MAX_TAPES = 16  # of a step, for tokens of different shapes
@@ -31,18 +33,21 @@ class NativeStep:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the result of the function."""
         given = dict(zip(self._names, args, strict=False)) | options
-        params, tokens, cache, xp = (given.pop(name) for name in ("params", "tokens", "cache", "xp"))
+        params, tokens, cache, xp = (given.pop(name, None) for name in ("params", "tokens", "cache", "xp"))
         # Other namespaces replace parts of the model.
         if xp is not self._runner.xp or cache is None or not isinstance(cache.position, int):
             return self._plain(*args, **options)
-        key = id(params), tokens.shape, cache.n_slots, tuple(sorted(given.items()))
+        n_slots, n_seq = cache.n_slots, tokens.shape[-1]
+        if cache.position < 0 or cache.position % n_slots + n_seq > n_slots:
+            return self._plain(*args, **options)  # It raises the error that says so.
         with threads.LOCK:
-            step = self._traced.pop(key, None)
             try:
-                if step is None:
+                key = id(params), tokens.shape, cache.start.shape, n_slots, tuple(sorted(given.items()))
+                step = self._traced.pop(key, None)
+                if step is None or not step.is_for(params):
                     step = TracedStep(self._function, params, tokens, cache, given, self._runner)
                 found = step.run(tokens, cache)
-            except NotTracedError as error:
+            except (NotTracedError, TypeError) as error:  # Such a key cannot be compared, if it is a TypeError.
                 self._runner.problem = str(error)
                 return self._plain(*args, **options)
             self._traced[key] = step  # The latest is the last.
@@ -64,16 +69,22 @@ class TracedStep:
     def __init__(
         self, function: Callable[..., Any], params: Params, tokens: Array, cache: KVCache, others: Any, runner: Runner
     ) -> None:
-        self._params = params  # Its id is a key.
-        self._tokens, self._start = np.array(tokens), np.array(cache.start)
-        self._position = np.full((), cache.position, np.int32)
+        self._params, self._leaves = params, leaves(params)  # The id of params is a key.
         self._tape = Tape(runner.arena, runner.n_threads, cache)
-        own, tracer = TracedCache(cache.layers, self._position, self._start), NativeTracer(runner.xp, self._tape)
+        tape, tracer = self._tape, NativeTracer(runner.xp, self._tape)
+        self._tokens, self._start = host_array(np.array(tokens), tape), host_array(np.array(cache.start), tape)
+        self._position = host_array(np.full((), cache.position, np.int32), tape)
+        own = TracedCache(cache.layers, self._position, self._start)
         try:
             found = function(params=params, tokens=self._tokens, cache=own, xp=tracer, **others)
-        except TypeError as error:  # of a `TracedArray`, or of NumPy, which was given one
+            self._result = _computed(found, tracer, cache.position)
+        except (TypeError, ValueError) as error:  # of a `TracedArray`, or of NumPy, which was given one
             raise NotTracedError(str(error)) from error
-        self._result = _computed(found, tracer, cache.position)
+
+    def is_for(self, params: Params) -> bool:
+        """Return whether the params still have the arrays that the tape reads."""
+        found = leaves(params)
+        return len(found) == len(self._leaves) and all(map(operator.is_, found, self._leaves))
 
     def run(self, tokens: Array, cache: KVCache) -> Any:
         """Run the step for tokens and a cache of the same shapes."""
@@ -85,7 +96,7 @@ class TracedStep:
         return _result(self._result, cache)
 
 
-class _Advanced(NamedTuple):
+class _CacheAfter(NamedTuple):
     """Stands for the cache in a result: the one that was passed, with so many tokens more."""
 
     n_tokens: int
@@ -95,14 +106,14 @@ def _computed(tree: Any, tracer: NativeTracer, position: int) -> Any:
     if isinstance(tree, TracedArray):
         return tracer.computed(tree)
     if isinstance(tree, KVCache):
-        return _Advanced(int(tree.position) - position)
-    if isinstance(tree, list | tuple):
+        return _CacheAfter(int(tree.position) - position)
+    if isinstance(tree, list) or type(tree) is tuple:
         return type(tree)(_computed(each, tracer, position) for each in tree)
     raise NotTracedError(f"a step returns {type(tree).__name__}")
 
 
 def _result(tree: Any, cache: KVCache) -> Any:
-    if isinstance(tree, _Advanced):
+    if isinstance(tree, _CacheAfter):
         return KVCache(cache.layers, cache.position + tree.n_tokens, cache.start)
     if isinstance(tree, list | tuple):
         return type(tree)(_result(each, cache) for each in tree)

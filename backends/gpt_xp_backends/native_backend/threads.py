@@ -1,13 +1,14 @@
-"""Runs a list of kernels on several threads. All threads meet after each kernel."""
+"""Run a list of kernels on several threads."""
 
 import ctypes
 import functools
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -16,50 +17,130 @@ from gpt_xp_backends.native_backend.builder import I64, KernelBuilder
 from gpt_xp_backends.native_backend.machine import SIGNATURE, Target, kernels, numbers
 from gpt_xp_backends.native_backend.value import Value
 
-N_SPINS = 4000  # About 0.1 ms: longer than a thread waits for the others, if each has a core.
-LOCK = threading.RLock()  # Two runs that take turns on the pool could wait for each other.
+N_SPINS = 4000  # A thread asks for the next work so often before it lets other programs run.
+SHARES = 8  # Each thread takes an eighth of its part of a kernel at a time.
+LOCK = threading.RLock()  # One step at a time uses the memory that all steps share.
 
 
-class Calls:
-    """Kernels to run one after the other: each by all threads, or by one where it is too small to share."""
+class Call(NamedTuple):
+    """A kernel, the address of its arguments, how many parts its work has, and whether one thread does it `alone`."""
 
-    def __init__(self, calls: Sequence[tuple[int, int, bool]]) -> None:
-        """Take the address of each kernel, that of its arguments, and whether one thread alone runs it."""
-        rounds: list[tuple[int, int, list[tuple[int, int]]]] = [(_address("nothing", nothing), 0, [])]
-        for kernel, arguments, alone in calls:
-            if alone:
-                rounds[-1][2].append((kernel, arguments))
+    kernel: int
+    arguments: int
+    n_parts: int
+    alone: bool
+
+
+class Rounds:
+    """Kernels that are run one after the other. A round is a kernel for all threads, and the small ones after it.
+
+    The threads take parts of the work, so the calling thread never depends on the others: one that starts late, or
+    not at all, has less to do. The last to finish a round runs its small kernels, and begins the next round.
+    """
+
+    def __init__(self, calls: Sequence[Call], n_threads: int) -> None:
+        self._n_threads = n_threads
+        rounds: list[tuple[Call, list[Call]]] = [(Call(_address("nothing", nothing), 0, 1, False), [])]
+        for call in calls:
+            if call.alone:
+                rounds[-1][1].append(call)
             else:
-                rounds.append((kernel, arguments, []))
-        self._small = [np.asarray(small, np.int64).reshape(-1, 2) for *_, small in rounds]
-        self._rounds = np.asarray(
-            [(kernel, arguments, small.ctypes.data, len(small))
-             for (kernel, arguments, _), small in zip(rounds, self._small, strict=True)], np.int64,
-        )  # fmt: skip
+                rounds.append((call, []))
+        self._small = [np.asarray([each[:3] for each in small], np.int64).reshape(-1, 3) for _, small in rounds]
+        self.table = np.empty((len(rounds), 7), np.int64)
+        for row, (call, _), small in zip(self.table, rounds, self._small, strict=True):
+            step = call.n_parts if n_threads == 1 else max(1, call.n_parts // (n_threads * SHARES))
+            row[:] = *call[:3], step, -(-call.n_parts // step), small.ctypes.data, len(small)
 
-    def run(self, n_threads: int) -> None:
-        """Run the kernels. Two Python threads take turns, because two runs on the pool could wait for each other."""
-        counts = np.zeros(4 * 8, np.int64)  # Each count has its own line of the processor's cache.
-        arguments = numbers(self._rounds.ctypes.data, len(self._rounds), counts.ctypes.data, _yield_address())
-        kernel = SIGNATURE(_address("run_all", run_all))
-        if n_threads == 1:
-            kernel(arguments.ctypes.data, 0, 1, 0)
-            return
-        with LOCK:
-            submit, place = _pool(n_threads - 1).submit, arguments.ctypes.data
-            others = [submit(kernel, place, thread, n_threads, 0) for thread in range(1, n_threads)]
-            kernel(place, 0, n_threads, 0)
-            for each in others:
-                each.result()
+    def run(self) -> None:
+        """Run the kernels."""
+        job = _Job(self)
+        try:
+            for _ in range(_workers(self._n_threads - 1)):
+                _jobs.put(job)
+            job.run(thread=0)
+        except BaseException:  # Ctrl-C came before the call. No worker may write into memory that is used again.
+            job.abandon()
+            raise
+
+
+class _Job:
+    """One run of `Rounds`. A worker holds it, so its memory is there until all have left."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._counts = np.zeros(2 * 8, np.int64)  # Each count has its own line of the processor's cache.
+        table, counts = rounds.table, self._counts
+        self._arguments = numbers(table.ctypes.data, len(table), counts.ctypes.data, _yield_address())
+        self._inside = threading.Condition()
+        self._n_inside, self._is_over = 0, False
+        self._next_thread = 1
+
+    def run(self, thread: int) -> None:
+        SIGNATURE(_address("run_rounds", run_rounds))(self._arguments.ctypes.data, thread, 0, 0)
+
+    def help(self) -> None:
+        """Take part in the run on a worker."""
+        with self._inside:
+            if self._is_over:
+                return
+            thread, self._next_thread = self._next_thread, self._next_thread + 1
+            self._n_inside += 1
+        try:
+            self.run(thread)
+        finally:
+            with self._inside:
+                self._n_inside -= 1
+                self._inside.notify_all()
+
+    def abandon(self) -> None:
+        """End the run, and wait until no worker is inside."""
+        while True:
+            try:
+                self._counts[0] = len(self._rounds.table) << 32
+                with self._inside:
+                    self._is_over = True
+                    while self._n_inside:
+                        self._inside.wait()
+                return
+            except KeyboardInterrupt:  # It comes after this.
+                continue
+
+
+_jobs: "queue.SimpleQueue[_Job]" = queue.SimpleQueue()
+_started: list[threading.Thread] = []
+
+
+def _workers(n: int) -> int:
+    """Return how many workers can take part: `n`, or fewer where the system refuses to start a thread."""
+    while len(_started) < n:
+        worker = threading.Thread(target=_work, args=(_jobs,), name="gpt-xp native", daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:
+            break
+        _started.append(worker)
+    return min(n, len(_started))
+
+
+def _work(jobs: "queue.SimpleQueue[_Job]") -> None:
+    while True:
+        jobs.get().help()
+
+
+def _forget_threads() -> None:
+    """Begin anew in a fork, which has none of its parent's threads, and whose locks may be held by one of them."""
+    global LOCK, _jobs
+    LOCK, _jobs = threading.RLock(), queue.SimpleQueue()
+    _started.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _address(name: str, make: Callable[[str, Target], str]) -> int:
     return kernels().address(name, lambda: make(name, kernels().target))
-
-
-_pool = functools.cache(ThreadPoolExecutor)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # A fork has none of its parent's threads.
 
 
 @functools.cache
@@ -69,69 +150,99 @@ def _yield_address() -> int:
     return int(ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0)
 
 
+# --- the kernels that run others --------------------------------------------------------------------------------------
+
+
 def nothing(name: str, target: Target) -> str:
     """Return a kernel that does nothing."""
     return KernelBuilder(name, target).text()
 
 
-def run_all(name: str, target: Target) -> str:
-    """Return the kernel that runs `Calls`. Its arguments: the rounds and their number; four counts; `_yield_address`.
+def run_rounds(name: str, target: Target) -> str:
+    """Return the kernel that runs `Rounds`. Its arguments: the table and its length; two counts; `_yield_address`.
 
-    All threads run the first kernel of a round. The last to finish runs the small ones, and lets the others go on.
+    The first count is a ticket: the number of the round in its high 32 bits, of the next share in its low ones. The
+    second counts the shares of the round that are done.
     """
     k = KernelBuilder(name, target)
     rounds, n_rounds, counts, yields = k.arguments(4)
-    arrived, done = (k.ir.inttoptr((counts + 64 * i).ir, I64.as_pointer()) for i in range(2))
-    taken, taken_alone = counts + 128, counts + 192
-    kernel = ir.FunctionType(ir.VoidType(), [I64] * 4).as_pointer()
-    let_others_run = k.ir.inttoptr(yields.ir, ir.FunctionType(ir.IntType(32), []).as_pointer())
+    ticket, n_done = (k.ir.inttoptr((counts + 64 * i).ir, I64.as_pointer()) for i in range(2))
+    wait, take, work, after = (k.ir.append_basic_block() for _ in range(4))
+    k.ir.branch(take)
+    k.ir.position_at_end(take)
+    taken = Value(k, k.ir.atomic_rmw("add", ticket, I64(1), "acq_rel"))
+    number, share = taken >> 32, taken & 0xFFFFFFFF
+    going_on = k.ir.append_basic_block()
+    k.ir.cbranch((number < n_rounds).ir, going_on, after)
+    k.ir.position_at_end(going_on)
+    place = rounds + number * 56
+    n_parts, step, n_shares = (k.load(place + 8 * i, I64) for i in (2, 3, 4))
+    k.ir.cbranch((share < n_shares).ir, work, wait)
 
-    def call(place: Value, thread: Value, n_threads: Value, taken: Value) -> None:
-        function = k.ir.inttoptr(k.load(place, I64).ir, kernel)
-        k.ir.call(function, [k.load(place + 8, I64).ir, thread.ir, n_threads.ir, taken.ir])
+    k.ir.position_at_end(work)
+    begin = share * step
+    _call(k, place, k.thread, begin, k.smaller(begin + step, n_parts))
+    before = Value(k, k.ir.atomic_rmw("add", n_done, I64(1), "acq_rel"))
+    with k.when(n_shares < before + 2):  # This thread was the last.
+        with k.loop(0, k.load(place + 48, I64)) as i:
+            small = k.load(place + 40, I64) + i * 24
+            _call(k, small, k.integer(0), k.integer(0), k.load(small + 16, I64))
+        k.ir.store_atomic(I64(0), n_done, "monotonic", 8)
+        k.ir.store_atomic(((number + 1) << 32).ir, ticket, "release", 8)
+    k.ir.branch(take)
 
-    with k.loop(0, n_rounds) as i:
-        place = rounds + i * 32
-        call(place, k.thread, k.n_threads, taken)
-        before = Value(k, k.ir.atomic_rmw("add", arrived, I64(1), "acq_rel"))
-        is_last = (i + 1) * k.n_threads < before + 2
-        with k.ir.if_else(is_last.ir) as (then, otherwise):
-            with then:
-                with k.loop(0, k.load(place + 24, I64)) as j:
-                    k.store(k.integer(0), taken_alone)
-                    call(k.load(place + 16, I64) + j * 16, k.integer(0), k.integer(1), taken_alone)
-                k.store(k.integer(0), taken)
-                k.ir.store_atomic((i + 1).ir, done, "release", 8)
-            with otherwise:
-                _wait(k, done, i + 1, let_others_run)
+    k.ir.position_at_end(wait)
+    _wait_for_round(k, ticket, number, yields)
+    k.ir.branch(take)
+    k.ir.position_at_end(after)
     return k.text()
 
 
-def _wait(k: KernelBuilder, count: Any, number: Value, let_others_run: Any) -> None:
-    """Wait until a count reaches the number: first spin, then let other threads run."""
-    wait, after = k.ir.append_basic_block(), k.ir.append_basic_block()
+def _call(k: KernelBuilder, place: Value, thread: Value, begin: Value, end: Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I64] * 4).as_pointer()
+    function = k.ir.inttoptr(k.load(place, I64).ir, kind)
+    k.ir.call(function, [k.load(place + 8, I64).ir, thread.ir, begin.ir, end.ir])
+
+
+def _wait_for_round(k: KernelBuilder, ticket: Any, number: Value, yields: Value) -> None:
+    """Wait until another round has begun: first spin, then let other threads run."""
+    let_others_run = k.ir.inttoptr(yields.ir, ir.FunctionType(ir.IntType(32), []).as_pointer())
+    spin, after = k.ir.append_basic_block(), k.ir.append_basic_block()
     spins = k.variable(k.integer(0))
-    k.ir.branch(wait)
-    k.ir.position_at_end(wait)
+    k.ir.branch(spin)
+    k.ir.position_at_end(spin)
     spins.value = spins.value + 1
+    k.pause()
     with k.when(spins.value > N_SPINS):
         k.ir.call(let_others_run, [])
-    now = Value(k, k.ir.load_atomic(count, "acquire", 8))
-    k.ir.cbranch((now < number).ir, wait, after)
+    now = Value(k, k.ir.load_atomic(ticket, "acquire", 8)) >> 32
+    k.ir.cbranch((now > number).ir, after, spin)
     k.ir.position_at_end(after)
 
 
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
 def n_cores() -> int:
-    """Return the number of cores that this process may use. Two threads on one core would take twice the time."""
+    """Return the number of cores that this process may use: by its affinity, and by the quota of its container."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    return len({_core(cpu) for cpu in allowed}) or 1
+    cores = len({_core(cpu) for cpu in os.sched_getaffinity(0)})
+    return max(1, min(cores, _quota()))
 
 
-def _core(cpu: int) -> Sequence[str] | int:
+def _core(cpu: int) -> str:
+    """Return the processors that share a core. Two threads on one core would take twice the time."""
     try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-            return file.read()
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
     except OSError:
-        return cpu
+        return str(cpu)
+
+
+def _quota() -> int:
+    """Return how many processors the container may use at a time; very many without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return 2**16

@@ -5,8 +5,8 @@ arrays that hold no numbers yet. What depends on the position alone is computed 
 once more before each run of the tape.
 """
 
-import functools
 import hashlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,29 +24,53 @@ SMALL = 2**14  # Another thread would take longer to come than so many numbers t
 
 
 class HostArray(np.ndarray[Any, Any]):
-    """An array that NumPy has computed. Calls on it are noted on the tape of its tracer."""
+    """An array that NumPy has computed while a step is traced. Functions of it are noted on the tape."""
 
-    note: Callable[[Callable[[], Any]], None]
+    tape: "weakref.ref[Tape] | None" = None  # A tape holds such arrays, so these must not hold it.
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Compute a function, and note it."""
-        plain = [x.view(np.ndarray) if isinstance(x, HostArray) else x for x in inputs]
-        if any(isinstance(x, TracedArray) for x in plain):
+        if any(isinstance(x, TracedArray) for x in inputs):
             return NotImplemented
+        tape = self._tape()
+        plain = [_bare(x) for x in inputs]
         result = np.asarray(getattr(ufunc, method)(*plain, **options))
-        self.note(lambda: getattr(ufunc, method)(*plain, out=result, **options))
-        return host_array(result, self.note)
+        tape.host(lambda: getattr(ufunc, method)(*plain, out=result, **options))
+        return host_array(result, tape)
+
+    def __array_function__(self, *args: Any) -> Any:
+        raise TypeError("NumPy's own functions are not noted: take those of the namespace")
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if not _shares_memory(found, self):
+            raise TypeError("a copy is not noted")
+        return found
 
     def __array_finalize__(self, other: Any) -> None:
-        """Keep the tracer of the array that this is a view of."""
-        self.note = getattr(other, "note", None)  # type: ignore[assignment]
+        """Keep the tape of the array that this is a view of."""
+        self.tape = getattr(other, "tape", None)
+
+    def _tape(self) -> Tape:
+        tape = self.tape() if self.tape else None
+        if tape is None:
+            raise TypeError("this array belongs to no tape")
+        return tape
 
 
-def host_array(array: Any, note: Callable[[Callable[[], Any]], None]) -> HostArray:
-    """Return an array whose calls are noted."""
+def host_array(array: Any, tape: Tape) -> HostArray:
+    """Return an array whose functions are noted on the tape."""
     found = np.asarray(array).view(HostArray)
-    found.note = note
+    found.tape = weakref.ref(tape)
     return found
+
+
+def _shares_memory(view: Any, whole: Any) -> bool:
+    return bool(np.may_share_memory(_bare(view), _bare(whole)))
+
+
+def _bare(x: Any) -> Any:
+    return x.view(np.ndarray) if isinstance(x, HostArray) else x
 
 
 class NativeTracer(Tracer):
@@ -69,13 +93,13 @@ class NativeTracer(Tracer):
         def value(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(each, TracedArray) for each in args):
                 raise TypeError(f"{name} needs numbers, and the step is traced")
-            bare = [each.view(np.ndarray) if isinstance(each, HostArray) else each for each in args]
+            bare = [_bare(each) for each in args]
             result = plain(*bare, **kwargs)
             if not isinstance(result, np.ndarray):
                 return result
-            if not any(isinstance(each, np.ndarray) and np.may_share_memory(result, each) for each in bare):
+            if not any(isinstance(each, np.ndarray) and _shares_memory(result, each) for each in bare):
                 self.tape.host(lambda: np.copyto(result, plain(*bare, **kwargs)))
-            return host_array(result, self.tape.host)
+            return host_array(result, self.tape)
 
         return value
 
@@ -102,9 +126,16 @@ class NativeTracer(Tracer):
         if x._node.array is None:
             return super().view(x, change)
         array = change(x._node.array)
-        if not np.may_share_memory(array, x._node.array):
+        if not _shares_memory(array, x._node.array):
             raise TypeError("a copy needs numbers, and the step is traced")
         return TracedArray(Node(array.shape, array.dtype, array=array), self)
+
+    def viewed(self, node: Node, whole: Array) -> Array:
+        """Return the view of an array. Raises `TypeError` for a copy: it has no numbers yet."""
+        array = super().viewed(node, whole)
+        if not _shares_memory(array, whole):
+            raise TypeError("a copy needs numbers, and the step is traced")
+        return array
 
     def matrix_transpose(self, x: Any) -> Any:
         """Return the transposed array, or table."""
@@ -114,14 +145,12 @@ class NativeTracer(Tracer):
         """Write keys and values [batch, n_head, n_seq, d_head] into those of all slots."""
         k, v = self.computed(k), self.computed(v)
         batch, n_head, n_seq, d_head = k.shape
-        n_slots = all_k.shape[2]
-        if int(position) % n_slots + n_seq > n_slots:
-            raise TypeError("these tokens do not fit the slots")  # The plain step says so in its own words.
         if self.tape.cache is None or k.strides[3] != 4 or k.strides != v.strides:
             raise TypeError("keys and values lie in memory in an unusual way")
         self.tape.add(
-            _kernel("put", attention.put), self.tape.cache.row(all_k), k.ctypes.data, v.ctypes.data, *k.strides[:3],
-            batch, n_head, n_seq, d_head, n_slots, position.ctypes.data, keep=(position,), alone=k.size < SMALL,
+            _kernel("put", attention.put), batch * n_head, self.tape.cache.row(all_k, all_v), k.ctypes.data,
+            v.ctypes.data, *k.strides[:3], n_head, n_seq, d_head, all_k.shape[2], position.ctypes.data,
+            keep=(position, k, v), alone=k.size < SMALL,
         )  # fmt: skip
         return True
 
@@ -137,7 +166,11 @@ class NativeTracer(Tracer):
     ) -> list[Array]:
         width = shape[-1]
         rows = int(np.prod(shape[:-1]))
-        kernel = _expression_kernel(program)
+        if any(dtype != np.float32 for dtype, _ in program.given):
+            raise TypeError("native computes in float32")
+        # Its text is the key: for Python, a program with the number 1.0 is equal to one with the value number 1.
+        name = "expression_" + hashlib.sha256(repr(program).encode()).hexdigest()[:16]
+        kernel = _kernel(name, lambda name, target: expressions.expression(name, target, program))
         places: list[int] = []
         for array in arrays:
             places += array.ctypes.data, _row_bytes(array, shape)
@@ -148,15 +181,10 @@ class NativeTracer(Tracer):
             places += out.ctypes.data, out.shape[-1] * 4
             outputs.append(out)
         kept = width * 4 * expressions.n_kept(program)
+        # The arrays of the arena are not kept, because later kernels use their memory.
+        keep = [array for array in arrays if not self.tape.arena.owns(array)]
         self.tape.add(
-            kernel,
-            *places,
-            rows,
-            width,
-            self.tape.scratch(kept),
-            kept,
-            keep=tuple(a for a in arrays if isinstance(a, HostArray)),
-            alone=rows * width < SMALL,
+            kernel, rows, *places, width, self.tape.scratch(kept), kept, keep=keep, alone=rows * width < SMALL
         )
         return outputs
 
@@ -172,51 +200,51 @@ class NativeTracer(Tracer):
         out = self.tape.arena.empty(batch, n_seq, n_head, d_head).transpose(0, 2, 1, 3)
         n_bytes = attention.scratch_bytes(kernels().target, n_seq, n_slots, d_head)
         factor = int(np.float32(1 / scale).view(np.int32))
+        n_parts = batch * n_head * (1 if few else -(-n_seq // attention.BLOCK))
         self.tape.add(
-            kernel, q.ctypes.data, *q.strides[:3], self.tape.cache.row(k), mask.ctypes.data, mask.strides[0],
-            mask.strides[2], out.ctypes.data, *out.strides[:3], n_head, batch, n_seq, n_slots,
+            kernel, n_parts, q.ctypes.data, *q.strides[:3], self.tape.cache.row(k, v), mask.ctypes.data,
+            mask.strides[0], mask.strides[2], out.ctypes.data, *out.strides[:3], n_head, n_seq, n_slots,
             self.tape.scratch(n_bytes), n_bytes, factor, keep=(mask,),
         )  # fmt: skip
         return out
 
 
-def product(tape: Tape, x: Array, w: PackedWeight) -> Array:
-    """Put the product of x [rows, n_in] with a weight on the tape, and return its array [rows, n_out]."""
-    (n_in, n_out), rows, columns = w.shape, len(x), w.panels.shape[2]
+def product(tape: Tape, x: Array, w: PackedWeight, out: Array | None = None) -> Array:
+    """Put the product of x [rows, n_in] with a weight on the tape, and return its array [rows, n_out].
+
+    Its memory is that of `out` [rows, whole panels], or the tape's. Raises `ValueError` for an x of another shape.
+    """
+    n_in, n_out = w.shape
+    if x.ndim != 2 or x.shape[1] != n_in or x.strides[1] != 4:
+        raise ValueError(f"x must have rows of {n_in} numbers side by side, and is {x.shape}")
+    rows, (n_panels, _, columns) = len(x), w.panels.shape
     few = rows <= products.FEW_ROWS
     name = f"product_{w.kind}_{'few' if few else 'many'}"
     kernel = _kernel(name, lambda name, target: products.product(name, target, w.kind, few))
-    n_panels = len(w.panels)
-    out = tape.arena.empty(rows, n_panels * columns)
+    out = tape.arena.empty(rows, n_panels * columns) if out is None else out
     wide = 0 if few or w.kind == "float32" else tape.scratch(n_in * columns * 4)
     scales = 0 if w.scales is None else w.scales.ctypes.data
     tape.add(
-        kernel, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data, out.strides[0],
-        n_in, n_panels, wide, keep=(w,),
+        kernel, n_panels, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data,
+        out.strides[0], n_in, wide, keep=(w,),
     )  # fmt: skip
     return out[:, :n_out]
 
 
 def _row_bytes(array: Array, shape: tuple[int, ...]) -> int:
     """Return the bytes from one row of an array to the next, broadcast to `shape`. Raises `TypeError` if they vary."""
+    if array.ndim and array.shape[-1] > 1 and array.strides[-1] != 4:
+        raise TypeError("an array lies in memory in an unusual way")
     if array.ndim == 0 or array.size == array.shape[-1]:
         if array.ndim and array.shape[-1] not in (1, shape[-1]):
             raise TypeError("a row is too short")
         return 0
-    if array.shape[:-1] != shape[:-1] or (array.shape[-1] > 1 and array.strides[-1] != 4):
+    if array.shape[:-1] != shape[:-1]:
         raise TypeError("an array lies in memory in an unusual way")
     rows = array[..., 0].reshape(-1) if array.ndim > 2 else array[:, 0]
-    if not np.may_share_memory(rows, array):
+    if not _shares_memory(rows, array):
         raise TypeError("an array lies in memory in an unusual way")
     return int(rows.strides[0])
-
-
-@functools.cache
-def _expression_kernel(program: Program) -> int:
-    if any(dtype != np.float32 for dtype, _ in program.given):
-        raise TypeError("native computes in float32")
-    name = "expression_" + hashlib.sha256(repr(program).encode()).hexdigest()[:16]
-    return _kernel(name, lambda name, target: expressions.expression(name, target, program))
 
 
 def _kernel(name: str, make: Callable[[str, Target], str]) -> int:
