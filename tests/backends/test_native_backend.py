@@ -1,9 +1,13 @@
 """The backend `native`: tapes, packed weights, threads. Every test with the fixture `backend` runs on it too."""
 
+import gc
+import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from small_quantized import small
 
 import gpt_xp
 from gpt_xp import Backend, Model
-from gpt_xp.errors import BackendError
+from gpt_xp.errors import BackendError, NumericalError, PromptError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.quantization import QuantizedWeight, quantization_of
@@ -213,3 +217,165 @@ def test_without_llvmlite_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     with pytest.raises(BackendError, match="llvmlite is not installed"):
         gpt_xp.get_backend("native")
+
+
+# --- what a tape must not take for granted ----------------------------------------------------------------------------
+
+
+def test_a_replayed_step_checks_that_its_tokens_fit(native: Backend) -> None:
+    decoder = Decoder(long_model(native).params, LONG, native)
+    tokens = np.arange(8, dtype=np.int32)[None]
+    _, cache = decoder.prefill([list(range(20))])
+    step = native.compile(gpt2_with_cache, static=("config", "xp"), donate=("cache",))
+
+    def at(position: int) -> Any:
+        return step(decoder.params, tokens, cache=cache._replace(position=position), config=LONG, xp=native.xp)
+
+    at(20)
+    for position in (cache.n_slots - 4, 2 * cache.n_slots - 7):
+        with pytest.raises(PromptError, match=r"8 tokens were given, and the cache has room for \d before its ring"):
+            at(position)
+
+
+def test_a_replayed_step_checks_the_rows_of_the_cache(native: Backend) -> None:
+    decoder = Decoder(long_model(native).params, LONG, native)
+    _, one = decoder.prefill([[1, 2, 3]])
+    _, two = decoder.prefill([[1, 2, 3], [4, 5, 6]])
+    for _ in range(2):
+        decoder.decode([1, 2], two)
+    with pytest.raises(PromptError, match="it must be"):
+        decoder.decode([1, 2], one)
+
+
+def test_a_param_that_is_replaced_in_place_counts(native: Backend) -> None:
+    model = long_model(native)
+    decoder = Decoder(model.params, LONG, native)
+    decoder.prefill([[1, 2, 3]])
+    for name in ("g", "b"):
+        model.params["ln_f"][name] = np.zeros(LONG.n_embd, np.float32)
+    logits, _ = decoder.prefill([[1, 2, 3]])
+    assert not logits.any()
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: np.repeat(x, 2)[::2], lambda x: x[::-1].copy()[::-1], lambda x: x.astype(">f8")]
+)
+def test_params_may_lie_in_memory_in_any_way(native: Backend, view: Any) -> None:
+    params = tree_map(lambda x: view(x) if x.ndim == 1 else np.asfortranarray(x), small_params("long"))
+    found = Model(params, LONG, backend=native).logits(PROMPTS)
+    assert_values(found, long_model("numpy").logits(PROMPTS), TOLERANCE["logits", "float32"])
+
+
+def test_a_product_takes_the_shapes_that_numpys_takes(native: Backend) -> None:
+    w = long_model(native).params["blocks"][0]["mlp"]["c_fc"]["w"]
+    plain = native.fetch({"w": w}, LONG)["w"]
+    for shape in ((2, 21), (2, 3, 21), (5, 1, 21)):
+        x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+        assert_values(native.xp.matmul(x, w), x @ plain, TOLERANCE["function", "float32"])
+    with pytest.raises(ValueError, match="rows of 21 numbers"):
+        native.xp.matmul(np.ones((2, 5), np.float32), w)
+
+
+@pytest.mark.parametrize("n_seq", [3, 9])
+def test_nan_stays_nan(native: Backend, n_seq: int) -> None:
+    params = small_params("long")
+    params["blocks"][0]["attn"]["c_attn"]["b"][1] = np.nan
+    with pytest.raises(NumericalError, match="logits are not finite"):
+        Model(params, LONG, backend=native).generate(list(range(n_seq)), max_tokens=2)
+
+
+def test_a_number_that_float16_cannot_hold_is_an_error() -> None:
+    params = small_params("long")
+    params["blocks"][0]["mlp"]["c_fc"]["w"][3, 4] = 1e5
+    with pytest.raises(BackendError, match="a weight is too large for float16: take float32"):
+        Model(params, LONG, backend=make_backend("native", "float16"))
+
+
+def test_an_id_beyond_the_table_is_an_error(native: Backend) -> None:
+    table = long_model(native).params["wte"]
+    for ids in ([0, 31], [-1]):
+        with pytest.raises(IndexError, match="there are 31 columns"):
+            native.xp.take(table, np.array(ids), axis=0)
+
+
+def test_a_model_is_freed_with_its_tapes(native: Backend) -> None:
+    model = long_model(native)
+    for n_seq in range(1, 9):
+        model.generate(list(range(n_seq)), max_tokens=2)
+    panels = weakref.ref(model.params["wte"].weight.panels)
+    del model
+    gc.collect()
+    assert panels() is None
+
+
+def test_prompts_of_many_lengths_share_their_memory(native: Backend) -> None:
+    decoder = Decoder(long_model(native).params, LONG, native)
+    decoder.prefill([list(range(30)) * 5])
+    before = sum(block.nbytes for block in native._runner.arena._free)
+    for n_seq in range(1, 150, 7):
+        decoder.prefill([[1] * n_seq])
+    assert sum(block.nbytes for block in native._runner.arena._free) < 1.5 * before
+
+
+# --- processes in trouble ---------------------------------------------------------------------------------------------
+
+MODEL = """
+import os, signal, sys, threading, time, gpt_xp
+def model():
+    return gpt_xp.load("shakespeare", backend=gpt_xp.get_backend("native", threads=2))
+"""
+CTRL_C = """
+m, n, came, end = model(), 0, 0, time.monotonic() + 4
+right = m.generate("To be", max_tokens=9).text
+def interrupt():
+    while time.monotonic() < end - 0.5:
+        time.sleep(0.011)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+while time.monotonic() < end:
+    try:
+        assert m.generate("To be", max_tokens=9).text == right
+    except KeyboardInterrupt:
+        came += 1
+assert came > 20, came
+assert m.generate("To be", max_tokens=9).text == right
+"""
+FIRST_USE_AT_ONCE = """
+sys.setswitchinterval(1e-6)
+m, texts = gpt_xp.load("shakespeare", backend="native"), []
+at_once = threading.Barrier(6)
+def use():
+    at_once.wait()
+    texts.append(m.trace("To be", "logits")["logits"].sum())
+threads = [threading.Thread(target=use) for _ in range(6)]
+[each.start() for each in threads], [each.join() for each in threads]
+assert len(set(texts)) == 1 and len(texts) == 6
+"""
+FORK_WHILE_COMPUTING = """
+m = model()
+right = m.generate("To be", max_tokens=5).text
+threading.Thread(target=lambda: [m.generate("To be", max_tokens=50) for _ in range(999)], daemon=True).start()
+for _ in range(5):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if m.generate("To be", max_tokens=5).text == right else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+NO_MORE_THREADS = """
+m = model()
+real = threading.Thread.start
+def refuse(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+alone = m.generate("To be", max_tokens=5).text
+threading.Thread.start = real
+assert m.generate("To be", max_tokens=5).text == alone
+"""
+
+
+@posix
+@pytest.mark.parametrize("code", [CTRL_C, FIRST_USE_AT_ONCE, FORK_WHILE_COMPUTING, NO_MORE_THREADS])
+def test_it_goes_on(code: str, tmp_path: Path) -> None:
+    make_backend("native")
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # Kernels are compiled while it is in trouble.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", MODEL + code], check=True, timeout=PATIENCE, env=variables)
