@@ -1,6 +1,7 @@
 """Show a continuation: its JSON fields, the line of statistics, the table of tokens."""
 
 import dataclasses
+import importlib.util
 import math
 import platform
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def stats_line(name: str, stats: Stats) -> str:
         parts.append(f"compiling {stats.compile_seconds:.2f} s")
     if stats.peak_memory_bytes is not None:
         parts.append(f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB")
+    if stats.backend == "numpy" and stats.dtype == "float32" and importlib.util.find_spec("llvmlite"):
+        parts.append("faster here: --backend native")
     return "; ".join(parts)
 
 

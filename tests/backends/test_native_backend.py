@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import PATIENCE, posix
+from commands import PATIENCE, Result, posix
 from comparison import TOLERANCE, assert_values
 from libraries import make_backend
 from small_models import CONFIGS, small_params
@@ -311,10 +312,10 @@ def test_a_model_is_freed_with_its_tapes(native: Backend) -> None:
 def test_prompts_of_many_lengths_share_their_memory(native: Backend) -> None:
     decoder = Decoder(long_model(native).params, LONG, native)
     decoder.prefill([list(range(30)) * 5])
-    before = sum(block.nbytes for block in native._runner.arena._free)
+    before = sum(block.nbytes for block in native._runner.arena._blocks)
     for n_seq in range(1, 150, 7):
         decoder.prefill([[1] * n_seq])
-    assert sum(block.nbytes for block in native._runner.arena._free) < 1.5 * before
+    assert sum(block.nbytes for block in native._runner.arena._blocks) < 1.5 * before
 
 
 # --- processes in trouble ---------------------------------------------------------------------------------------------
@@ -325,8 +326,9 @@ def model():
     return gpt_xp.load("shakespeare", backend=gpt_xp.get_backend("native", threads=2))
 """
 CTRL_C = """
-m, n, came, end = model(), 0, 0, time.monotonic() + 4
+m, came = model(), 0
 right = m.generate("To be", max_tokens=9).text
+end = time.monotonic() + 3
 def interrupt():
     while time.monotonic() < end - 0.5:
         time.sleep(0.011)
@@ -379,3 +381,13 @@ def test_it_goes_on(code: str, tmp_path: Path) -> None:
     make_backend("native")
     variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # Kernels are compiled while it is in trouble.
     subprocess.run([sys.executable, "-W", "ignore", "-c", MODEL + code], check=True, timeout=PATIENCE, env=variables)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_stats_name_native_where_it_is_installed(call: Callable[..., Result]) -> None:
+    make_backend("native")
+    found = {name: call("-m", "shakespeare", "-b", name, "--stats", "-n", "2", "A").err for name in ("numpy", "native")}
+    assert "; faster here: --backend native\n" in found["numpy"]
+    assert "faster here" not in found["native"]

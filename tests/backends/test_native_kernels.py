@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("llvmlite", reason="llvmlite is not installed: pip install 'gpt-xp[native]'")
 
-from gpt_xp_backends.native_backend import attention, expressions, machine, packed, products
+import make_polynomials
+from gpt_xp_backends.native_backend import attention, expressions, functions, machine, packed, products
 from gpt_xp_backends.native_backend.builder import KernelBuilder
 from gpt_xp_backends.programs import Operation, Program
 from native_targets import ARM64, TARGETS
@@ -203,6 +204,15 @@ def test_functions_are_good_to_the_rounding_of_float32(target: Any, function: st
     right = getattr(np, function)(np.float64(x))
     bits = np.float64(np.spacing(np.abs(right).astype(np.float32)))
     assert (np.abs(found - right) / bits).max() <= 3  # units in the last place; NumPy's own have up to 3
+
+
+def test_the_polynomials_are_those_that_the_script_finds() -> None:
+    for found, (expected, error), limit in (
+        (functions.EXP[:-2], make_polynomials.exp(), 4e-9),
+        (functions.TANH, make_polynomials.tanh(functions.TANH_LIMIT), 5e-9),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert error < limit
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -47,7 +48,9 @@ class NativeBackend(NumPyBackend):
     def info(cls) -> BackendInfo:
         """Return llvmlite's version and the CPU."""
         llvmlite = import_library("llvmlite", FIX)
-        return BackendInfo(cls.name, llvmlite.__version__, (DeviceInfo("cpu", "cpu", physical_memory()),))
+        return BackendInfo(
+            cls.name, llvmlite.__version__, (DeviceInfo("cpu", f"{os.cpu_count()} cores", physical_memory()),)
+        )
 
     def place(self, params: Params, config: GPT2Config) -> Params:
         """Return params whose token table and linear weights are packed."""
@@ -111,6 +114,12 @@ class NativeBackend(NumPyBackend):
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
         """Return one of few sizes, because each is traced. Attention leaves out the slots that are hidden."""
         return min(few_sizes(n_tokens), n_ctx)
+
+    def compile_seconds(self) -> float:
+        """Return the seconds spent on compiling kernels that were not on disk."""
+        from gpt_xp_backends.native_backend.machine import kernels
+
+        return kernels().compile_seconds
 
     def settings(self) -> dict[str, str]:
         """Return the processor as LLVM names it, the threads, and why a step was computed without kernels."""

@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +111,7 @@ class Kernels:
         self._loaded: dict[str, int] = {}
         self._engine: Any = None  # It owns the code, so it lives as long as this.
         self._code: list[bytes] = []
+        self.compile_seconds = 0.0
 
     def address(self, name: str, text: Callable[[], str]) -> int:
         """Return the address of the kernel `name`, which `text()` describes in LLVM IR."""
@@ -137,7 +139,9 @@ class Kernels:
         return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
     def _compiled(self, name: str, text: str) -> bytes:
+        begin = time.perf_counter()
         code = object_code(text, self.target)
+        self.compile_seconds += time.perf_counter() - begin
         if path := self._path(name):
             _write(path, hashlib.sha256(code).digest() + code)
         return code

@@ -23,6 +23,8 @@ class Arena:
     """Memory for the arrays of a step. The memory of an array that no code holds is used again by a later kernel."""
 
     def __init__(self) -> None:
+        # All of it, because tapes have its addresses. What is free can be incomplete: Ctrl-C may end `_take_back`.
+        self._blocks: list[Any] = []
         self._free: list[Any] = []
 
     def empty(self, *shape: int) -> "np.ndarray[Any, Any]":
@@ -34,6 +36,7 @@ class Arena:
             self._free = [each for each in self._free if each is not block]
         else:
             block = np.empty(n_bytes + ALIGNMENT, np.uint8)
+            self._blocks.append(block)
         begin = -block.ctypes.data % ALIGNMENT
         owner = np.frombuffer(block.data[begin : begin + n_bytes], np.float32)  # the base of all views
         weakref.finalize(owner, self._take_back, block).atexit = False
@@ -85,7 +88,7 @@ class Tape:
         """Run all calls."""
         for call in self._host:
             call()
-        self._rounds = self._rounds or threads.Rounds(self._calls, self.n_threads)
+        self._rounds = self._rounds or threads.Rounds(self._calls, self.n_threads, self._kept)
         self._rounds.run()
 
 

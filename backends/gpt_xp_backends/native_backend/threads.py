@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import queue
 import sys
@@ -34,12 +35,13 @@ class Call(NamedTuple):
 class Rounds:
     """Kernels that are run one after the other. A round is a kernel for all threads, and the small ones after it.
 
-    The threads take parts of the work, so the calling thread never depends on the others: one that starts late, or
-    not at all, has less to do. The last to finish a round runs its small kernels, and begins the next round.
+    The threads take parts of the work, so the calling thread never depends on the others: one that starts late, or not
+    at all, has less to do. The last to finish a round runs its small kernels, and begins the next round. `kept` holds
+    the memory of the arguments.
     """
 
-    def __init__(self, calls: Sequence[Call], n_threads: int) -> None:
-        self._n_threads = n_threads
+    def __init__(self, calls: Sequence[Call], n_threads: int, kept: Any = ()) -> None:
+        self._n_threads, self._kept = n_threads, kept
         rounds: list[tuple[Call, list[Call]]] = [(Call(_address("nothing", nothing), 0, 1, False), [])]
         for call in calls:
             if call.alone:
@@ -54,14 +56,16 @@ class Rounds:
 
     def run(self) -> None:
         """Run the kernels."""
-        job = _Job(self)
+        job, interrupt = _Job(self), None
         try:
             for _ in range(_workers(self._n_threads - 1)):
                 _jobs.put(job)
             job.run(thread=0)
-        except BaseException:  # Ctrl-C came before the call. No worker may write into memory that is used again.
-            job.abandon()
-            raise
+        except KeyboardInterrupt as error:  # The workers may be inside, and the next step writes into the same memory.
+            interrupt = error
+            job.run(thread=0)
+        if interrupt is not None:
+            raise interrupt
 
 
 class _Job:
@@ -72,39 +76,12 @@ class _Job:
         self._counts = np.zeros(2 * 8, np.int64)  # Each count has its own line of the processor's cache.
         table, counts = rounds.table, self._counts
         self._arguments = numbers(table.ctypes.data, len(table), counts.ctypes.data, _yield_address())
-        self._inside = threading.Condition()
-        self._n_inside, self._is_over = 0, False
-        self._next_thread = 1
+        self._threads = itertools.count(1)
 
-    def run(self, thread: int) -> None:
+    def run(self, thread: int | None = None) -> None:
+        """Take part in the run until all is done."""
+        thread = next(self._threads) if thread is None else thread
         SIGNATURE(_address("run_rounds", run_rounds))(self._arguments.ctypes.data, thread, 0, 0)
-
-    def help(self) -> None:
-        """Take part in the run on a worker."""
-        with self._inside:
-            if self._is_over:
-                return
-            thread, self._next_thread = self._next_thread, self._next_thread + 1
-            self._n_inside += 1
-        try:
-            self.run(thread)
-        finally:
-            with self._inside:
-                self._n_inside -= 1
-                self._inside.notify_all()
-
-    def abandon(self) -> None:
-        """End the run, and wait until no worker is inside."""
-        while True:
-            try:
-                self._counts[0] = len(self._rounds.table) << 32
-                with self._inside:
-                    self._is_over = True
-                    while self._n_inside:
-                        self._inside.wait()
-                return
-            except KeyboardInterrupt:  # It comes after this.
-                continue
 
 
 _jobs: "queue.SimpleQueue[_Job]" = queue.SimpleQueue()
@@ -125,7 +102,7 @@ def _workers(n: int) -> int:
 
 def _work(jobs: "queue.SimpleQueue[_Job]") -> None:
     while True:
-        jobs.get().help()
+        jobs.get().run()
 
 
 def _forget_threads() -> None:
