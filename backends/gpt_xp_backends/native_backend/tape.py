@@ -30,9 +30,10 @@ class Arena:
     def empty(self, *shape: int) -> "np.ndarray[Any, Any]":
         """Return a float32 array."""
         n_bytes = 4 * math.prod(shape)
-        large = [block for block in self._free if block.nbytes >= n_bytes + ALIGNMENT]
-        if large:  # The smallest that is large enough: few blocks serve arrays of many sizes.
-            block = min(large, key=lambda block: block.nbytes)
+        least, most = n_bytes + ALIGNMENT, 4 * n_bytes + 4096  # A result of a few numbers must not hold a large block.
+        fitting = [block for block in self._free if least <= block.nbytes <= most]
+        if fitting:
+            block = min(fitting, key=lambda block: block.nbytes)
             self._free = [each for each in self._free if each is not block]
         else:
             block = np.empty(n_bytes + ALIGNMENT, np.uint8)

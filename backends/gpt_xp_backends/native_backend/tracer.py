@@ -150,7 +150,7 @@ class NativeTracer(Tracer):
         self.tape.add(
             _kernel("put", attention.put), batch * n_head, self.tape.cache.row(all_k, all_v), k.ctypes.data,
             v.ctypes.data, *k.strides[:3], n_head, n_seq, d_head, all_k.shape[2], position.ctypes.data,
-            keep=(position, k, v), alone=k.size < SMALL,
+            keep=(position,), alone=k.size < SMALL,
         )  # fmt: skip
         return True
 
