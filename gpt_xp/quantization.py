@@ -96,7 +96,7 @@ def check_kind(kind: str | None) -> None:
 def quantization_of(params: Params) -> str | None:
     """Return the kind of quantization of the params: "int8", "int4", or None."""
     for leaf in leaves(params):
-        kind = kind_of(leaf) if isinstance(leaf, Quantized) else getattr(leaf, "kind", None)  # of a packed weight
+        kind = kind_of(leaf) if isinstance(leaf, Quantized) else getattr(leaf, "kind", None)  # A packed weight has one.
         if kind in KINDS:
             return str(kind)
     return None

@@ -6,7 +6,8 @@ block sees are left out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from gpt_xp_backends.native_backend.builder import F32, I32, I64, KernelBuilder
 from gpt_xp_backends.native_backend.functions import exp
@@ -159,8 +160,8 @@ def _many_queries(k: KernelBuilder, h: _Head, first: Value, n: Value, memory: Va
     _pack_keys(k, h, n_panels, packed, d_head)
     with k.loop(0, n_panels) as panel:
         part, place = packed + panel * (4 * columns * d_head), scores + panel * (4 * columns)
-        for size, row in _row_blocks(k, n, (tile_rows(k.target), 4, 2, 1)):
-            with row as r:
+        for size, block in _row_blocks(k, n, (tile_rows(k.target), 4, 2, 1)):
+            with block as r:
                 tile(k, "float32", size, (q + r * h.q_row, h.q_row), part, (place + r * row_bytes, row_bytes),
                      k.integer(d_head), [h.scale] * VECTORS)  # fmt: skip
     with k.loop(0, n) as row:
@@ -169,13 +170,16 @@ def _many_queries(k: KernelBuilder, h: _Head, first: Value, n: Value, memory: Va
     for begin in range(0, n_vectors, 4):
         count = min(4, n_vectors - begin)
         sizes = (24 // count if k.target.n_registers == 32 else 12 // count, 2, 1)
-        for size, row in _row_blocks(k, n, sizes):
-            with row as r:
+        for size, block in _row_blocks(k, n, sizes):
+            with block as r:
                 x, to = (scores + r * row_bytes, row_bytes), (out + r * h.out_row, h.out_row)
                 _mix_tile(k, size, x, h.values, to, n_keys, (begin, begin + count), d_head)
 
 
-def _row_blocks(k: KernelBuilder, n: Value, sizes: tuple[int, ...]):  # type: ignore[no-untyped-def]
+def _row_blocks(
+    k: KernelBuilder, n: Value, sizes: tuple[int, ...]
+) -> Iterator[tuple[int, AbstractContextManager[Value]]]:
+    """Yield loops over `n` rows, by blocks of the first size, then of the next for those that are left."""
     begin = k.integer(0)
     for size in sizes:
         end = begin + (n - begin) // size * size

@@ -32,7 +32,7 @@ class _Shared:
     lock = threading.RLock()
 
 
-_KERNELS: list["Kernels"] = []  # of this processor, once they are asked for
+_KERNELS: list["Kernels"] = []  # It has those of this processor once they are asked for.
 _VERSION = f"{llvmlite.__version__} {llvm.llvm_version_info}"
 
 

@@ -14,7 +14,7 @@ from gpt_xp_backends.native_backend.tape import Arena, NotTracedError, Tape
 from gpt_xp_backends.native_backend.tracer import NativeTracer, host_array
 from gpt_xp_backends.tracing import TracedArray
 
-MAX_TAPES = 16  # of a step, for tokens of different shapes
+MAX_TAPES = 16  # A step keeps so many tapes, for tokens and caches of different shapes.
 
 
 class NativeStep:
@@ -55,7 +55,7 @@ class NativeStep:
 
 
 class Runner:
-    """What all steps of a backend share: its namespace, memory, number of threads; and why a step was not traced."""
+    """The namespace, memory and threads that all steps of a backend share. `problem` is why one was not traced."""
 
     def __init__(self, xp: Namespace, n_threads: int) -> None:
         self.xp, self.arena, self.n_threads, self.problem = xp, Arena(), n_threads, ""
@@ -76,7 +76,7 @@ class TracedStep:
         try:
             found = function(params=params, tokens=self._tokens, cache=own, xp=tracer, **others)
             self._result = _computed(found, tracer, cache.position)
-        except (TypeError, ValueError) as error:  # of a `TracedArray`, or of NumPy, which was given one
+        except (TypeError, ValueError) as error:  # A `TracedArray` raises it, or NumPy, which was given one.
             raise NotTracedError(str(error)) from error
 
     def is_for(self, params: Params) -> bool:

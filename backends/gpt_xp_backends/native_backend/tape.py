@@ -94,10 +94,10 @@ class Tape:
 
 
 class CacheTable:
-    """Where the keys and values of each layer are. Kernels read it, so a tape serves any cache of the same shapes."""
+    """A table of the addresses of all keys and values. Kernels read it, so a tape serves any cache of its shapes."""
 
     def __init__(self, cache: KVCache) -> None:
-        self.numbers = np.empty((len(cache.layers), 3), np.int64)  # of keys, of values, bytes of a head
+        self.numbers = np.empty((len(cache.layers), 3), np.int64)  # Keys, values, and the bytes of a head.
         self._arrays: list[Any] = []
         self._shape: tuple[int, ...] | None = None
         self.bind(cache)
