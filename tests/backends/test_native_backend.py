@@ -25,7 +25,8 @@ from gpt_xp.errors import BackendError, NumericalError, PromptError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.kv_cache import KVCache
 from gpt_xp.quantization import QuantizedWeight, quantization_of
-from gpt_xp.transformer import gpt2_with_cache
+from gpt_xp.registry import get_backend
+from gpt_xp.transformer import gpt2_with_cache, hidden_states
 from gpt_xp.tree import leaves, tree_map
 
 LONG = CONFIGS["long"]
@@ -391,3 +392,38 @@ def test_stats_name_native_where_it_is_installed(call: Callable[..., Result]) ->
     found = {name: call("-m", "shakespeare", "-b", name, "--stats", "-n", "2", "A").err for name in ("numpy", "native")}
     assert "; faster here: --backend native\n" in found["numpy"]
     assert "faster here" not in found["native"]
+
+
+# --- functions that the model does not have ---------------------------------------------------------------------------
+
+
+def _shifted(x: Any, tokens: Any, xp: Any) -> Any:
+    return xp.take(xp.astype(xp.arange(31, dtype=xp.int32), xp.float32), (tokens + 1) % 31, axis=0)
+
+
+OTHER_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "operators on the tokens": _shifted,
+    "a view that must copy": lambda x, tokens, xp: xp.reshape(xp.permute_dims(x * 2.0, (2, 0, 1)), (-1,)),
+    "a value twice": lambda x, tokens, xp: xp.exp(0.1 * x) + xp.exp(0.1 * x),
+    "a value, and the number 1": lambda x, tokens, xp: xp.exp(0.1 * x) + 1.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
+def test_any_function_of_a_step_is_numpys_at_every_run(native: Backend, name: str) -> None:
+    """Nothing of the first run may stay in the tape, and nothing is read before it is computed."""
+
+    def function(params: Any, tokens: Any, cache: Any, config: Any, xp: Any) -> Any:
+        x, after = hidden_states(params, tokens, config, cache, xp)
+        return OTHER_FUNCTIONS[name](x, tokens, xp), after
+
+    results = []
+    for backend in (native, get_backend("numpy")):
+        model, found = long_model(backend), []
+        step = backend.compile(function, static=("config", "xp"), donate=("cache",))
+        for row in ([3, 1, 4], [7, 30, 9]):
+            cache = backend.new_cache(LONG, model.params["wpe"], 128, np.zeros(1, np.int32))
+            found.append(step(model.params, np.array([row], np.int32), cache, config=LONG, xp=backend.xp)[0])
+        results.append(found)
+    for ours, expected in zip(*results, strict=True):
+        assert_values(ours, expected, TOLERANCE["logits", "float32"])
