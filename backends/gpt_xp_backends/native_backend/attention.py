@@ -15,7 +15,7 @@ from gpt_xp_backends.native_backend.machine import Target
 from gpt_xp_backends.native_backend.products import VECTORS, panel_columns, tile, tile_rows
 from gpt_xp_backends.native_backend.value import Value
 
-MAX_FEW = 5  # Up to so many queries of each head, packing the keys takes longer than it saves.
+MAX_FEW = 5  # Up to so many queries read the keys as they lie. The value is from counted instructions, not measured.
 BLOCK = 64  # queries that are computed together
 HIDDEN = -1e38  # The mask is below it for a token that the query must not see.
 

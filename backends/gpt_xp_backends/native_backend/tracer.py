@@ -20,7 +20,7 @@ from gpt_xp_backends.native_backend.tape import Tape
 from gpt_xp_backends.programs import Node, Program
 from gpt_xp_backends.tracing import Calls, TracedArray, Tracer
 
-SMALL = 2**14  # Another thread would take longer to come than so many numbers take to be computed.
+SMALL = 2**14  # So few numbers are computed by one thread. The value is a guess, not measured.
 
 
 class HostArray(np.ndarray[Any, Any]):
