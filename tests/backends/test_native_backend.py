@@ -397,15 +397,21 @@ def test_stats_name_native_where_it_is_installed(call: Callable[..., Result]) ->
 # --- functions that the model does not have ---------------------------------------------------------------------------
 
 
-def _shifted(x: Any, tokens: Any, xp: Any) -> Any:
-    return xp.take(xp.astype(xp.arange(31, dtype=xp.int32), xp.float32), (tokens + 1) % 31, axis=0)
+def _shifted(x: Any, y: Any, tokens: Any, xp: Any) -> Any:
+    numbers = xp.astype(xp.arange(31, dtype=xp.int32), xp.float32)
+    return x + xp.reshape(xp.take(numbers, xp.reshape((tokens + 1) % 31, (-1,)), axis=0), (1, 3, 1))
+
+
+def _twice(x: Any, y: Any, tokens: Any, xp: Any) -> Any:
+    e = xp.exp(y)
+    return e + e
 
 
 OTHER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "operators on the tokens": _shifted,
-    "a view that must copy": lambda x, tokens, xp: xp.reshape(xp.permute_dims(x * 2.0, (2, 0, 1)), (-1,)),
-    "a value twice": lambda x, tokens, xp: xp.exp(0.1 * x) + xp.exp(0.1 * x),
-    "a value, and the number 1": lambda x, tokens, xp: xp.exp(0.1 * x) + 1.0,
+    "a view that must copy": lambda x, y, tokens, xp: xp.reshape(xp.permute_dims(x * 2.0, (2, 0, 1)), (-1,)),
+    "value number 1 twice": _twice,
+    "value number 1, and the number 1": lambda x, y, tokens, xp: xp.exp(y) + 1.0,
 }
 
 
@@ -415,7 +421,8 @@ def test_any_function_of_a_step_is_numpys_at_every_run(native: Backend, name: st
 
     def function(params: Any, tokens: Any, cache: Any, config: Any, xp: Any) -> Any:
         x, after = hidden_states(params, tokens, config, cache, xp)
-        return OTHER_FUNCTIONS[name](x, tokens, xp), after
+        y = xp.matmul(xp.reshape(x, (-1, LONG.n_embd)), params["blocks"][0]["attn"]["c_proj"]["w"])
+        return OTHER_FUNCTIONS[name](x, y, tokens, xp), after
 
     results = []
     for backend in (native, get_backend("numpy")):
