@@ -46,7 +46,7 @@ class LibraryProcess:
         try:
             described: dict[str, Any] = self._ask(self._first)
         except CheckEnded:
-            self.end()  # A process without a library would answer each later check with an error of its own.
+            self.end()  # Without a library, the process would fail at each later check too, for another reason.
             raise
         return described
 

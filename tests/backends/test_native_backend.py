@@ -20,7 +20,8 @@ from small_models import CONFIGS, small_params
 from small_quantized import small
 
 import gpt_xp
-from gpt_xp import Backend, Model
+from gpt_xp import Backend, GPT2Config, Model
+from gpt_xp.checkpoint.tensors import build_params
 from gpt_xp.errors import BackendError, NumericalError, PromptError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.kv_cache import KVCache
@@ -291,6 +292,24 @@ def test_a_number_that_float16_cannot_hold_is_an_error() -> None:
     params["blocks"][0]["mlp"]["c_fc"]["w"][3, 4] = 1e5
     with pytest.raises(BackendError, match="a weight is too large for float16: take float32"):
         Model(params, LONG, backend=make_backend("native", "float16"))
+
+
+def test_params_of_another_dtype_are_packed_anew(native: Backend) -> None:
+    half = long_model(make_backend("native", "float16"))
+    found = native.place(half.params, LONG)
+    assert found["wte"].dtype == np.float32
+    assert found["wte"].namespace is native.xp
+
+
+def test_a_width_of_1(native: Backend) -> None:
+    config = GPT2Config(n_vocab=7, n_ctx=9, n_embd=1, n_head=1, n_layer=2)
+    random = np.random.default_rng(7)
+    params = build_params(config, lambda name, shape: random.standard_normal(shape, np.float32))
+    for n_seq in (1, 7):
+        found = Model(params, config, backend=native).logits(list(range(n_seq)))
+        assert_values(
+            found, Model(params, config, backend="numpy").logits(list(range(n_seq))), TOLERANCE["logits", "float32"]
+        )
 
 
 def test_an_id_beyond_the_table_is_an_error(native: Backend) -> None:

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("llvmlite", reason="llvmlite is not installed: pip install 'gpt-xp[native]'")
 
 import make_polynomials
+from commands import posix
 from gpt_xp_backends.native_backend import attention, expressions, functions, machine, packed, products
 from gpt_xp_backends.native_backend.builder import KernelBuilder
 from gpt_xp_backends.programs import Operation, Program
@@ -280,3 +281,14 @@ def test_compiled_kernels_are_found_on_disk(tmp_path: Any, monkeypatch: pytest.M
         assert file.read_bytes() == before
     machine.Kernels(machine.Target(machine.this_processor().triple, "x86-64", ""), tmp_path)._path("nothing")
     assert machine.Kernels(machine.this_processor(), file / "a file is no folder").address("nothing", text)
+
+
+@posix
+def test_code_that_others_could_have_written_is_not_run(tmp_path: Any) -> None:
+    folder = tmp_path / "kernels"
+    made = machine.Kernels(machine.this_processor(), folder)
+    made.address("nothing", lambda: KernelBuilder("nothing", machine.this_processor()).text())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert made._found("nothing")
+    folder.chmod(0o777)
+    assert made._found("nothing") is None

@@ -20,7 +20,7 @@ def exp(x, /): raise RuntimeError("this exp is never called")
 
 @pytest.fixture
 def wraps_numpy(tmp_path, monkeypatch):
-    """A library with functions of its own, whose arrays are NumPy's."""
+    """The library has its own functions, and NumPy's arrays."""
     (tmp_path / "wraps_numpy.py").write_text(WRAPS_NUMPY)
     monkeypatch.syspath_prepend(tmp_path)
     yield "wraps_numpy"

@@ -79,6 +79,6 @@ def test_the_trace_without_a_cache_is_that_with_one_from_one_forward_pass(monkey
 
     monkeypatch.setattr(checks.reference.backend.xp, "take", take)
     found = checks_module._trace_without_cache(checks.reference, ids)
-    assert len(calls) == 2  # of tokens and of positions
+    assert len(calls) == 2  # It takes tokens once, and positions once.
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-9)
