@@ -151,6 +151,13 @@ class Backend:
         """
         return self.replace(xp=QuantizedNamespace(self.xp, self.dtype), takes_quantized=True)
 
+    def rounding_activations(self) -> "Backend":
+        """Return the same backend, whose products of int8 weights round the activations to int8 too.
+
+        Raises `BackendError` if it has none.
+        """
+        raise BackendError(f"{self.name} does not round activations (w8a8): take the backend native, or int8")
+
     # --- the cache, and how prompts are cut ---
 
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:

@@ -32,7 +32,8 @@ def load(
     threads of the CPU. On NumPy the params are mapped from the file, without a copy, if they are stored in `dtype`.
 
     `quantize` "int8" or "int4" stores the weights in 8 or 4 bits (see `gpt_xp.quantize`): faster, smaller, and a little
-    less exact. A model that was saved quantized needs no `quantize`.
+    less exact. A model that was saved quantized needs no `quantize`. On the backend native, "w8a8" rounds activations
+    to 8 bits too: long prompts are faster, and the logits less exact.
 
     `mesh` "data=2,model=4" computes on 8 devices of JAX: rows are split over 2, weights over 4 ("auto": rows over all).
     `hosts` "ADDRESS:PORT,COUNT,INDEX" joins COUNT processes, of which this is number INDEX (from 0) and number 0
@@ -46,7 +47,7 @@ def load(
     # What is wrong with the backend is told before anything is fetched.
     chosen = get_backend(backend, device=device, dtype=dtype, threads=threads, mesh=mesh, hosts=hosts)
     if quantize:
-        chosen = quantized_backend(chosen)
+        chosen = quantized_backend(chosen, quantize)
     # The params are read as stored, because 16 bits travel faster than 32. The device converts them.
     found = checkpoint.read(find_model(name))
     params = quantize_params(found.params, quantize) if quantize else found.params

@@ -1,10 +1,13 @@
 """Weights in 8 or 4 bits. Decoding takes as long as reading all weights, so fewer bytes make it faster.
 
-Only the token table and the weights of linear layers are quantized, which are almost all of the bytes. Activations are
-not quantized. A weight is codes times scales, rounded to the nearest code and symmetric around zero:
+Only the token table and the weights of linear layers are quantized, which are almost all of the bytes. A weight is
+codes times scales, rounded to the nearest code and symmetric around zero:
 
 - int8: codes from -127 to 127, one per byte; a scale for each row of the token table and each output of a layer;
 - int4: codes from -8 to 7, two per byte; a scale for each 32 codes of such a row.
+
+Activations are not quantized, except by w8a8, which stores int8 and rounds the input of each linear layer to int8 while
+it computes, with a scale for each row. That makes long prompts faster, and the logits less exact.
 
 `transformer.py` does not know about quantization. A backend provides a namespace whose `take`, `matrix_transpose` and
 `matmul` take quantized weights too.
@@ -22,7 +25,8 @@ from gpt_xp.types import Array, Namespace, Params
 if TYPE_CHECKING:
     from gpt_xp.backend import Backend
 
-KINDS = ("int8", "int4")
+STORED_KINDS = ("int8", "int4")
+KINDS = (*STORED_KINDS, "w8a8")
 GROUP = 32  # codes of int4 that share a scale
 _WEIGHTS_AT_A_TIME = 2**20  # They are quantized while they are in the processor's cache.
 
@@ -94,7 +98,7 @@ def check_kind(kind: str | None) -> None:
 
 
 def quantization_of(params: Params) -> str | None:
-    """Return the kind of quantization of the params: "int8", "int4", or None."""
+    """Return the kind of quantization of the params: one of `KINDS`, or None."""
     for leaf in leaves(params):
         kind = kind_of(leaf) if isinstance(leaf, Quantized) else getattr(leaf, "kind", None)  # A packed weight has one.
         if kind in KINDS:
@@ -108,11 +112,12 @@ def quantization_of(params: Params) -> str | None:
 def quantize(params: Params, kind: str) -> Params:
     """Return params (NumPy arrays) with the token table and the weights of all linear layers quantized.
 
-    `kind` is "int8" or "int4". Params that are quantized in that kind already are returned unchanged. Raises
-    `SettingError` for another kind, params quantized in the other kind, or a width that int4 cannot hold; and
+    `kind` is "int8", "int4", or "w8a8", which stores int8. Params that are quantized so already are returned unchanged.
+    Raises `SettingError` for another kind, params quantized in the other kind, or a width that int4 cannot hold; and
     `NumericalError` for weights that are not finite.
     """
     check_kind(kind)
+    kind = "int8" if kind == "w8a8" else kind
     if (found := quantization_of(params)) is not None:
         if found != kind:
             raise SettingError(f"the params are {found} already and cannot become {kind}: take the float32 model")
@@ -178,11 +183,13 @@ def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
     return xp.reshape((xp.astype(codes, dtype) - 8) * scale[:, :, None], rows_and_columns(weight))
 
 
-def quantized_backend(backend: "Backend") -> "Backend":
-    """Return the same backend with a namespace that takes quantized weights, or the backend itself if it has one.
+def quantized_backend(backend: "Backend", kind: str = "int8") -> "Backend":
+    """Return the same backend with a namespace that takes weights of that kind, or the backend itself if it has one.
 
-    Raises `BackendError` if the backend needs a library for it that is not installed.
+    Raises `BackendError` if the backend needs a library for it that is not installed, or has no w8a8.
     """
+    if kind == "w8a8":
+        backend = backend.rounding_activations()
     return backend if backend.takes_quantized else backend.quantized()
 
 

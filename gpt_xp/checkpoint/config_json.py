@@ -11,7 +11,7 @@ from gpt_xp.checked_files import exists, read_json, reading
 from gpt_xp.checkpoint.carried import CONFIG, GENERATION_CONFIG, Carried
 from gpt_xp.config import GPT2Config
 from gpt_xp.errors import CheckpointError, ConfigError
-from gpt_xp.quantization import KINDS
+from gpt_xp.quantization import STORED_KINDS
 
 # These entries of config.json change the mathematics. Each has the values that GPT-2 may have, the default first.
 _MATHEMATICS: dict[str, tuple[Any, ...]] = {
@@ -92,7 +92,7 @@ def stated_quantization(carried: Carried) -> str | None:
     if (found := carried.config.get("quantization_config")) is None:
         return None
     with _named(carried.directory / CONFIG):
-        if found not in (_quantization_entry(kind) for kind in KINDS):
+        if found not in (_quantization_entry(kind) for kind in STORED_KINDS):
             raise ConfigError(
                 f"quantization_config is {json.dumps(found):.80}, which gpt-xp cannot read; take the model that was "
                 f"quantized, and quantize it by gpt-xp"

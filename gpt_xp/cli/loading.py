@@ -59,7 +59,7 @@ def load_model(
         chosen = get_backend(backend, **options)  # Its errors come before a model is fetched.
         chosen.keep_compiled()
         if quantize:
-            chosen = quantized_backend(chosen)
+            chosen = quantized_backend(chosen, quantize)
     name, directory = locate(model, offline, model_size, models_dir)
     with waiting(f"loading {name}"):
         return name, gpt_xp.load(directory, backend=chosen, quantize=quantize)

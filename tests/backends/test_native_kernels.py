@@ -10,10 +10,10 @@ pytest.importorskip("llvmlite", reason="llvmlite is not installed: pip install '
 
 import make_polynomials
 from commands import posix
-from gpt_xp_backends.native_backend import attention, expressions, functions, machine, packed, products
+from gpt_xp_backends.native_backend import attention, dots, expressions, functions, machine, packed, products
 from gpt_xp_backends.native_backend.builder import KernelBuilder
 from gpt_xp_backends.programs import Operation, Program
-from native_targets import ARM64, TARGETS
+from native_targets import ARM64, TARGETS, VNNI, needs_vnni
 
 from gpt_xp.quantization import QuantizedWeight, _quantized
 
@@ -84,6 +84,52 @@ def test_product(target: Any, kind: str, rows: int, n_in: int, n_out: int) -> No
     assert not out[:, n_out:].any()
     assert (whole[:100] == 7).all()
     assert (whole[-100:] == 7).all()
+
+
+@pytest.mark.parametrize("target", [*TARGETS, pytest.param(VNNI, id="AVX2 with VNNI", marks=needs_vnni)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 7, 5), (3, 97, 131), (4, 64, 96), (23, 131, 53)])
+def test_product_of_codes_by_codes(target: Any, rows: int, n_in: int, n_out: int) -> None:
+    columns, stored = products.panel_columns(target), random(n_out, n_in)
+    weight = packed.pack(QuantizedWeight(*_quantized(stored, "int8")), "w8a8", columns, 2)
+    codes, scale = packed.unpack(weight)
+    x = random(rows, n_in + 3)[:, :n_in]
+    x[0] *= 1e-3
+    x[-1, n_in // 2] = 31  # One number that is much larger than the others, as trained models have.
+    each = dots.row_bytes(target, n_in)
+    rounded = np.zeros(rows * each, np.uint8)
+    run(target, "codes", dots.codes, rows, x.ctypes.data, x.strides[0], rounded.ctypes.data, each, n_in)
+    out, whole = guarded(rows, len(weight.panels) * columns)
+    assert weight.scales is not None
+    run(
+        target, "product_w8a8", dots.product, len(weight.panels), rounded.ctypes.data, each, rows,
+        weight.panels.ctypes.data, weight.scales.ctypes.data, out.ctypes.data, out.strides[0], -(-n_in // 4),
+    )  # fmt: skip
+    row_scale = np.abs(np.float64(x)).max(axis=1, keepdims=True) / 127
+    right = np.rint(x / row_scale) @ np.float64(codes).T * row_scale * np.float64(scale)
+    # A number near the middle between two codes may be rounded to the other one.
+    assert np.abs(out[:, :n_out] - right).max() <= (row_scale * 127 * scale.max()).max() + 1e-6 * np.abs(right).max()
+    assert np.median(np.abs(out[:, :n_out] - right)) <= 1e-6 * np.abs(right).max()
+    assert not out[:, n_out:].any()
+    assert (whole[:100] == 7).all()
+    assert (whole[-100:] == 7).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [2, 18])
+def test_a_row_that_is_not_finite_gets_such_a_scale(target: Any, bad: float, place: int) -> None:
+    x, each = np.zeros((3, 19), np.float32), dots.row_bytes(target, 19)
+    x[0, place] = bad
+    x[1, place] = 127
+    rounded = np.zeros((3, each), np.uint8)
+    run(target, "codes", dots.codes, 3, x.ctypes.data, x.strides[0], rounded.ctypes.data, each, 19)
+    first, second, zero = np.ascontiguousarray(rounded[:, :4]).view(np.float32)[:, 0]
+    assert np.isnan(first)
+    assert second == 1
+    assert 0 <= zero < 1e-30
+    assert rounded[1, 4 + place] == 255
+    assert (np.delete(rounded[1:, 4:23], place, axis=1) == 128).all()
+    assert (rounded[2, 4:23] == 128).all()
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -257,6 +303,7 @@ def test_kernels_are_compiled_for_arm64_too() -> None:
     binding.initialize_all_asmprinters()
     for name, text in (
         ("product", products.product("product", ARM64, "float16", True)),
+        ("w8a8", dots.product("w8a8", ARM64)),
         ("many", products.product("many", ARM64, "int4", False)),
         ("attention", attention.attention("attention", ARM64, 64, True)),
     ):

@@ -7,6 +7,7 @@ import pytest
 
 if importlib.util.find_spec("llvmlite") is None:
     TARGETS: list[object] = []
+    VNNI, needs_vnni = None, pytest.mark.skip(reason="llvmlite is not installed")
 else:
     from gpt_xp_backends.native_backend.machine import Target, this_processor
 
@@ -14,6 +15,8 @@ else:
     IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
     AVX2 = Target(HERE.triple, "haswell", "+avx,+avx2,+fma,+f16c")
     PLAIN = Target(HERE.triple, "x86-64", "")
+    VNNI = Target(HERE.triple, "alderlake", f"{AVX2.features},+avxvnni")
+    needs_vnni = pytest.mark.skipif(not HERE.has("avxvnni"), reason="this processor has no VNNI for AVX2")
     ARM64 = Target("aarch64-unknown-linux-gnu", "generic", "+neon")
     _has_avx2 = all(HERE.has(feature) for feature in ("avx2", "fma", "f16c"))
     TARGETS = [

@@ -29,6 +29,7 @@ class NativeBackend(NumPyBackend):
     needs: ClassVar = {"llvmlite": FIX}
     needs_quantized: ClassVar[dict[str, str]] = {}
     takes_quantized = True
+    _rounds_activations = False
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
         if device not in (None, "cpu"):
@@ -60,8 +61,10 @@ class NativeBackend(NumPyBackend):
 
         columns = panel_columns(kernels().target)
 
+        kind = "w8a8" if self._rounds_activations else self.dtype
+
         def packed(weight: Any) -> Any:
-            return pack(weight, self.dtype, columns, self._n_threads)
+            return pack(weight, kind if isinstance(weight, QuantizedWeight) else self.dtype, columns, self._n_threads)
 
         def linear(w: Any, b: Any) -> Params:
             return {"w": packed(w), "b": wide(b)}
@@ -99,6 +102,10 @@ class NativeBackend(NumPyBackend):
     def quantized(self) -> Backend:
         """Return the backend itself."""
         return self
+
+    def rounding_activations(self) -> Backend:
+        """Return the backend that multiplies int8 weights by activations that are rounded to int8."""
+        return self.replace(_rounds_activations=True)
 
     def compile(
         self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[str, ...] = ()

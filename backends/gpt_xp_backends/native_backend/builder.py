@@ -185,6 +185,12 @@ class KernelBuilder:
         function = self._intrinsic("x86.avx512.permvar.sf", table.ir.type, [table.ir.type, places.ir.type], "512")
         return Value(self, self.ir.call(function, [table.ir, places.ir]))
 
+    def dots(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Return int32 totals plus the products of four unsigned and four signed bytes. VNNI alone has it."""
+        kind = total.ir.type
+        function = self._intrinsic("x86.avx512.vpdpbusd", kind, [kind] * 3, str(32 * self.width))
+        return Value(self, self.ir.call(function, [total.ir, unsigned.ir, signed.ir]))
+
     def all_sum(self, x: Value) -> Value:
         """Return a vector with the sum of all numbers of a vector."""
         return self._folded(x, lambda x, y: x + y)

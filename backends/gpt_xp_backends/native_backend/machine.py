@@ -73,6 +73,11 @@ class Target:
         """Whether it converts float16 to float32 by an instruction."""
         return self.triple.startswith(("aarch64", "arm64")) or self.has("f16c")
 
+    @property
+    def has_dots(self) -> bool:
+        """Whether it multiplies and adds four bytes for each float32 of a vector in one instruction (VNNI)."""
+        return self.has("avx512vnni" if self.width == 16 else "avxvnni")
+
 
 @functools.cache
 def this_processor() -> Target:

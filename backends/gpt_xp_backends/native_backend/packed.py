@@ -11,6 +11,7 @@ import numpy as np
 from gpt_xp.errors import BackendError
 from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
 from gpt_xp.types import Namespace, NumpyArray
+from gpt_xp_backends.native_backend import dots
 
 PANELS = 64  # So many panels are packed before the memory of what they were packed from is given back.
 
@@ -19,8 +20,9 @@ class PackedWeight:
     """The weight of a linear layer, [n_in, n_out], in panels of some columns.
 
     `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] of
-    uint8: a byte has the codes of inputs i and i + 16 of a group of 32. `scales` is [n_panels * columns] for int8, and
-    [n_panels, groups, columns] for int4. Columns after the last are zero.
+    uint8: a byte has the codes of inputs i and i + 16 of a group of 32. For w8a8 it is [n_panels, 1 + n_in / 4, columns]
+    of int32: -128 times the sum of a column, then the codes of four inputs in each. `scales` is [n_panels * columns] for
+    int8 and w8a8, and [n_panels, groups, columns] for int4. Columns after the last are zero.
     """
 
     __slots__ = ("kind", "panels", "scales", "shape")
@@ -31,7 +33,7 @@ class PackedWeight:
     @property
     def dtype(self) -> "np.dtype[Any]":
         """The dtype of the numbers in memory."""
-        return self.panels.dtype
+        return np.dtype(np.int8) if self.kind == "w8a8" else self.panels.dtype
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +47,9 @@ class PackedWeight:
             raise IndexError(f"there are {n_out} columns, and {ids.min()} to {ids.max()} were asked for")
         panel, column = np.divmod(ids, width)
         codes = self.panels[panel, :, column]
-        if self.kind == "int8":
+        if self.kind == "w8a8":
+            codes = np.ascontiguousarray(codes[..., 1:]).view(np.int8)[..., :n_in]
+        if self.kind in ("int8", "w8a8"):
             assert self.scales is not None
             return np.multiply(codes, self.scales[ids][..., None], dtype=np.float32)
         if self.kind == "int4":
@@ -86,12 +90,17 @@ class PackedTable:
 def pack(weight: Any, kind: str, columns: int, n_threads: int) -> PackedWeight:
     """Pack a weight [n_in, n_out], an array or quantized, in panels of that many columns.
 
+    An array becomes `kind`. A quantized weight stays what it is, except that int8 becomes w8a8 if that is the kind.
     Raises `BackendError` for a number that is too large for float16.
     """
     if isinstance(weight, QuantizedWeight):
-        kind, (n_in, n_out) = kind_of(weight), weight.shape
-        if kind == "int8":
+        (n_in, n_out), found = weight.shape, kind_of(weight)
+        kind = "w8a8" if (found, kind) == ("int8", "w8a8") else found
+        if kind == "w8a8":
+            panels = _codes_by_four(weight.q, columns, n_threads)
+        elif kind == "int8":
             panels = _panels(weight.q.T, np.dtype(np.int8), columns, n_threads)
+        if kind in ("int8", "w8a8"):
             scales = np.zeros(len(panels) * columns, np.float32)
             scales[:n_out] = weight.scale
         else:
@@ -127,6 +136,15 @@ def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -
     return panels
 
 
+def _codes_by_four(codes: NumpyArray, columns: int, n_threads: int) -> NumpyArray:
+    """Return panels of w8a8 for codes [n_out, n_in]."""
+    n_out, n_in = codes.shape
+    by_four = np.zeros((n_out, 1 + -(-n_in // dots.TOGETHER)), np.int32)
+    by_four[:, 1:].view(np.int8)[:, :n_in] = codes
+    by_four[:, 0] = -dots.ZERO * codes.sum(axis=1, dtype=np.int32)
+    return _panels(by_four.T, np.dtype(np.int32), columns, n_threads)
+
+
 def release_pages(array: NumpyArray) -> None:
     """Let the system take back the memory of the file that an array is mapped from. Reading it maps it again."""
     owner: Any = array
@@ -155,6 +173,8 @@ def unpack(weight: PackedWeight) -> NumpyArray | QuantizedWeight:
     whole = weight.panels.transpose(0, 2, 1).reshape(-1, weight.panels.shape[1])[:n_out]  # [n_out, rows]
     if weight.scales is None:
         return whole.T
-    if weight.kind == "int8":
+    if weight.kind == "w8a8":
+        whole = np.ascontiguousarray(whole[:, 1:]).view(np.int8)[:, :n_in]
+    if weight.kind in ("int8", "w8a8"):
         return QuantizedWeight(whole, weight.scales[:n_out])
     return QuantizedWeight(whole, weight.scales.transpose(0, 2, 1).reshape(-1, n_in // GROUP)[:n_out])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.types import Array, Namespace
-from gpt_xp_backends.native_backend import attention, expressions, products
+from gpt_xp_backends.native_backend import attention, dots, expressions, products
 from gpt_xp_backends.native_backend.machine import Target, kernels
 from gpt_xp_backends.native_backend.packed import PackedWeight
 from gpt_xp_backends.native_backend.tape import Tape
@@ -218,12 +218,24 @@ def product(tape: Tape, x: Array, w: PackedWeight, out: Array | None = None) -> 
     if x.ndim != 2 or x.shape[1] != n_in or x.strides[1] != 4:
         raise ValueError(f"x must have rows of {n_in} numbers side by side, and is {x.shape}")
     rows, (n_panels, _, columns) = len(x), w.panels.shape
+    out = tape.arena.empty(rows, n_panels * columns) if out is None else out
+    scales = 0 if w.scales is None else w.scales.ctypes.data
+    if w.kind == "w8a8":
+        each = dots.row_bytes(kernels().target, n_in)
+        rounded = tape.arena.empty(rows, each // 4)
+        tape.add(
+            _kernel("codes", dots.codes), rows, x.ctypes.data, x.strides[0], rounded.ctypes.data, each, n_in,
+            alone=x.size < SMALL,
+        )  # fmt: skip
+        tape.add(
+            _kernel("product_w8a8", dots.product), n_panels, rounded.ctypes.data, each, rows, w.panels.ctypes.data,
+            scales, out.ctypes.data, out.strides[0], w.panels.shape[1] - 1, keep=(w,),
+        )  # fmt: skip
+        return out[:, :n_out]
     few = rows <= products.FEW_ROWS
     name = f"product_{w.kind}_{'few' if few else 'many'}"
     kernel = _kernel(name, lambda name, target: products.product(name, target, w.kind, few))
-    out = tape.arena.empty(rows, n_panels * columns) if out is None else out
     wide = 0 if few or w.kind == "float32" else tape.scratch(n_in * columns * 4)
-    scales = 0 if w.scales is None else w.scales.ctypes.data
     tape.add(
         kernel, n_panels, x.ctypes.data, x.strides[0], rows, w.panels.ctypes.data, scales, out.ctypes.data,
         out.strides[0], n_in, wide, keep=(w,),
