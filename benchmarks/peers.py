@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
-gpt-xp on each backend, and on NumPy quantized to int8, against transformers, CTranslate2, llama.cpp and picoGPT's
+gpt-xp on each backend, on NumPy quantized to int8, and on native in each precision that it has, against transformers, CTranslate2, llama.cpp and picoGPT's
 algorithm. The floors are the matrix products alone, over the same weights: in NumPy, for JAX in XLA, and for int8 with
 gpt-xp's compiled products. An engine that is not installed is skipped, with the reason.
 
@@ -30,7 +30,7 @@ NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0
 ENGINES = FLOAT32[1:]
 FLOOR = {"jax": "XLA's products", "numpy+int8": "int8 products"}  # of other backends it is NumPy's, "floor"
 PEERS = (*FLOAT32, *NARROW, *FLOOR.values())
-BACKENDS = "numpy,jax,torch,cupy,numpy+int8"
+BACKENDS = "numpy,native,native+int8,native+w8a8,native+int4,jax,torch,cupy,numpy+int8"
 # How many times the seconds of others it may take; those of prefill are for long prompts.
 TARGETS = {
     ("decode", "numpy"): {"fastest": 1.0, "floor": 1.10},
@@ -44,6 +44,18 @@ QUANTIZED_TARGETS = {
     "decode": {"gpt-xp numpy": 0.35, "llama.cpp Q8_0": 1.0, "CTranslate2 int8": None, "int8 products": None},
     "prefill": {"gpt-xp numpy": 1.0, "llama.cpp Q8_0": None, "CTranslate2 int8": None, "int8 products": None},
 }
+NATIVE = "gpt-xp native"
+# The phase, which precision of native, to what, and how many times the seconds of that it may take at 16, 512 and 960.
+NATIVE_TARGETS = (
+    ("decode", "", "fastest", (1.0, 1.0, 1.0)),
+    ("prefill", "", "fastest", (1.0, 0.9, 0.9)),
+    ("decode", " float16", "llama.cpp F16", (1.0, 1.0, 1.0)),
+    ("decode", " float16", NATIVE, (0.5, 0.5, 0.5)),
+    ("decode", "+int8", "llama.cpp Q8_0", (0.9, 0.95, 1.0)),
+    ("prefill", "+w8a8", "CTranslate2 int8", (1.0, 1.0, 1.0)),
+    ("decode", "+int4", "llama.cpp Q4_0", (1.0, 1.0, 1.0)),
+    ("decode", "+int4", f"{NATIVE}+int8", (1.0, 1.0, 1.0)),
+)
 NAIVE = "picoGPT's algorithm"
 README_COMMAND = Workload(context=10, n_new=40)  # picoGPT's README: a prompt of 10 tokens, and 40 more
 AT_512 = Workload(context=512, n_new=2)
@@ -68,6 +80,8 @@ def script() -> None:
         for dtype in options.dtypes.split(","):
             label = "" if dtype == "float32" else f" {dtype}"
             ours += common.own(folder, options.backends.split(","), label, dtype=dtype)
+        if "native" in options.backends.split(","):
+            ours += common.own(folder, ["native"], " float16", dtype="float16")
         others = common.peers(folder, options.peers.split(","), options)
         specs = [*ours, *others, *([] if options.without_floor else common.floor(folder))]
         found.append(common.run("peers", specs, [Workload(context) for context in options.contexts], options))
@@ -93,6 +107,9 @@ def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
     quantized = [["int8", "tokens", *QUANTIZED_TARGETS["decode"]], *quantized_rows(found[0])]
     if len(quantized) > 1:
         parts.append(common.show(quantized, options))
+    native = [["native", "tokens", "to", "ratio (quartiles)", ""], *native_rows(found[0])]
+    if len(native) > 1:
+        parts.append(common.show(native, options))
     naive = [row for each in found[1:] for row in naive_ratios(each)]
     if naive:
         parts.append(common.show([["against picoGPT's algorithm, NumPy", "times as fast", ""], *naive], options))
@@ -102,17 +119,16 @@ def targets(found: list[Benchmark], options: argparse.Namespace) -> list[str]:
 def engine_row(found: Benchmark, place: int, phase: str, backend: str) -> list[list[str]]:
     """Return a row: the ratios to the fastest engine, to CTranslate2 and to the floor; none where it was not run."""
     mine = common.measured(found, f"gpt-xp {backend}")
-    engines = [each for name in ENGINES if (each := common.measured(found, name))]
-    if mine is None or not engines:
+    first = fastest(found, place, phase)
+    if mine is None or first is None:
         return []
     context, limits = found.workloads[place].context, TARGETS.get((phase, backend), {})
     if phase == "prefill" and context < LONG_PROMPT:
         limits = {}
-    fastest = min(engines, key=lambda each: getattr(each.figures[place], phase).seconds.median)
     floor = common.measured(found, FLOOR.get(backend, "floor"))
-    others = {"fastest": fastest, ENGINES[0]: common.measured(found, ENGINES[0]), "floor": floor}
+    others = {"fastest": first, ENGINES[0]: common.measured(found, ENGINES[0]), "floor": floor}
     cells = [cell(mine, other, place, phase, limits.get(kind)) for kind, other in others.items()]
-    cells[0] += f" ({fastest.name})"
+    cells[0] += f" ({first.name})"
     cells[2] += f" ({floor.name})" if backend in FLOOR and floor else ""
     return [[f"{phase}, {backend}", str(context), *cells]]
 
@@ -128,6 +144,26 @@ def quantized_rows(found: Benchmark) -> list[list[str]]:
         for place, workload in enumerate(found.workloads)
         for phase, limits in QUANTIZED_TARGETS.items()
     ]  # fmt: skip
+
+
+def native_rows(found: Benchmark) -> list[list[str]]:
+    """Return the ratios of native, in each precision, to the engines that compute in it, and to itself."""
+    rows = []
+    for phase, precision, name, limits in NATIVE_TARGETS:
+        mine = common.measured(found, NATIVE + precision)
+        for place, (workload, limit) in enumerate(zip(found.workloads, limits, strict=False)):
+            other = fastest(found, place, phase) if name == "fastest" else common.measured(found, name)
+            if mine and other:
+                times = common.ratio(common.seconds(mine, place, phase), common.seconds(other, place, phase))
+                rows.append([f"{phase}, native{precision}", str(workload.context), other.name, common.as_ratio(times),
+                             common.verdict(times, limit)])  # fmt: skip
+    return rows
+
+
+def fastest(found: Benchmark, place: int, phase: str) -> ContenderResult | None:
+    """Return the fastest float32 engine of those that were measured."""
+    engines = [each for name in ENGINES if (each := common.measured(found, name))]
+    return min(engines, key=lambda each: getattr(each.figures[place], phase).seconds.median, default=None)
 
 
 def cell(mine: ContenderResult, other: ContenderResult | None, place: int, phase: str, limit: float | None) -> str:

@@ -28,10 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from load import make
 
+COLD = "gpt-xp, native, no kernels on disk"
 PROMPT = "The old ship came back to the harbour at night and"
 PROCESSES = {
     "python -c pass": ["-c", "pass"],
@@ -93,7 +96,8 @@ def main() -> None:
 
 def first_token(folder: Path, n_runs: int) -> None:
     """Print how long processes take that load the model and generate one token."""
-    runs = process_times(commands(folder), n_runs)
+    with tempfile.TemporaryDirectory() as empty:
+        runs = process_times(commands(folder), n_runs, {COLD: Path(empty)})
     texts = {name: outputs[0][2].strip() for name, outputs in runs.items()}
     print(f"\nprocess start to the first token, 124M float32, milliseconds ({n_runs} runs, interleaved)")
     print(f"  {'':28} {'first byte on stdout':^26} {'whole process':^26}  times gpt-xp numpy")
@@ -124,9 +128,11 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """Return the arguments of Python for each contender that is installed."""
     gpt_xp = ["-m", "gpt_xp", "-m", str(folder), "-n", "1"]
     found = {"gpt-xp, numpy": [*gpt_xp, "-b", "numpy", PROMPT]}
-    for name in ("jax", "torch"):
-        if importlib.util.find_spec(name):
+    for name, module in (("native", "llvmlite"), ("jax", "jax"), ("torch", "torch")):
+        if importlib.util.find_spec(module):
             found[f"gpt-xp, {name}"] = [*gpt_xp, "-b", name, PROMPT]
+    if importlib.util.find_spec("llvmlite"):
+        found[COLD] = [*gpt_xp, "-b", "native", PROMPT]
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         found["transformers"] = ["-c", TRANSFORMERS, str(folder), PROMPT]
     return found
@@ -161,18 +167,27 @@ def import_times(runs: int) -> dict[str, int]:
     return best
 
 
-def process_times(processes: dict[str, list[str]], n_runs: int) -> dict[str, list[tuple[float, float, str]]]:
-    """Return, for each run of each process, the seconds to its first byte on stdout and to its end, and its output."""
+def process_times(
+    processes: dict[str, list[str]], n_runs: int, caches: Mapping[str, Path] = MappingProxyType({})
+) -> dict[str, list[tuple[float, float, str]]]:
+    """Return, for each run of each process, the seconds to its first byte on stdout and to its end, and its output.
+
+    `caches` has a folder for the cache of some processes, which is emptied before each run.
+    """
     times: dict[str, list[tuple[float, float, str]]] = {name: [] for name in processes}
     for run in range(n_runs + 1):
         for name, arguments in processes.items():
-            measured = time_process(arguments)
+            variables = dict(os.environ)
+            if cache := caches.get(name):
+                shutil.rmtree(cache)
+                variables["XDG_CACHE_HOME"] = str(cache)
+            measured = time_process(arguments, variables)
             if run > 0:
                 times[name].append(measured)
     return times
 
 
-def time_process(arguments: list[str]) -> tuple[float, float, str]:
+def time_process(arguments: list[str], variables: Mapping[str, str] = os.environ) -> tuple[float, float, str]:
     """Run Python; return the seconds to the first byte on stdout, the seconds to the end, and the output."""
     begin = time.perf_counter()
     with subprocess.Popen(
@@ -181,6 +196,7 @@ def time_process(arguments: list[str]) -> tuple[float, float, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
+        env=variables,
     ) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
@@ -206,7 +222,7 @@ def spread(ratios: list[float]) -> str:
 
 def machine(threads: int) -> str:
     """Return what the figures depend on: processor, system, versions."""
-    names = ("numpy", "jax", "torch", "transformers")
+    names = ("numpy", "llvmlite", "jax", "torch", "transformers")
     found = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     where = f"{os.cpu_count()} cores, {threads} threads, {platform.platform()}"

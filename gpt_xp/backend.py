@@ -72,6 +72,7 @@ class Backend:
     device_memory: int | None = None  # bytes in total
     cache_growth = 64  # slots; a cache has a multiple of this, so that it seldom grows
     takes_quantized = False  # `quantized` returns a backend where this is True.
+    copies_params = False  # True if `place` copies all params, and takes misaligned arrays.
     # True if NumPy samples faster than the library: logits are then moved to the host.
     samples_on_host: bool = False
     # decode_block(step, state, k) runs step(state) -> (state, output) k times as one program. It returns the last state

@@ -21,6 +21,7 @@ class Contestant:
         self.difference: float | None = None
         self.compile_seconds: float | None = None
         self.peak_memory_bytes: int | None = None
+        self.cores: list[float] = []
         self.turns: list[list[Turn]] = []
         self.skipped: str | None = None
         self.failed: str | None = None
@@ -81,6 +82,7 @@ class Contestant:
         if answer := self._ask("run", prompts=prompts, tokens=workload.n_new):
             if len(answer["seconds"]) == workload.n_new:
                 self.turns[index].append(turn_of(answer["seconds"]))
+                self.cores += [answer["cores"]] if "cores" in answer else []
             else:
                 self.failed = f"it has timed {len(answer['seconds'])} tokens, and not {workload.n_new}"
 

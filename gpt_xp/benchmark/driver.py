@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -116,7 +117,8 @@ def _result(
 ) -> ContenderResult:
     known = ContenderResult(
         contestant.spec.name, contestant.spec.is_floor, contestant.description, contestant.difference,
-        contestant.compile_seconds, contestant.peak_memory_bytes, skipped=contestant.skipped, failed=contestant.failed,
+        contestant.compile_seconds, contestant.peak_memory_bytes,
+        statistics.median(contestant.cores) if contestant.cores else None, skipped=contestant.skipped, failed=contestant.failed,
     )  # fmt: skip
     if not contestant.is_in or first is None:
         return known

@@ -72,7 +72,7 @@ def _measured(benchmark: Benchmark, index: int, what: str) -> Iterator[tuple[Con
 
 
 def _contenders(benchmark: Benchmark) -> Table:
-    rows: list[tuple[str, ...]] = [("", "device", "version", "logits differ by", "compiling", "memory")]
+    rows: list[tuple[str, ...]] = [("", "device", "version", "logits differ by", "compiling", "memory", "cores")]
     for each in benchmark.standings:
         if each.figures:
             compiling, peak = each.compile_seconds, each.peak_memory_bytes
@@ -80,6 +80,7 @@ def _contenders(benchmark: Benchmark) -> Table:
                 short_dtypes(each.name), each.description["device"], each.description["version"],
                 "-" if each.logits_difference is None else f"{each.logits_difference:.1e}",
                 "-" if not compiling else f"{compiling:.2f} s", "-" if peak is None else size(peak),
+                "-" if each.cores is None else number(each.cores),
             ))  # fmt: skip
     return rows
 

@@ -2,7 +2,8 @@
 
     {"do": "describe"}                            {"name", "version", "device", "dtype", "settings": {...}}
     {"do": "logits", "tokens": [...]}             {"logits": [n_vocab numbers]}, those after the last token, or null
-    {"do": "run", "prompts": [[...]], "tokens": n}  {"seconds": [n numbers], "compile_seconds": number or null}
+    {"do": "run", "prompts": [[...]], "tokens": n}  {"seconds": [n numbers], "compile_seconds": number or null,
+                                                     "cores": number}
     {"do": "memory"}                              {"peak_memory_bytes": number or null}
     {"do": "quit"}                                no answer: the process ends, as it does at the end of stdin
 
@@ -11,6 +12,7 @@ The answer to a request that fails is {"error": "in one line"}. To measure anoth
 """
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -75,9 +77,11 @@ def _logits(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
 
 def _run(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
     compiled: Callable[[], float] | None = getattr(contender, "compile_seconds", None)
-    before = compiled() if compiled else 0.0
+    before, cpu, begin = compiled() if compiled else 0.0, time.process_time(), time.perf_counter()
     seconds = contender.run(request["prompts"], request["tokens"])
-    return {"seconds": [float(each) for each in seconds], "compile_seconds": compiled() - before if compiled else None}
+    cores = (time.process_time() - cpu) / (time.perf_counter() - begin)
+    compile_seconds = compiled() - before if compiled else None
+    return {"seconds": [float(each) for each in seconds], "compile_seconds": compile_seconds, "cores": cores}
 
 
 def _memory(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:

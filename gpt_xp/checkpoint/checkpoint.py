@@ -37,8 +37,8 @@ class Checkpoint:
     carried: Carried
 
 
-def read(directory: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
-    """Return the model in a directory, with its params in `dtype` (see `weights.read_params`).
+def read(directory: str | os.PathLike[str], dtype: str | None = None, *, aligned: bool = True) -> Checkpoint:
+    """Return the model in a directory, with its params in `dtype`, and `aligned` or not (see `weights.read_params`).
 
     Quantized params stay as they are stored.
     Raises `ModelNotFoundError`, `CheckpointError`, `ConfigError`, `TokenizerError`, `BackendError` for another dtype,
@@ -47,7 +47,7 @@ def read(directory: str | os.PathLike[str], dtype: str | None = None) -> Checkpo
     carried = read_carried(directory)
     config, quantization = config_of(carried), stated_quantization(carried)
     tokenizer = Tokenizer.from_directory(directory)  # Its errors come before the large weights are read.
-    params = read_params(directory, config, dtype, quantization, is_tied=is_tied(carried.config))
+    params = read_params(directory, config, dtype, quantization, is_tied=is_tied(carried.config), aligned=aligned)
     return Checkpoint(config, params, quantization, tokenizer, carried)
 
 

@@ -63,10 +63,11 @@ class SafetensorsFile:
         self._file = file
         self._mapping = mapping
 
-    def read(self, name: str, dtype: npt.DTypeLike | None = None) -> NumpyArray:
+    def read(self, name: str, dtype: npt.DTypeLike | None = None, *, aligned: bool = True) -> NumpyArray:
         """Return one tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
 
-        It is mapped, not copied, where the file holds that dtype at an aligned place. A mapped array stays valid when
+        It is mapped, not copied, where the file holds that dtype. With `aligned`, a misaligned one is copied. A mapped
+        array stays valid when
         the file is closed, or replaced by another of the same name. Raises `CheckpointError` where a value is too large
         for `dtype`, or the file has become shorter.
         """
@@ -76,7 +77,7 @@ class SafetensorsFile:
         wanted: np.dtype[Any] = stored if dtype is None else np.dtype(dtype)
         # NumPy copies a misaligned matrix at every product, which is 3-4 times slower than one copy here. All tensors
         # of the published GPT-2 files are misaligned, because the length of their headers is odd.
-        if wanted == on_disk and tensor.start % on_disk.itemsize == 0:
+        if wanted == on_disk and not (aligned and tensor.start % on_disk.itemsize):
             n_values = math.prod(tensor.shape)
             return np.frombuffer(self._mapping, on_disk, n_values, tensor.start).reshape(tensor.shape)
         array = self._read_aligned(tensor, on_disk)

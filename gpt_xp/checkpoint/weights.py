@@ -44,6 +44,7 @@ def read_params(
     quantization: str | None = None,
     *,
     is_tied: bool | None = None,
+    aligned: bool = True,
 ) -> Params:
     """Return the parameters in a directory, as a nested dict of read-only NumPy arrays.
 
@@ -60,7 +61,8 @@ def read_params(
     `QuantizedWeight`, and all are as stored. `is_tied` says whether embedding and head are one matrix, so that
     a file may have only one of the names. The default is what `config.json` says, or True without that file.
 
-    An array is mapped where the file holds `dtype` at an aligned place. Otherwise it is read into aligned memory.
+    An array is mapped where the file holds `dtype` at an aligned place. Otherwise it is read into aligned memory. Who
+    copies all arrays anyway can have misaligned ones mapped too: not `aligned`.
     Do not write to a mapped file. `checkpoint.save` replaces the file, and the arrays do not change. Heads for other
     tasks (`score`, `v_head`) are left out, with a `GptXpWarning`.
 
@@ -91,7 +93,7 @@ def read_params(
 
         def read(name: str, shape: tuple[int, ...]) -> NumpyArray:
             file, full_name = tensors[name]
-            return file.read(full_name, None if quantization else dtype)
+            return file.read(full_name, None if quantization else dtype, aligned=aligned)
 
         return build_params(config, read, quantization)
 

@@ -394,9 +394,27 @@ threading.Thread.start = real
 assert m.generate("To be", max_tokens=5).text == alone
 """
 
+NUMPY_COMPUTES_WHILE_A_THREAD_COMPILES = """
+from gpt_xp_backends.native_backend import step
+step.PATIENCE, runs, run = 0, [], step.TracedStep.run
+step.TracedStep.run = lambda *args: (runs.append(1), run(*args))[1]
+for options in ({}, {"dtype": "float16"}):
+    m = gpt_xp.load("shakespeare", backend="native", **options)
+    right = gpt_xp.load("shakespeare", backend="numpy").generate("To be", max_tokens=9).text
+    m.backend._runner._is_cold = True  # also the second time
+    assert m.generate("To be", max_tokens=9).text == right
+    assert options or not runs
+    while m.backend._runner._coming:
+        time.sleep(0.01)
+        assert m.generate("To be", max_tokens=9).text == right
+    assert runs
+"""
+
 
 @posix
-@pytest.mark.parametrize("code", [CTRL_C, FIRST_USE_AT_ONCE, FORK_WHILE_COMPUTING, NO_MORE_THREADS])
+@pytest.mark.parametrize(
+    "code", [NUMPY_COMPUTES_WHILE_A_THREAD_COMPILES, CTRL_C, FIRST_USE_AT_ONCE, FORK_WHILE_COMPUTING, NO_MORE_THREADS]
+)
 def test_it_goes_on(code: str, tmp_path: Path) -> None:
     make_backend("native")
     variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # Kernels are compiled while it is in trouble.

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends import numpy_backend
 from gpt_xp_backends.numpy_backend import NumPyBackend
 
+if TYPE_CHECKING:
+    from gpt_xp_backends.native_backend.step import Runner
+
 FIX = install_command("native")
 
 
@@ -29,6 +32,7 @@ class NativeBackend(NumPyBackend):
     needs: ClassVar = {"llvmlite": FIX}
     needs_quantized: ClassVar[dict[str, str]] = {}
     takes_quantized = True
+    copies_params = True
     _rounds_activations = False
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
@@ -42,8 +46,8 @@ class NativeBackend(NumPyBackend):
 
         self.version, self.dtype = llvmlite.__version__, dtype
         self._n_threads = threads or native_threads.n_cores()
-        self.xp = _namespace(self._n_threads)
-        self._runner = Runner(self.xp, self._n_threads)
+        self._runner = Runner(self._n_threads)
+        self._runner.xp = self.xp = _namespace(self._runner)
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -74,7 +78,8 @@ class NativeBackend(NumPyBackend):
             return {"ln_1": wide(ln_1), "attn": layers[0], "ln_2": wide(ln_2), "mlp": layers[1]}
 
         def wide(tree: Any) -> Any:
-            return tree_map(lambda leaf: np.ascontiguousarray(leaf, np.float32), tree)
+            # Copies, because a view keeps the pages of the file around it in memory.
+            return tree_map(lambda leaf: np.array(leaf, np.float32, order="C"), tree)
 
         params = self.unplaced(params, config)
         wte = params["wte"]
@@ -137,7 +142,7 @@ class NativeBackend(NumPyBackend):
         return found | ({"not_traced": self._runner.problem} if self._runner.problem else {})
 
 
-def _namespace(n_threads: int) -> Namespace:
+def _namespace(runner: "Runner") -> Namespace:
     """Return NumPy's namespace, in which three functions take packed weights."""
     from gpt_xp_backends.native_backend import tape, tracer
     from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
@@ -147,10 +152,13 @@ def _namespace(n_threads: int) -> Namespace:
     def matmul(x: Array, w: Any) -> Array:
         if not isinstance(w, PackedWeight):
             return plain.matmul(x, w)
-        calls = tape.Tape(tape.Arena(), n_threads)
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-        out = tracer.product(calls, rows, w)
-        calls.run()
+        if runner.is_compiling and w.scales is None:
+            out = w.product(rows)
+        else:
+            calls = tape.Tape(tape.Arena(), runner.n_threads)
+            out = tracer.product(calls, rows, w)
+            calls.run()
         return out.reshape(*x.shape[:-1], w.shape[1])
 
     def take(x: Any, indices: Array, axis: int) -> Array:

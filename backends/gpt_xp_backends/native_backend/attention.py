@@ -203,14 +203,22 @@ def _pack_keys(k: KernelBuilder, h: _Head, n_panels: Value, packed: Value, d_hea
     """Write keys into panels [d_head, columns]. The keys after the last slot are the last key."""
     columns = panel_columns(k.target)
     last = h.n_slots - 1
-    with k.loop(0, n_panels) as panel:
-        for c in range(VECTORS):
-            keys = [k.smaller(panel * columns + (c * k.width + i), last) for i in range(k.width)]
-            for vector, load in enumerate(_columns(k, d_head)):
-                square = k.transposed([load(h.keys + key * (4 * d_head)) for key in keys])
-                for i in range(min(k.width, d_head - vector * k.width)):
-                    place = (panel * d_head + (vector * k.width + i)) * columns + c * k.width
-                    k.store(square[i], packed + place * 4)
+
+    def pack(keys: list[Value], to: Value, first: Value, n: int) -> None:
+        """Pack `n` numbers, from `first` on, of some keys."""
+        load = k.load if n == k.width else lambda address: k.load_first(address, n)
+        for i, vector in enumerate(k.transposed([load(key + first * 4) for key in keys])[:n]):
+            k.store(vector, to + (first + i) * (4 * columns))
+
+    whole = d_head // k.width * k.width
+    with k.loop(0, n_panels) as panel, k.loop(0, columns, k.width) as column:
+        places = (k.smaller(panel * columns + column + i, last) for i in range(k.width))
+        keys = [h.keys + place * (4 * d_head) for place in places]
+        to = packed + (panel * (d_head * columns) + column) * 4
+        with k.loop(0, whole, k.width) as first:
+            pack(keys, to, first, k.width)
+        if whole < d_head:
+            pack(keys, to, k.integer(whole), d_head - whole)
 
 
 def _softmax(k: KernelBuilder, scores: Value, mask: Value, n_keys: Value, n_padded: Value) -> None:

@@ -27,7 +27,7 @@ SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 
 class _Shared:
-    """The lock of all `Kernels`. A fork gets a new one, because another thread of its parent may hold this."""
+    """The lock of all `Kernels`: one thread at a time uses LLVM, and a process does not fork meanwhile."""
 
     lock = threading.RLock()
 
@@ -126,6 +126,10 @@ class Kernels:
                     self._loaded[name] = self._load(name, self._found(name) or self._compiled(name, text()))
         return self._loaded[name]
 
+    def has(self, name: str) -> bool:
+        """Return whether a kernel is loaded, or on disk."""
+        return name in self._loaded or self._found(name) is not None
+
     def _path(self, name: str) -> Path | None:
         if self._folder is None:
             return None
@@ -201,8 +205,17 @@ def kernels() -> Kernels:
     return _KERNELS[0]
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: setattr(_Shared, "lock", threading.RLock()))
+def alone() -> Any:
+    """Return a context in which no other thread compiles."""
+    return _Shared.lock
+
+
+if hasattr(os, "register_at_fork"):  # LLVM has locks of its own, which a fork would have for ever.
+    os.register_at_fork(
+        before=lambda: _Shared.lock.acquire(),
+        after_in_parent=lambda: _Shared.lock.release(),
+        after_in_child=lambda: setattr(_Shared, "lock", threading.RLock()),
+    )
 
 
 def numbers(*values: int) -> "np.ndarray[Any, Any]":

@@ -40,6 +40,14 @@ class PackedWeight:
         """The bytes that it takes."""
         return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    def product(self, x: NumpyArray) -> NumpyArray:
+        """Return x [rows, n_in] times a weight of floats, computed by NumPy."""
+        panels = (
+            self.panels[i : i + PANELS].astype(np.float32, copy=False) for i in range(0, len(self.panels), PANELS)
+        )
+        out = np.concatenate([np.matmul(x, each) for each in panels])  # [n_panels, rows, columns]
+        return out.transpose(1, 0, 2).reshape(len(x), -1)[:, : self.shape[1]]
+
     def columns(self, ids: NumpyArray) -> NumpyArray:
         """Return some columns in float32, [*ids.shape, n_in]."""
         (n_in, n_out), width = self.shape, self.panels.shape[2]

@@ -1,6 +1,7 @@
 """Runs the steps of a model as tapes: one for each shape of the tokens and of the cache."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ from gpt_xp.kv_cache import KVCache
 from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import threads
+from gpt_xp_backends.native_backend.machine import alone, kernels
 from gpt_xp_backends.native_backend.tape import Arena, NotTracedError, Tape
 from gpt_xp_backends.native_backend.tracer import NativeTracer, host_array
 from gpt_xp_backends.tracing import TracedArray
 
 MAX_TAPES = 16  # A step keeps so many tapes, for tokens and caches of different shapes.
+PATIENCE = 0.05  # seconds; a step whose kernels are compiled is traced in less
 
 
 class NativeStep:
@@ -43,7 +46,13 @@ class NativeStep:
                 key = id(params), tokens.shape, cache.start.shape, n_slots, tuple(sorted(given.items()))
                 step = self._traced.pop(key, None)
                 if step is None or not step.is_for(params):
-                    step = TracedStep(self._function, params, tokens, cache, given, self._runner)
+                    before = KVCache(list(cache.layers), cache.position, cache.start)  # NumPy may write to `layers`.
+                    step = self._runner.trace(
+                        (self, key),
+                        lambda: TracedStep(self._function, params, tokens, before, given, self._runner),
+                    )
+                if step is None or not step.is_for(params):
+                    return self._plain(*args, **options)
                 found = step.run(tokens, cache)
             except (NotTracedError, TypeError) as error:  # Such a key cannot be compared, if it is a TypeError.
                 self._runner.problem = str(error)
@@ -55,10 +64,68 @@ class NativeStep:
 
 
 class Runner:
-    """The namespace, memory and threads that all steps of a backend share. `problem` is why one was not traced."""
+    """The namespace, memory and threads that all steps of a backend share. `problem` is why one was not traced.
 
-    def __init__(self, xp: Namespace, n_threads: int) -> None:
-        self.xp, self.arena, self.n_threads, self.problem = xp, Arena(), n_threads, ""
+    Where no kernels are on disk yet, a thread traces each step and compiles its kernels. NumPy computes meanwhile, so
+    that the first token of a start does not wait for a second.
+    """
+
+    xp: Namespace
+
+    def __init__(self, n_threads: int) -> None:
+        self.arena, self.n_threads, self.problem = Arena(), n_threads, ""
+        self._coming: dict[Any, _Coming] = {}
+        self._is_cold: bool | None = None
+
+    def trace(self, key: Any, make: "Callable[[], TracedStep]") -> "TracedStep | None":
+        """Return a traced step, or None while a thread compiles its kernels."""
+        if self._is_cold is None:
+            self._is_cold = not kernels().has("run_rounds")  # A traced step compiles it as the last.
+        if not self._is_cold:
+            return make()
+        coming = self._coming.get(key)
+        if coming is None:
+            coming = _Coming(make)
+            try:
+                coming.start()
+            except RuntimeError:  # The system refuses to start a thread.
+                coming.run()
+                return coming.result()
+            self._coming[key] = coming
+        coming.join(PATIENCE)
+        if coming.is_alive():
+            return None
+        del self._coming[key]
+        return coming.result()
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a thread compiles kernels."""
+        return any(each.is_alive() for each in self._coming.values())
+
+
+class _Coming(threading.Thread):
+    """Traces a step. It is no daemon, because a process that ends while LLVM compiles would crash."""
+
+    def __init__(self, make: "Callable[[], TracedStep]") -> None:
+        super().__init__(name="gpt-xp native, compiling", daemon=False)
+        self._make = make
+        self._found: TracedStep | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        """Trace the step, while no other thread does: all take memory from one arena."""
+        try:
+            with alone():
+                self._found = self._make()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> "TracedStep | None":
+        """Return the step, or None in a fork, which has no such thread. Raises what tracing raised."""
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 class TracedStep:
@@ -76,6 +143,7 @@ class TracedStep:
         try:
             found = function(params=params, tokens=self._tokens, cache=own, xp=tracer, **others)
             self._result = _computed(found, tracer, cache.position)
+            self._tape.prepare()
         except (TypeError, ValueError) as error:  # A `TracedArray` raises it, or NumPy, which was given one.
             raise NotTracedError(str(error)) from error
 

@@ -85,12 +85,16 @@ class Tape:
             self._kept.append(self._scratch)
         return int(self._scratch.ctypes.data + -self._scratch.ctypes.data % ALIGNMENT)
 
+    def prepare(self) -> "threads.Rounds":
+        """Return what `run` runs, made once."""
+        self._rounds = self._rounds or threads.Rounds(self._calls, self.n_threads, self._kept)
+        return self._rounds
+
     def run(self) -> None:
         """Run all calls."""
         for call in self._host:
             call()
-        self._rounds = self._rounds or threads.Rounds(self._calls, self.n_threads, self._kept)
-        self._rounds.run()
+        self.prepare().run()
 
 
 class CacheTable:

@@ -43,6 +43,7 @@ class Rounds:
     def __init__(self, calls: Sequence[Call], n_threads: int, kept: Any = ()) -> None:
         self._n_threads, self._kept = n_threads, kept
         rounds: list[tuple[Call, list[Call]]] = [(Call(_address("nothing", nothing), 0, 1, False), [])]
+        _address("run_rounds", run_rounds)
         for call in calls:
             if call.alone:
                 rounds[-1][1].append(call)
