@@ -2,9 +2,9 @@
 
     python benchmarks/batch.py --plot benchmarks/results/batch-124M.png
 
-It measures gpt-xp on NumPy, native, JAX and PyTorch, and the floor: the matrix products alone, with one row for each prompt and
-the same weights, and one read of the caches of all rows. The model has float32 random weights of a published shape,
-read from a file laid out like the published ones. The contenders take turns, A B A B. The last table divides the
+It measures gpt-xp on NumPy, native, JAX and PyTorch, and the floor: the matrix products alone, with one row for each
+prompt and the same weights, and one read of the caches of all rows. The model has float32 random weights of a published
+shape, read from a file laid out like the published ones. The contenders take turns, A B A B. The last table divides the
 throughput of each batch by that of a single prompt, within each round.
 """
 

@@ -3,9 +3,10 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --size 124M --plot benchmarks/results/peers-124M.png
 
-gpt-xp on each backend, on NumPy quantized to int8, and on native in each precision that it has, against transformers, CTranslate2, llama.cpp and picoGPT's
-algorithm. The floors are the matrix products alone, over the same weights: in NumPy, for JAX in XLA, and for int8 with
-gpt-xp's compiled products. An engine that is not installed is skipped, with the reason.
+gpt-xp on each backend, on NumPy quantized to int8, and on native in each precision that it has, against transformers,
+CTranslate2, llama.cpp and picoGPT's algorithm. The floors are the matrix products alone, over the same weights: in
+NumPy, for JAX in XLA, and for int8 with gpt-xp's compiled products. An engine that is not installed is skipped, with
+the reason.
 
 The model has random weights of a published shape, and is read from a file laid out like the published ones. The files
 of CTranslate2 and llama.cpp are converted from it, in a temporary folder. Each contender has its own process, with a

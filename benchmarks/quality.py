@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Measure float32, int8 and int4, and print the table."""
+    """Measure float32 and what is less exact, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="shakespeare")
@@ -27,10 +27,11 @@ def main() -> None:
 
     import gpt_xp
 
-    models = {
-        kind: gpt_xp.load(options.model, backend=options.backend, quantize=None if kind == "float32" else kind)
-        for kind in ("float32", "int8", "int4")
-    }
+    models = {"float32": gpt_xp.load(options.model, backend=options.backend)}
+    if options.backend == "native":
+        models["float16"] = gpt_xp.load(options.model, backend="native", dtype="float16")
+    for kind in ("int8", "int4", *(["w8a8"] if options.backend == "native" else [])):
+        models[kind] = gpt_xp.load(options.model, backend=options.backend, quantize=kind)
     tokenizer, n_ctx = models["float32"].tokenizer, models["float32"].config.n_ctx
     assert tokenizer is not None
     text = options.text.read_text(encoding="utf-8")

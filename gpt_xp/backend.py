@@ -25,6 +25,8 @@ from gpt_xp.tree import tree_map
 from gpt_xp.types import Array, Namespace, Params
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpt_xp.generation.sampling import Choice
 
 DecodeStep: TypeAlias = Callable[[Any], tuple[Any, Any]]  # state -> (next state, output of this step)
@@ -111,6 +113,17 @@ class Backend:
             return self.asarray(leaf, self.dtype)
 
         return tree_map(moved, params)  # type: ignore[no-any-return]
+
+    def with_copies(self, params: Params, folder: "Path") -> "Backend":
+        """Return the same backend, which may use copies of these params that it keeps in their folder."""
+        return self
+
+    def write_copy(self, params: Params, config: GPT2Config, folder: "Path") -> "Path":
+        """Write a copy of params in the form that `place` gives them, for `with_copies`, and return its path.
+
+        Raises `BackendError` if the backend uses params as they are stored.
+        """
+        raise BackendError(f"{self.name} keeps no packed weights: `gpt-xp models pack` is for the backend native")
 
     def fetch(self, params: Params, config: GPT2Config) -> Params:
         """Return params of `place` as NumPy arrays. bfloat16, which NumPy lacks, becomes float32, which holds it."""

@@ -49,7 +49,10 @@ def load(
     if quantize:
         chosen = quantized_backend(chosen, quantize)
     # The params are read as stored, because 16 bits travel faster than 32. The device converts them.
-    found = checkpoint.read(find_model(name), aligned=not chosen.copies_params)
+    folder = find_model(name)
+    found = checkpoint.read(folder, aligned=not chosen.copies_params)
+    if not quantize:
+        chosen = chosen.with_copies(found.params, folder)
     params = quantize_params(found.params, quantize) if quantize else found.params
     model = Model(params, found.config, found.tokenizer, chosen)
     model._carried = found.carried

@@ -97,6 +97,11 @@ def check_kind(kind: str | None) -> None:
         raise SettingError(f"quantize must be one of {', '.join(KINDS)}, or None, not {kind!r}")
 
 
+def stored_kind(kind: str) -> str:
+    """Return how the weights of that kind of quantization are stored: "int8" or "int4"."""
+    return "int8" if kind == "w8a8" else kind
+
+
 def quantization_of(params: Params) -> str | None:
     """Return the kind of quantization of the params: one of `KINDS`, or None."""
     for leaf in leaves(params):
@@ -117,9 +122,9 @@ def quantize(params: Params, kind: str) -> Params:
     `NumericalError` for weights that are not finite.
     """
     check_kind(kind)
-    kind = "int8" if kind == "w8a8" else kind
+    kind = stored_kind(kind)
     if (found := quantization_of(params)) is not None:
-        if found != kind:
+        if stored_kind(found) != kind:
             raise SettingError(f"the params are {found} already and cannot become {kind}: take the float32 model")
         return params
 

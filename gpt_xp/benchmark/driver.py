@@ -118,7 +118,8 @@ def _result(
     known = ContenderResult(
         contestant.spec.name, contestant.spec.is_floor, contestant.description, contestant.difference,
         contestant.compile_seconds, contestant.peak_memory_bytes,
-        statistics.median(contestant.cores) if contestant.cores else None, skipped=contestant.skipped, failed=contestant.failed,
+        statistics.median(contestant.cores) if contestant.cores else None,
+        skipped=contestant.skipped, failed=contestant.failed,
     )  # fmt: skip
     if not contestant.is_in or first is None:
         return known

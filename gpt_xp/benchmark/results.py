@@ -29,8 +29,8 @@ class ContenderResult:
     """The result of one contender.
 
     `description` is its answer to "describe". `logits_difference` is the difference to the logits of the first
-    contender in float32 or float64, relative to the largest of them. `cores` is the CPU time of a run divided by its wall time, the median of all runs.
-    Where it is less than the threads, these waited, or other programs had the cores.
+    contender in float32 or float64, relative to the largest of them. `cores` is the CPU time of a run divided by its
+    wall time, the median of all runs. Where it is less than the threads, these waited, or other programs had the cores.
 
     `figures` and `turns` have an element for each workload. They are empty where the contender could not start
     (`skipped` says why) or was wrong (`failed`).

@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import click
 
+from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
@@ -12,6 +13,7 @@ from gpt_xp.errors import ModelNotFoundError
 from gpt_xp.hub import store
 from gpt_xp.hub.find import BUNDLED, bundled, default_model, find_model, get_published
 from gpt_xp.hub.published import MODELS, Published, find_published
+from gpt_xp.registry import get_backend
 from gpt_xp.reporting.text import size, table
 
 EPILOG = """\
@@ -94,6 +96,24 @@ def verify(ctx: click.Context, name: str | None) -> None:
         )
         note(f"{copy.folder} is not whole: {fate}")
     ctx.exit(1 if bad else 0)
+
+
+@models.command(context_settings=CONTEXT)
+@click.argument("name")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="As for gpt-xp."
+)
+def pack(name: str, dtype: str) -> None:
+    """Write a copy of the weights of the model NAME that the backend native maps at its start, and print its path.
+
+    It lies beside the model's own file, and takes as much room. Without it, each start packs the weights in memory.
+    """
+    backend = get_backend("native", dtype=dtype)
+    folder = find_model(name)
+    with waiting(f"packing {name}"):
+        found = checkpoint.read(folder, aligned=False)
+        path = backend.write_copy(found.params, found.config, folder)
+    write(f"{path}\n")
 
 
 def _verify(copy: store.Copy, model: Published) -> bool:

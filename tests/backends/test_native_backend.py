@@ -22,6 +22,7 @@ from small_quantized import small
 import gpt_xp
 from gpt_xp import Backend, GPT2Config, Model
 from gpt_xp.checkpoint.tensors import build_params
+from gpt_xp.checkpoint.weights import read_params
 from gpt_xp.errors import BackendError, NumericalError, PromptError
 from gpt_xp.generation.decoder import Decoder
 from gpt_xp.kv_cache import KVCache
@@ -336,6 +337,37 @@ def test_prompts_of_many_lengths_share_their_memory(native: Backend) -> None:
     for n_seq in range(1, 150, 7):
         decoder.prefill([[1] * n_seq])
     assert sum(block.nbytes for block in native._runner.arena._blocks) < 1.5 * before
+
+
+# --- activations of int8 ----------------------------------------------------------------------------------------------
+
+
+def test_w8a8_rounds_activations_and_stores_int8(native: Backend, tmp_path: Path) -> None:
+    params, config = small("int8")
+    plain, rounding = (Model(params, config, backend=each) for each in (native, native.rounding_activations()))
+    ids = np.arange(3 * 23).reshape(3, 23) % config.n_vocab
+    exact, found = plain.logits(ids), rounding.logits(ids)
+    assert 1e-4 < np.abs(found - exact).max() / np.abs(exact).max() < 0.1
+    assert np.array_equal(rounding.logits(ids[:2]), found[:2])  # Each row has a scale of its own.
+    steps = rounding.generate([5, 3, 2], max_tokens=9, ignore_eos=True).token_ids
+    assert steps == rounding.generate([5, 3, 2], max_tokens=9, ignore_eos=True).token_ids
+    assert quantization_of(rounding.params) == "w8a8"
+    assert gpt_xp.quantize(rounding.params, "int8") is rounding.params
+    assert rounding._generator.decoder.params["wte"].kind == "w8a8"
+    assert not rounding.backend.settings().get("not_traced")  # type: ignore[attr-defined]
+    rounding.save(tmp_path)
+    stored = read_params(tmp_path, config, quantization="int8")
+    for name in ("q", "scale"):
+        assert np.array_equal(getattr(stored["wte"], name), getattr(params["wte"], name))
+
+
+def test_w8a8_is_natives_alone(call: Callable[..., Result]) -> None:
+    make_backend("native")
+    done = call("-m", "shakespeare", "-b", "native", "--quantize", "w8a8", "--stats", "-n", "3", "To be")
+    assert "w8a8" in done.err
+    failed = call("-m", "shakespeare", "-b", "numpy", "--quantize", "w8a8", "-n", "3", "To be")
+    assert failed.code
+    assert "take the backend native" in failed.err
 
 
 # --- processes in trouble ---------------------------------------------------------------------------------------------

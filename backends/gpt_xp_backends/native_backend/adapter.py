@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ class NativeBackend(NumPyBackend):
     takes_quantized = True
     copies_params = True
     _rounds_activations = False
+    _packed: ClassVar[dict[int, tuple[Any, Any]]] = {}  # Weights whose packed form is mapped, by id.
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
         if device not in (None, "cpu"):
@@ -68,7 +70,14 @@ class NativeBackend(NumPyBackend):
         kind = "w8a8" if self._rounds_activations else self.dtype
 
         def packed(weight: Any) -> Any:
+            if id(weight) in self._packed:
+                return self._packed[id(weight)][1]
             return pack(weight, kind if isinstance(weight, QuantizedWeight) else self.dtype, columns, self._n_threads)
+
+        def table(wte: Any) -> Any:
+            if id(wte) in self._packed:
+                return packed(wte)
+            return packed(QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T)
 
         def linear(w: Any, b: Any) -> Params:
             return {"w": packed(w), "b": wide(b)}
@@ -82,11 +91,32 @@ class NativeBackend(NumPyBackend):
             return tree_map(lambda leaf: np.array(leaf, np.float32, order="C"), tree)
 
         params = self.unplaced(params, config)
-        wte = params["wte"]
-        weight = QuantizedWeight(*wte) if isinstance(wte, QuantizedTable) else np.asarray(wte).T
-        wte = PackedTable(packed(weight), self.xp)
+        wte = PackedTable(table(params["wte"]), self.xp)
         blocks = [block(**each) for each in params["blocks"]]
         return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
+
+    def with_copies(self, params: Params, folder: Path) -> Backend:
+        """Return the backend, which takes the packed copy of these params in their folder where there is one."""
+        from gpt_xp_backends.native_backend.packed_copy import read_copy
+
+        path, columns = self._copy_path(params, folder)
+        return self if self._rounds_activations else self.replace(_packed=read_copy(path, params, self.dtype, columns))
+
+    def write_copy(self, params: Params, config: GPT2Config, folder: Path) -> Path:
+        """Write a packed copy of params that were read from `folder` into it, and return its path."""
+        from gpt_xp_backends.native_backend.packed_copy import write_copy
+
+        path, _ = self._copy_path(params, folder)
+        write_copy(path, self.place(params, config))
+        return path
+
+    def _copy_path(self, params: Params, folder: Path) -> tuple[Path, int]:
+        from gpt_xp_backends.native_backend.machine import kernels
+        from gpt_xp_backends.native_backend.packed_copy import copy_path
+        from gpt_xp_backends.native_backend.products import panel_columns
+
+        columns = panel_columns(kernels().target)
+        return copy_path(folder, params, self.dtype, columns), columns
 
     def unplaced(self, params: Params, config: GPT2Config) -> Params:
         """Return params whose weights are not packed."""

@@ -212,8 +212,8 @@ def alone() -> Any:
 
 if hasattr(os, "register_at_fork"):  # LLVM has locks of its own, which a fork would have for ever.
     os.register_at_fork(
-        before=lambda: _Shared.lock.acquire(),
-        after_in_parent=lambda: _Shared.lock.release(),
+        before=lambda: bool(_Shared.lock.acquire()),
+        after_in_parent=lambda: _Shared.lock.__exit__(None, None, None),
         after_in_child=lambda: setattr(_Shared, "lock", threading.RLock()),
     )
 

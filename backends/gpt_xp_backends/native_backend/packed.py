@@ -20,9 +20,9 @@ class PackedWeight:
     """The weight of a linear layer, [n_in, n_out], in panels of some columns.
 
     `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] of
-    uint8: a byte has the codes of inputs i and i + 16 of a group of 32. For w8a8 it is [n_panels, 1 + n_in / 4, columns]
-    of int32: -128 times the sum of a column, then the codes of four inputs in each. `scales` is [n_panels * columns] for
-    int8 and w8a8, and [n_panels, groups, columns] for int4. Columns after the last are zero.
+    uint8: a byte has the codes of inputs i and i + 16 of a group of 32. For w8a8 it is [n_panels, 1 + n_in / 4,
+    columns] of int32: -128 times the sum of a column, then the codes of four inputs in each. `scales` is [n_panels *
+    columns] for int8 and w8a8, and [n_panels, groups, columns] for int4. Columns after the last are zero.
     """
 
     __slots__ = ("kind", "panels", "scales", "shape")
