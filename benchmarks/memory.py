@@ -49,6 +49,7 @@ print(json.dumps([peak(), out.shape[1]]))
 """
 BASES = {  # code that imports a library without a model
     "numpy": "import gpt_xp, numpy",
+    "native": "import gpt_xp, llvmlite.binding",
     "jax": "import gpt_xp, jax; jax.devices()",
     "torch": "import gpt_xp, torch",
     "transformers": "import gpt_xp, torch; from transformers import GPT2LMHeadModel",
@@ -100,7 +101,7 @@ def measure(name: str, folder: Path, size: str, n_prompt: int) -> None:
 
 def modules(name: str) -> list[str]:
     """Return what must be installed."""
-    return ["torch", name] if name == "transformers" else [name]
+    return {"transformers": ["torch", name], "native": ["llvmlite"]}.get(name, [name])
 
 
 def child(code: str, *arguments: str) -> list[Any]:

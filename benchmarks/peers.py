@@ -31,7 +31,7 @@ NARROW = ("CTranslate2 int8", "llama.cpp F16", "llama.cpp Q8_0", "llama.cpp Q4_0
 ENGINES = FLOAT32[1:]
 FLOOR = {"jax": "XLA's products", "numpy+int8": "int8 products"}  # of other backends it is NumPy's, "floor"
 PEERS = (*FLOAT32, *NARROW, *FLOOR.values())
-BACKENDS = "numpy,native,native+int8,native+w8a8,native+int4,jax,torch,cupy,numpy+int8"
+BACKENDS = "numpy,native,native+int8,native+w8a8,native+int4,native+w4a8,jax,torch,cupy,numpy+int8"
 # How many times the seconds of others it may take; those of prefill are for long prompts.
 TARGETS = {
     ("decode", "numpy"): {"fastest": 1.0, "floor": 1.10},
@@ -55,6 +55,8 @@ NATIVE_TARGETS = (
     ("decode", "+int8", "llama.cpp Q8_0", (0.9, 0.95, 1.0)),
     ("prefill", "+w8a8", "CTranslate2 int8", (1.0, 1.0, 1.0)),
     ("decode", "+int4", "llama.cpp Q4_0", (1.0, 1.0, 1.0)),
+    ("decode", "+w4a8", "llama.cpp Q4_0", (1.0, 1.0, 1.0)),
+    ("prefill", "+w4a8", "llama.cpp Q4_0", (1.0, 1.0, 1.0)),
     ("decode", "+int4", f"{NATIVE}+int8", (1.0, 1.0, 1.0)),
 )
 NAIVE = "picoGPT's algorithm"

@@ -30,7 +30,7 @@ def main() -> None:
     models = {"float32": gpt_xp.load(options.model, backend=options.backend)}
     if options.backend == "native":
         models["float16"] = gpt_xp.load(options.model, backend="native", dtype="float16")
-    for kind in ("int8", "int4", *(["w8a8"] if options.backend == "native" else [])):
+    for kind in ("int8", "int4", *(["w8a8", "w4a8"] if options.backend == "native" else [])):
         models[kind] = gpt_xp.load(options.model, backend=options.backend, quantize=kind)
     tokenizer, n_ctx = models["float32"].tokenizer, models["float32"].config.n_ctx
     assert tokenizer is not None

@@ -166,11 +166,13 @@ class Backend:
         return self.replace(xp=QuantizedNamespace(self.xp, self.dtype), takes_quantized=True)
 
     def rounding_activations(self) -> "Backend":
-        """Return the same backend, whose products of int8 weights round the activations to int8 too.
+        """Return the same backend, whose products of quantized weights round the activations to int8.
 
         Raises `BackendError` if it has none.
         """
-        raise BackendError(f"{self.name} does not round activations (w8a8): take the backend native, or int8")
+        raise BackendError(
+            f"{self.name} does not round activations (w8a8, w4a8): take the backend native, or int8 or int4"
+        )
 
     # --- the cache, and how prompts are cut ---
 

@@ -32,8 +32,8 @@ def load(
     threads of the CPU. On NumPy the params are mapped from the file, without a copy, if they are stored in `dtype`.
 
     `quantize` "int8" or "int4" stores the weights in 8 or 4 bits (see `gpt_xp.quantize`): faster, smaller, and a little
-    less exact. A model that was saved quantized needs no `quantize`. On the backend native, "w8a8" rounds activations
-    to 8 bits too: long prompts are faster, and the logits less exact.
+    less exact. A model that was saved quantized needs no `quantize`. On the backend native, "w8a8" and "w4a8" round
+    activations to 8 bits too: faster, and less exact.
 
     `mesh` "data=2,model=4" computes on 8 devices of JAX: rows are split over 2, weights over 4 ("auto": rows over all).
     `hosts` "ADDRESS:PORT,COUNT,INDEX" joins COUNT processes, of which this is number INDEX (from 0) and number 0

@@ -6,8 +6,9 @@ codes times scales, rounded to the nearest code and symmetric around zero:
 - int8: codes from -127 to 127, one per byte; a scale for each row of the token table and each output of a layer;
 - int4: codes from -8 to 7, two per byte; a scale for each 32 codes of such a row.
 
-Activations are not quantized, except by w8a8, which stores int8 and rounds the input of each linear layer to int8 while
-it computes, with a scale for each row. That makes long prompts faster, and the logits less exact.
+Activations are not quantized, except by w8a8 and w4a8. They store int8 and int4, and round the input of each linear
+layer to int8 while they compute: w8a8 with a scale for each row, w4a8 with one for each 32 numbers. That makes long
+prompts faster, and the logits less exact.
 
 `transformer.py` does not know about quantization. A backend provides a namespace whose `take`, `matrix_transpose` and
 `matmul` take quantized weights too.
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from gpt_xp.backend import Backend
 
 STORED_KINDS = ("int8", "int4")
-KINDS = (*STORED_KINDS, "w8a8")
+ROUNDING_KINDS = {"w8a8": "int8", "w4a8": "int4"}  # and how their weights are stored
+KINDS = (*STORED_KINDS, *ROUNDING_KINDS)
 GROUP = 32  # codes of int4 that share a scale
 _WEIGHTS_AT_A_TIME = 2**20  # They are quantized while they are in the processor's cache.
 
@@ -99,7 +101,7 @@ def check_kind(kind: str | None) -> None:
 
 def stored_kind(kind: str) -> str:
     """Return how the weights of that kind of quantization are stored: "int8" or "int4"."""
-    return "int8" if kind == "w8a8" else kind
+    return ROUNDING_KINDS.get(kind, kind)
 
 
 def quantization_of(params: Params) -> str | None:
@@ -117,7 +119,7 @@ def quantization_of(params: Params) -> str | None:
 def quantize(params: Params, kind: str) -> Params:
     """Return params (NumPy arrays) with the token table and the weights of all linear layers quantized.
 
-    `kind` is "int8", "int4", or "w8a8", which stores int8. Params that are quantized so already are returned unchanged.
+    `kind` is one of `KINDS`. Params that are quantized so already are returned unchanged.
     Raises `SettingError` for another kind, params quantized in the other kind, or a width that int4 cannot hold; and
     `NumericalError` for weights that are not finite.
     """
@@ -191,9 +193,9 @@ def dequantize(weight: Quantized, dtype: Any, xp: Namespace) -> Array:
 def quantized_backend(backend: "Backend", kind: str = "int8") -> "Backend":
     """Return the same backend with a namespace that takes weights of that kind, or the backend itself if it has one.
 
-    Raises `BackendError` if the backend needs a library for it that is not installed, or has no w8a8.
+    Raises `BackendError` if the backend needs a library for it that is not installed, or does not round activations.
     """
-    if kind == "w8a8":
+    if kind in ROUNDING_KINDS:
         backend = backend.rounding_activations()
     return backend if backend.takes_quantized else backend.quantized()
 

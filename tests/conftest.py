@@ -69,6 +69,15 @@ def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def steps_wait_for_their_kernels() -> Iterator[None]:
+    """Let `native` wait while kernels are compiled. Otherwise the first tests would look at NumPy's numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("llvmlite"):
+            patch.setattr("gpt_xp_backends.native_backend.step.PATIENCE", 600)
+        yield
+
+
 @pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return each backend in turn, in float32."""

@@ -342,8 +342,11 @@ def test_prompts_of_many_lengths_share_their_memory(native: Backend) -> None:
 # --- activations of int8 ----------------------------------------------------------------------------------------------
 
 
-def test_w8a8_rounds_activations_and_stores_int8(native: Backend, tmp_path: Path) -> None:
-    params, config = small("int8")
+@pytest.mark.parametrize(("kind", "stored_kind"), [("w8a8", "int8"), ("w4a8", "int4")])
+def test_activations_are_rounded_and_int8_or_int4_is_stored(
+    native: Backend, tmp_path: Path, kind: str, stored_kind: str
+) -> None:
+    params, config = small(stored_kind)
     plain, rounding = (Model(params, config, backend=each) for each in (native, native.rounding_activations()))
     ids = np.arange(3 * 23).reshape(3, 23) % config.n_vocab
     exact, found = plain.logits(ids), rounding.logits(ids)
@@ -351,12 +354,12 @@ def test_w8a8_rounds_activations_and_stores_int8(native: Backend, tmp_path: Path
     assert np.array_equal(rounding.logits(ids[:2]), found[:2])  # Each row has a scale of its own.
     steps = rounding.generate([5, 3, 2], max_tokens=9, ignore_eos=True).token_ids
     assert steps == rounding.generate([5, 3, 2], max_tokens=9, ignore_eos=True).token_ids
-    assert quantization_of(rounding.params) == "w8a8"
-    assert gpt_xp.quantize(rounding.params, "int8") is rounding.params
-    assert rounding._generator.decoder.params["wte"].kind == "w8a8"
+    assert quantization_of(rounding.params) == kind
+    assert gpt_xp.quantize(rounding.params, stored_kind) is rounding.params
+    assert rounding._generator.decoder.params["wte"].kind == kind
     assert not rounding.backend.settings().get("not_traced")  # type: ignore[attr-defined]
     rounding.save(tmp_path)
-    stored = read_params(tmp_path, config, quantization="int8")
+    stored = read_params(tmp_path, config, quantization=stored_kind)
     for name in ("q", "scale"):
         assert np.array_equal(getattr(stored["wte"], name), getattr(params["wte"], name))
 

@@ -90,7 +90,7 @@ def test_product(target: Any, kind: str, rows: int, n_in: int, n_out: int) -> No
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 7, 5), (3, 97, 131), (4, 64, 96), (23, 131, 53)])
 def test_product_of_codes_by_codes(target: Any, rows: int, n_in: int, n_out: int) -> None:
     columns, stored = products.panel_columns(target), random(n_out, n_in)
-    weight = packed.pack(QuantizedWeight(*_quantized(stored, "int8")), "w8a8", columns, 2)
+    weight = packed.pack(QuantizedWeight(*_quantized(stored, "int8")), "float32", columns, 2, rounds=True)
     codes, scale = packed.unpack(weight)
     x = random(rows, n_in + 3)[:, :n_in]
     x[0] *= 1e-3
@@ -112,6 +112,59 @@ def test_product_of_codes_by_codes(target: Any, rows: int, n_in: int, n_out: int
     assert not out[:, n_out:].any()
     assert (whole[:100] == 7).all()
     assert (whole[-100:] == 7).all()
+
+
+@pytest.mark.parametrize("target", [*TARGETS, pytest.param(VNNI, id="AVX2 with VNNI", marks=needs_vnni)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 32, 5), (3, 96, 131), (4, 64, 96), (23, 160, 53)])
+def test_product_of_codes_by_int4(target: Any, rows: int, n_in: int, n_out: int) -> None:
+    columns = products.panel_columns(target)
+    stored = QuantizedWeight(*_quantized(random(n_out, n_in), "int4"))
+    weight = packed.pack(stored, "float32", columns, 2, rounds=True)
+    assert all(np.array_equal(a, b) for a, b in zip(packed.unpack(weight), stored, strict=True))
+    exact = np.float64(weight.columns(np.arange(n_out))).T
+    x = random(rows, n_in + 3)[:, :n_in]
+    x[-1, 17] = 31  # One number that is much larger than the others spoils its own group alone.
+    each = dots.group_row_bytes(n_in)
+    rounded = np.zeros(rows * each, np.uint8)
+    run(
+        target,
+        "group_codes",
+        dots.group_codes,
+        rows,
+        x.ctypes.data,
+        x.strides[0],
+        rounded.ctypes.data,
+        each,
+        n_in // 32,
+    )
+    out, whole = guarded(rows, len(weight.panels) * columns)
+    assert weight.scales is not None
+    run(
+        target, "product_w4a8", dots.product_int4, len(weight.panels), rounded.ctypes.data, each, rows,
+        weight.panels.ctypes.data, weight.scales.ctypes.data, out.ctypes.data, out.strides[0], n_in // 32,
+    )  # fmt: skip
+    groups = np.float64(x).reshape(rows, -1, 32)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / 127
+    right = (np.rint(groups / scale) * scale).reshape(rows, n_in) @ exact
+    # A number near the middle between two codes may be rounded to the other one.
+    assert np.abs(out[:, :n_out] - right).max() <= scale.max() * np.abs(exact).max() + 1e-6 * np.abs(right).max()
+    assert np.median(np.abs(out[:, :n_out] - right)) <= 1e-6 * np.abs(right).max()
+    assert not out[:, n_out:].any()
+    assert (whole[:100] == 7).all()
+    assert (whole[-100:] == 7).all()
+    x[0, 5] = np.nan
+    run(
+        target,
+        "group_codes",
+        dots.group_codes,
+        rows,
+        x.ctypes.data,
+        x.strides[0],
+        rounded.ctypes.data,
+        each,
+        n_in // 32,
+    )
+    assert np.isnan(rounded[:4].view(np.float32)[0])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -304,6 +357,7 @@ def test_kernels_are_compiled_for_arm64_too() -> None:
     for name, text in (
         ("product", products.product("product", ARM64, "float16", True)),
         ("w8a8", dots.product("w8a8", ARM64)),
+        ("w4a8", dots.product_int4("w4a8", ARM64)),
         ("many", products.product("many", ARM64, "int4", False)),
         ("attention", attention.attention("attention", ARM64, 64, True)),
     ):

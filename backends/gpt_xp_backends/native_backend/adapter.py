@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,6 +36,7 @@ class NativeBackend(NumPyBackend):
     takes_quantized = True
     copies_params = True
     _rounds_activations = False
+    _pack_seconds = 0.0
     _packed: ClassVar[dict[int, tuple[Any, Any]]] = {}  # Weights whose packed form is mapped, by id.
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
@@ -67,12 +69,10 @@ class NativeBackend(NumPyBackend):
 
         columns = panel_columns(kernels().target)
 
-        kind = "w8a8" if self._rounds_activations else self.dtype
-
         def packed(weight: Any) -> Any:
             if id(weight) in self._packed:
                 return self._packed[id(weight)][1]
-            return pack(weight, kind if isinstance(weight, QuantizedWeight) else self.dtype, columns, self._n_threads)
+            return pack(weight, self.dtype, columns, self._n_threads, rounds=self._rounds_activations)
 
         def table(wte: Any) -> Any:
             if id(wte) in self._packed:
@@ -90,9 +90,11 @@ class NativeBackend(NumPyBackend):
             # Copies, because a view keeps the pages of the file around it in memory.
             return tree_map(lambda leaf: np.array(leaf, np.float32, order="C"), tree)
 
+        begin = time.perf_counter()
         params = self.unplaced(params, config)
         wte = PackedTable(table(params["wte"]), self.xp)
         blocks = [block(**each) for each in params["blocks"]]
+        self._pack_seconds = time.perf_counter() - begin
         return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
 
     def with_copies(self, params: Params, folder: Path) -> Backend:
@@ -139,7 +141,7 @@ class NativeBackend(NumPyBackend):
         return self
 
     def rounding_activations(self) -> Backend:
-        """Return the backend that multiplies int8 weights by activations that are rounded to int8."""
+        """Return the backend that multiplies quantized weights by activations that are rounded to int8."""
         return self.replace(_rounds_activations=True)
 
     def compile(
@@ -164,11 +166,16 @@ class NativeBackend(NumPyBackend):
         return kernels().compile_seconds
 
     def settings(self) -> dict[str, str]:
-        """Return the processor as LLVM names it, the threads, and why a step was computed without kernels."""
+        """Return the processor as LLVM names it, the threads, and how long the weights were packed.
+
+        `not_traced` is there if a step was computed without kernels, and says why.
+        """
         from gpt_xp_backends.native_backend.machine import this_processor
 
         target = this_processor()
         found = {"cpu": target.cpu, "vector": f"{32 * target.width} bits", "threads": str(self._n_threads)}
+        if self._pack_seconds:
+            found["packing"] = "none, they are mapped" if self._packed else f"{self._pack_seconds:.2f} s"
         return found | ({"not_traced": self._runner.problem} if self._runner.problem else {})
 
 

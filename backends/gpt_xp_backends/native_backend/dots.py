@@ -1,9 +1,10 @@
-"""Kernels that multiply rows of int8 codes by a weight of int8 codes: `--quantize w8a8`.
+"""Kernels that multiply rows of int8 codes by a weight of int8 or int4 codes: `--quantize w8a8` and `w4a8`.
 
-The activations of a row are rounded to codes with one scale for the row, each time anew. Codes of the row are
-stored plus 128, from 1 to 255, because the instruction (VNNI's vpdpbusd) multiplies unsigned by signed bytes, four
-neighbours at a time. Before its codes, each panel of a weight has the sum of each column times -128, with which a sum
-begins.
+The activations are rounded to codes each time anew: with one scale for a row, or for int4 with one for each group, as
+the weight has. The instruction (VNNI's vpdpbusd) multiplies unsigned by signed bytes, four neighbours at a time, so one
+of the two factors is stored with a number added. By int8, that is the row: plus 128, from 1 to 255; before its codes, a
+panel has the sum of each column times -128, with which a sum begins. By int4, it is the weight: plus 8, from 0 to 15; a
+group of a row has the sum of its codes times -8.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
+from gpt_xp.quantization import GROUP
 from gpt_xp_backends.native_backend.builder import F32, I8, I16, I32, KernelBuilder
 from gpt_xp_backends.native_backend.machine import Target
 from gpt_xp_backends.native_backend.products import VECTORS, Rows, panel_columns, tile_rows
@@ -18,8 +20,13 @@ from gpt_xp_backends.native_backend.value import Value
 
 TOGETHER = 4  # codes that are multiplied and added by one instruction
 ZERO = 128  # the code that stands for 0 in a row
+INT4_ZERO = 8  # the code that stands for 0 in a weight of int4
+GROUP_BYTES = 8 + GROUP  # of a group of a row: its scale, -8 times the sum of its codes, its codes
 # The float32 numbers from here to twice as much are whole: adding it rounds to the nearest, ties to even.
 WHOLE = 1.5 * 2**23
+
+
+# --- int8 ---
 
 
 def row_bytes(target: Target, n_in: int) -> int:
@@ -101,6 +108,85 @@ def _tile(k: KernelBuilder, n_rows: int, x: Rows, panel: Value, scale: Value, ou
         for c, total in enumerate(totals):
             number = Value(k, k.ir.sitofp(total.value.ir, ir.VectorType(F32, k.width)))
             k.store(number * factors[c] * row_scale, out[0] + row * out[1] + 4 * k.width * c)
+
+
+# --- int4 ---
+
+
+def group_row_bytes(n_in: int) -> int:
+    """Return the bytes of a row of codes that has a scale for each group."""
+    return n_in // GROUP * GROUP_BYTES
+
+
+def group_codes(name: str, target: Target) -> str:
+    """Return a kernel that rounds rows to codes, with a scale for each group. The parts of its work are rows.
+
+    A group of a row is its scale, -8 times the sum of its codes as an int32, and the codes. The arguments: x and the
+    bytes of its row; out and the bytes of its row; groups. Numbers that are not finite give a scale that is none.
+    """
+    k = KernelBuilder(name, target)
+    x, x_row, out, out_row, groups = k.arguments(5)
+    with k.shared_loop() as row, k.loop(0, groups) as group:
+        source, place = x + row * x_row + group * (4 * GROUP), out + row * out_row + group * GROUP_BYTES
+        numbers = [k.load(source + 4 * first) for first in range(0, GROUP, k.width)]
+        largest, bad = k.vector(1e-30), k.vector(0)
+        for each in numbers:
+            largest, bad = k.larger(k.larger(each, 0.0 - each), largest), bad + each * 0.0
+        most = k.all_max(largest)
+        k.store(k.first(most / 127.0 + k.all_sum(bad)), place)
+        total, factor = Value(k, ir.Constant(ir.VectorType(I32, k.width), [0] * k.width)), 127.0 / most
+        for i, each in enumerate(numbers):
+            bits = k.ir.bitcast((each * factor + WHOLE).ir, ir.VectorType(I32, k.width))
+            rounded = k.ir.trunc(bits, ir.VectorType(I8, k.width))
+            k.store(Value(k, rounded), place + 8 + i * k.width)
+            total = total + Value(k, k.ir.sext(rounded, ir.VectorType(I32, k.width)))
+        k.store(k.first(k.all_sum(total) * -INT4_ZERO), place + 4)
+    return k.text()
+
+
+def product_int4(name: str, target: Target) -> str:
+    """Return a kernel that multiplies rows of `group_codes` by a weight of int4 codes.
+
+    The parts of its work are panels. Its arguments: the rows of codes and the bytes of one; rows; the panels, and their
+    scales; out and the bytes of its row; groups.
+    """
+    k = KernelBuilder(name, target)
+    x, x_row, rows, weight, scales, out, out_row, groups = k.arguments(8)
+    columns = panel_columns(target)
+    with k.shared_loop() as panel:
+        part, scale = weight + panel * (groups * (columns * GROUP // 2)), scales + panel * (groups * (4 * columns))
+        begin = k.integer(0)
+        for size in (4, 2, 1):
+            end = begin + (rows - begin) // size * size
+            with k.loop(begin, end, size) as row:
+                _tile_int4(k, size, (x + row * x_row, x_row), part, scale,
+                           (out + row * out_row + panel * (4 * columns), out_row), groups)  # fmt: skip
+            begin = end
+    return k.text()
+
+
+def _tile_int4(k: KernelBuilder, n_rows: int, x: Rows, panel: Value, scale: Value, out: Rows, groups: Value) -> None:
+    vector, row_bytes = 4 * k.width, 4 * k.width * VECTORS
+    sums = [[k.variable(k.vector(0)) for _ in range(VECTORS)] for _ in range(n_rows)]
+    with k.loop(0, groups) as group:
+        for c in range(VECTORS):
+            place = panel + group * (4 * row_bytes) + c * vector
+            pairs = [k.load(place + i * row_bytes, ir.VectorType(I32, k.width)) for i in range(4)]
+            halves = [pair & 0x0F0F0F0F for pair in pairs] + [(pair >> 4) & 0x0F0F0F0F for pair in pairs]
+            factor = k.load(scale + group * row_bytes + c * vector)
+            for row, totals in enumerate(sums):
+                codes = x[0] + row * x[1] + group * GROUP_BYTES
+                total = k.splat(k.load(codes + 4, I32))
+                for i, half in enumerate(halves):
+                    total = _added(k, total, half, k.splat(k.load(codes + 8 + 4 * i, I32)))
+                number = Value(k, k.ir.sitofp(total.ir, ir.VectorType(F32, k.width)))
+                totals[c].value = k.fma(number, factor * k.splat(k.load(codes, F32)), totals[c].value)
+    for row, totals in enumerate(sums):
+        for c, total in enumerate(totals):
+            k.store(total.value, out[0] + row * out[1] + c * vector)
+
+
+# --- both ---
 
 
 def _added(k: KernelBuilder, total: Value, unsigned: Value, signed: Value) -> Value:

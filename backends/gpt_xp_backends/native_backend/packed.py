@@ -21,8 +21,9 @@ class PackedWeight:
 
     `panels` is [n_panels, n_in, columns] of float32, float16 or int8. For int4 it is [n_panels, n_in / 2, columns] of
     uint8: a byte has the codes of inputs i and i + 16 of a group of 32. For w8a8 it is [n_panels, 1 + n_in / 4,
-    columns] of int32: -128 times the sum of a column, then the codes of four inputs in each. `scales` is [n_panels *
-    columns] for int8 and w8a8, and [n_panels, groups, columns] for int4. Columns after the last are zero.
+    columns] of int32: -128 times the sum of a column, then the codes of four inputs in each. For w4a8 it is [n_panels,
+    n_in / 8, columns] of int32, with four neighbouring bytes of int4 in each. `scales` is [n_panels * columns] for int8
+    and w8a8, and [n_panels, groups, columns] for int4. Columns after the last are zero.
     """
 
     __slots__ = ("kind", "panels", "scales", "shape")
@@ -33,7 +34,8 @@ class PackedWeight:
     @property
     def dtype(self) -> "np.dtype[Any]":
         """The dtype of the numbers in memory."""
-        return np.dtype(np.int8) if self.kind == "w8a8" else self.panels.dtype
+        stored = {"w8a8": np.int8, "w4a8": np.uint8}.get(self.kind, self.panels.dtype)
+        return np.dtype(stored)
 
     @property
     def nbytes(self) -> int:
@@ -57,10 +59,12 @@ class PackedWeight:
         codes = self.panels[panel, :, column]
         if self.kind == "w8a8":
             codes = np.ascontiguousarray(codes[..., 1:]).view(np.int8)[..., :n_in]
+        if self.kind == "w4a8":
+            codes = np.ascontiguousarray(codes).view(np.uint8)
         if self.kind in ("int8", "w8a8"):
             assert self.scales is not None
             return np.multiply(codes, self.scales[ids][..., None], dtype=np.float32)
-        if self.kind == "int4":
+        if self.kind in ("int4", "w4a8"):
             assert self.scales is not None
             pairs = codes.reshape(*ids.shape, -1, GROUP // 2)
             groups = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - 8
@@ -95,33 +99,40 @@ class PackedTable:
         return self.weight.shape[1], self.weight.shape[0]
 
 
-def pack(weight: Any, kind: str, columns: int, n_threads: int) -> PackedWeight:
+ROUNDING = {"int8": "w8a8", "int4": "w4a8"}  # The kinds whose products round activations.
+
+
+def pack(weight: Any, dtype: str, columns: int, n_threads: int, rounds: bool = False) -> PackedWeight:
     """Pack a weight [n_in, n_out], an array or quantized, in panels of that many columns.
 
-    An array becomes `kind`. A quantized weight stays what it is, except that int8 becomes w8a8 if that is the kind.
+    An array becomes `dtype`. A quantized weight stays what it is, or becomes the kind of `ROUNDING` if it `rounds`.
     Raises `BackendError` for a number that is too large for float16.
     """
     if isinstance(weight, QuantizedWeight):
-        (n_in, n_out), found = weight.shape, kind_of(weight)
-        kind = "w8a8" if (found, kind) == ("int8", "w8a8") else found
+        (n_in, n_out), stored = weight.shape, kind_of(weight)
+        kind = ROUNDING[stored] if rounds else stored
         if kind == "w8a8":
             panels = _codes_by_four(weight.q, columns, n_threads)
+        elif kind == "w4a8":
+            four = np.ascontiguousarray(weight.q).view(np.int32)
+            panels = _panels(four.T, np.dtype(np.int32), columns, n_threads)
         elif kind == "int8":
             panels = _panels(weight.q.T, np.dtype(np.int8), columns, n_threads)
-        if kind in ("int8", "w8a8"):
+        else:
+            panels = _panels(weight.q.T, np.dtype(np.uint8), columns, n_threads)
+        if stored == "int8":
             scales = np.zeros(len(panels) * columns, np.float32)
             scales[:n_out] = weight.scale
         else:
             # A code of 8 is the number 0, and the scale of the columns after the last is 0.
-            panels = _panels(weight.q.T, np.dtype(np.uint8), columns, n_threads)
             scales = _panels(weight.scale.T, np.dtype(np.float32), columns, n_threads)
         return PackedWeight(kind, (n_in, n_out), panels, scales)
     n_in, n_out = weight.shape
     try:
-        panels = _panels(weight, np.dtype(kind), columns, n_threads)
+        panels = _panels(weight, np.dtype(dtype), columns, n_threads)
     except FloatingPointError:
-        raise BackendError(f"a weight is too large for {kind}: take float32") from None
-    return PackedWeight(kind, (n_in, n_out), panels, None)
+        raise BackendError(f"a weight is too large for {dtype}: take float32") from None
+    return PackedWeight(dtype, (n_in, n_out), panels, None)
 
 
 def _panels(weight: Any, dtype: "np.dtype[Any]", columns: int, n_threads: int) -> NumpyArray:
@@ -181,6 +192,8 @@ def unpack(weight: PackedWeight) -> NumpyArray | QuantizedWeight:
     whole = weight.panels.transpose(0, 2, 1).reshape(-1, weight.panels.shape[1])[:n_out]  # [n_out, rows]
     if weight.scales is None:
         return whole.T
+    if weight.kind == "w4a8":
+        whole = np.ascontiguousarray(whole).view(np.uint8)
     if weight.kind == "w8a8":
         whole = np.ascontiguousarray(whole[:, 1:]).view(np.int8)[:, :n_in]
     if weight.kind in ("int8", "w8a8"):

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt_xp.quantization import GROUP
 from gpt_xp.types import Array, Namespace
-from gpt_xp_backends.native_backend import attention, dots, expressions, products
+from gpt_xp_backends.native_backend import attention, dots, expressions, packed, products
 from gpt_xp_backends.native_backend.machine import Target, kernels
 from gpt_xp_backends.native_backend.packed import PackedWeight
 from gpt_xp_backends.native_backend.tape import Tape
@@ -220,16 +221,22 @@ def product(tape: Tape, x: Array, w: PackedWeight, out: Array | None = None) -> 
     rows, (n_panels, _, columns) = len(x), w.panels.shape
     out = tape.arena.empty(rows, n_panels * columns) if out is None else out
     scales = 0 if w.scales is None else w.scales.ctypes.data
-    if w.kind == "w8a8":
-        each = dots.row_bytes(kernels().target, n_in)
+    if w.kind in packed.ROUNDING.values():
+        if w.kind == "w8a8":
+            each, parts, groups = dots.row_bytes(kernels().target, n_in), n_in, w.panels.shape[1] - 1
+            round_kernel, kernel = _kernel("codes", dots.codes), _kernel("product_w8a8", dots.product)
+        else:
+            each, parts = dots.group_row_bytes(n_in), n_in // GROUP
+            groups = parts
+            round_kernel = _kernel("group_codes", dots.group_codes)
+            kernel = _kernel("product_w4a8", dots.product_int4)
         rounded = tape.arena.empty(rows, each // 4)
         tape.add(
-            _kernel("codes", dots.codes), rows, x.ctypes.data, x.strides[0], rounded.ctypes.data, each, n_in,
-            alone=x.size < SMALL,
-        )  # fmt: skip
+            round_kernel, rows, x.ctypes.data, x.strides[0], rounded.ctypes.data, each, parts, alone=x.size < SMALL
+        )
         tape.add(
-            _kernel("product_w8a8", dots.product), n_panels, rounded.ctypes.data, each, rows, w.panels.ctypes.data,
-            scales, out.ctypes.data, out.strides[0], w.panels.shape[1] - 1, keep=(w,),
+            kernel, n_panels, rounded.ctypes.data, each, rows, w.panels.ctypes.data, scales, out.ctypes.data,
+            out.strides[0], groups, keep=(w,),
         )  # fmt: skip
         return out[:, :n_out]
     few = rows <= products.FEW_ROWS
