@@ -182,8 +182,8 @@ def _tile_int4(k: KernelBuilder, n_rows: int, x: Rows, panel: Value, scale: Valu
                 number = Value(k, k.ir.sitofp(total.ir, ir.VectorType(F32, k.width)))
                 totals[c].value = k.fma(number, factor * k.splat(k.load(codes, F32)), totals[c].value)
     for row, totals in enumerate(sums):
-        for c, total in enumerate(totals):
-            k.store(total.value, out[0] + row * out[1] + c * vector)
+        for c, result in enumerate(totals):
+            k.store(result.value, out[0] + row * out[1] + c * vector)
 
 
 # --- both ---
