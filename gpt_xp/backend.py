@@ -74,6 +74,8 @@ class Backend:
     device_memory: int | None = None  # bytes in total
     cache_growth = 64  # slots; a cache has a multiple of this, so that it seldom grows
     takes_quantized = False  # `quantized` returns a backend where this is True.
+    # True if a step waits until it is compiled, also where the backend could compute it in another way meanwhile.
+    waits_for_compiling = False
     copies_params = False  # True if `place` copies all params, and takes misaligned arrays.
     # True if NumPy samples faster than the library: logits are then moved to the host.
     samples_on_host: bool = False
@@ -118,8 +120,8 @@ class Backend:
         """Return the same backend, which may use copies of these params that it keeps in their folder."""
         return self
 
-    def write_copy(self, params: Params, config: GPT2Config, folder: "Path") -> "Path":
-        """Write a copy of params in the form that `place` gives them, for `with_copies`, and return its path.
+    def write_copy(self, folder: "Path") -> "Path":
+        """Write a copy of a model's weights in the form that `place` gives them, for `with_copies`; return its path.
 
         Raises `BackendError` if the backend uses params as they are stored.
         """

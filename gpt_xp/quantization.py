@@ -124,11 +124,11 @@ def quantize(params: Params, kind: str) -> Params:
     `NumericalError` for weights that are not finite.
     """
     check_kind(kind)
-    kind = stored_kind(kind)
     if (found := quantization_of(params)) is not None:
-        if stored_kind(found) != kind:
+        if stored_kind(found) != stored_kind(kind):
             raise SettingError(f"the params are {found} already and cannot become {kind}: take the float32 model")
         return params
+    kind = stored_kind(kind)
 
     def linear(w: Array, b: Array) -> Params:
         return {"w": QuantizedWeight(*_quantized(np.asarray(w).T, kind)), "b": b}

@@ -41,7 +41,7 @@ class GptXp:
         quantize: str | None = None,
         sampling: dict[str, Any] | None = None,
     ) -> None:
-        chosen = get_backend(backend, device=device, dtype=dtype)
+        chosen = get_backend(backend, device=device, dtype=dtype).replace(waits_for_compiling=True)
         chosen.keep_compiled()  # The command owns this process, so it may change this setting of JAX.
         self._model = load(model, backend=chosen, quantize=quantize)
         self._quantize = quantize

@@ -67,9 +67,8 @@ class SafetensorsFile:
         """Return one tensor as a read-only array of `dtype` (None: as stored, bfloat16 as float32).
 
         It is mapped, not copied, where the file holds that dtype. With `aligned`, a misaligned one is copied. A mapped
-        array stays valid when
-        the file is closed, or replaced by another of the same name. Raises `CheckpointError` where a value is too large
-        for `dtype`, or the file has become shorter.
+        array stays valid when the file is closed, or replaced by another of the same name. Raises `CheckpointError`
+        where a value is too large for `dtype`, or the file has become shorter.
         """
         tensor = self.tensors[name]
         on_disk = _ON_DISK[tensor.dtype]

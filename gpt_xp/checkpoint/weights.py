@@ -61,8 +61,8 @@ def read_params(
     `QuantizedWeight`, and all are as stored. `is_tied` says whether embedding and head are one matrix, so that
     a file may have only one of the names. The default is what `config.json` says, or True without that file.
 
-    An array is mapped where the file holds `dtype` at an aligned place. Otherwise it is read into aligned memory. Who
-    copies all arrays anyway can have misaligned ones mapped too: not `aligned`.
+    An array is mapped where the file holds `dtype` at an aligned place. Otherwise it is read into aligned memory.
+    With `aligned=False`, misaligned arrays are mapped too, for callers that copy every array.
     Do not write to a mapped file. `checkpoint.save` replaces the file, and the arrays do not change. Heads for other
     tasks (`score`, `v_head`) are left out, with a `GptXpWarning`.
 

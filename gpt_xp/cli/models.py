@@ -4,7 +4,6 @@ from typing import Any, NoReturn
 
 import click
 
-from gpt_xp.checkpoint import checkpoint
 from gpt_xp.checkpoint.config_json import read_config
 from gpt_xp.cli.options import CONTEXT, json_option
 from gpt_xp.cli.output import note, waiting, write, write_json
@@ -106,13 +105,13 @@ def verify(ctx: click.Context, name: str | None) -> None:
 def pack(name: str, dtype: str) -> None:
     """Write a copy of the weights of the model NAME that the backend native maps at its start, and print its path.
 
-    It lies beside the model's own file, and takes as much room. Without it, each start packs the weights in memory.
+    It lies beside the model's own file, and takes as much room. Without it, each start packs the weights in memory. A
+    published model that is not here is fetched.
     """
     backend = get_backend("native", dtype=dtype)
     folder = find_model(name)
     with waiting(f"packing {name}"):
-        found = checkpoint.read(folder, aligned=False)
-        path = backend.write_copy(found.params, found.config, folder)
+        path = backend.write_copy(folder)
     write(f"{path}\n")
 
 

@@ -37,6 +37,7 @@ def work(job_file: Path) -> None:
     job = json_text.parse(job_file.read_bytes())
     folder = job_file.parent
     backend = get_backend(job["backend"], device=job["device"], dtype=job["dtype"], threads=job["threads"])
+    backend = backend.replace(waits_for_compiling=True)
     backend.keep_compiled()  # The command owns this process, so it may change this setting of JAX.
     model = load(job["model"], backend=backend)
     prompts: list[list[int]] = job["prompts"]

@@ -436,10 +436,10 @@ step.TracedStep.run = lambda *args: (runs.append(1), run(*args))[1]
 for options in ({}, {"dtype": "float16"}):
     m = gpt_xp.load("shakespeare", backend="native", **options)
     right = gpt_xp.load("shakespeare", backend="numpy").generate("To be", max_tokens=9).text
-    m.backend._runner._is_cold = True  # also the second time
+    m.backend._runner.tracing._is_cold = True  # also the second time
     assert m.generate("To be", max_tokens=9).text == right
     assert options or not runs
-    while m.backend._runner._coming:
+    while m.backend._runner.tracing._coming:
         time.sleep(0.01)
         assert m.generate("To be", max_tokens=9).text == right
     assert runs

@@ -1,5 +1,6 @@
 """Packed copies of a model's weights: `gpt-xp models pack`."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ pytest.importorskip("llvmlite", reason="llvmlite is not installed: pip install '
 
 from commands import Result
 from gpt_xp_backends.native_backend import packed
+from safetensors import safe_open
 
 import gpt_xp
 from gpt_xp import Model
@@ -67,6 +69,45 @@ def test_other_params_are_packed(call: Callable[..., Result], folder: Path, kind
     before, params = model.logits(IDS), gpt_xp.load(folder, backend="numpy").params
     model.params = params | {"wte": 2 * np.asarray(params["wte"])}
     assert np.abs(model.logits(IDS) - before).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"], indirect=True)
+def test_a_copy_without_scales_is_not_used(call: Callable[..., Result], folder: Path, kind: str) -> None:
+    right = load(folder, kind).logits(IDS)
+    path = Path(call("models", "pack", str(folder)).out.strip())
+    path.write_bytes(path.read_bytes().replace(b"wte.scales", b"wte.SCALES"))
+    with pytest.warns(GptXpWarning, match="wte.scales"):
+        assert np.array_equal(load(folder, kind).logits(IDS), right)
+
+
+@pytest.mark.parametrize("kind", ["float32"], indirect=True)
+def test_shards_of_any_name_are_told_from_others(call: Callable[..., Result], folder: Path, kind: str) -> None:
+    (folder / "model.safetensors").rename(folder / "part-1.safetensors")
+    with safe_open(folder / "part-1.safetensors", "np") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(list(file.keys()), "part-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    call("models", "pack", str(folder))
+    assert load(folder, kind).backend._packed  # type: ignore[attr-defined]
+    os.utime(folder / "part-1.safetensors", ns=(1, 1))
+    with pytest.warns(GptXpWarning, match="other weights"):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["float32"], indirect=True)
+def test_weights_that_change_while_they_are_packed(
+    call: Callable[..., Result], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = packed.pack
+
+    def change(*args: Any, **options: Any) -> Any:
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+        return real(*args, **options)
+
+    monkeypatch.setattr(packed, "pack", change)
+    done = call("models", "pack", str(folder))
+    assert (done.code, done.out) == (1, "")
+    assert "changed while they were packed" in done.err
+    assert not any(file.name.startswith(".packed") for file in folder.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["float32"], indirect=True)

@@ -197,6 +197,12 @@ def test_compiling_counts_in_the_warm_up_alone(found):
     assert result_of(found, "right").peak_memory_bytes > 1e6  # of the process
 
 
+def test_the_cores_that_a_contender_had(found):
+    cores = result_of(found, "right").cores
+    assert 0 < cores < 1000
+    assert report.as_text(found).count(f" {report.number(cores)}\n") >= 1
+
+
 def test_the_reference_is_who_is_named(log):
     names = [fake("right", log), fake("noise", log, 2.0)]
     named = run_benchmark("made up", names, [Workload(5)], 97, rounds=1, reference="noise", pause=0)

@@ -22,7 +22,7 @@ from gpt_xp_backends import numpy_backend
 from gpt_xp_backends.numpy_backend import NumPyBackend
 
 if TYPE_CHECKING:
-    from gpt_xp_backends.native_backend.step import Runner
+    from gpt_xp_backends.native_backend.step import Tracing
 
 FIX = install_command("native")
 
@@ -36,7 +36,7 @@ class NativeBackend(NumPyBackend):
     takes_quantized = True
     copies_params = True
     _rounds_activations = False
-    _pack_seconds = 0.0
+    _packing = ""  # how long it took
     _packed: ClassVar[dict[int, tuple[Any, Any]]] = {}  # Weights whose packed form is mapped, by id.
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:
@@ -46,12 +46,13 @@ class NativeBackend(NumPyBackend):
         check_dtype("native", "cpu", dtype, ("float32", "float16"))
         llvmlite = import_library("llvmlite", FIX)
         from gpt_xp_backends.native_backend import threads as native_threads
-        from gpt_xp_backends.native_backend.step import Runner
+        from gpt_xp_backends.native_backend.step import Runner, Tracing
 
         self.version, self.dtype = llvmlite.__version__, dtype
         self._n_threads = threads or native_threads.n_cores()
-        self._runner = Runner(self._n_threads)
-        self._runner.xp = self.xp = _namespace(self._runner)
+        tracing = Tracing()
+        self.xp = _namespace(self._n_threads, tracing)
+        self._runner = Runner(self.xp, self._n_threads, tracing)
 
     @classmethod
     def info(cls) -> BackendInfo:
@@ -69,9 +70,13 @@ class NativeBackend(NumPyBackend):
 
         columns = panel_columns(kernels().target)
 
+        begin, n_packed = time.perf_counter(), 0
+
         def packed(weight: Any) -> Any:
+            nonlocal n_packed
             if id(weight) in self._packed:
                 return self._packed[id(weight)][1]
+            n_packed += 1
             return pack(weight, self.dtype, columns, self._n_threads, rounds=self._rounds_activations)
 
         def table(wte: Any) -> Any:
@@ -90,11 +95,10 @@ class NativeBackend(NumPyBackend):
             # Copies, because a view keeps the pages of the file around it in memory.
             return tree_map(lambda leaf: np.array(leaf, np.float32, order="C"), tree)
 
-        begin = time.perf_counter()
         params = self.unplaced(params, config)
         wte = PackedTable(table(params["wte"]), self.xp)
         blocks = [block(**each) for each in params["blocks"]]
-        self._pack_seconds = time.perf_counter() - begin
+        self._packing = f"{time.perf_counter() - begin:.2f} s" if n_packed else "none, the weights are mapped"
         return {"wte": wte, "wpe": wide(params["wpe"]), "blocks": blocks, "ln_f": wide(params["ln_f"])}
 
     def with_copies(self, params: Params, folder: Path) -> Backend:
@@ -104,12 +108,15 @@ class NativeBackend(NumPyBackend):
         path, columns = self._copy_path(params, folder)
         return self if self._rounds_activations else self.replace(_packed=read_copy(path, params, self.dtype, columns))
 
-    def write_copy(self, params: Params, config: GPT2Config, folder: Path) -> Path:
-        """Write a packed copy of params that were read from `folder` into it, and return its path."""
-        from gpt_xp_backends.native_backend.packed_copy import write_copy
+    def write_copy(self, folder: Path) -> Path:
+        """Write a packed copy of the weights in `folder` into it, and return its path."""
+        from gpt_xp.checkpoint import checkpoint
+        from gpt_xp_backends.native_backend.packed_copy import stamp, write_copy
 
-        path, _ = self._copy_path(params, folder)
-        write_copy(path, self.place(params, config))
+        before = stamp(folder)
+        found = checkpoint.read(folder, aligned=False)
+        path, _ = self._copy_path(found.params, folder)
+        write_copy(path, self.place(found.params, found.config), before)
         return path
 
     def _copy_path(self, params: Params, folder: Path) -> tuple[Path, int]:
@@ -153,7 +160,7 @@ class NativeBackend(NumPyBackend):
             return plain
         from gpt_xp_backends.native_backend.step import NativeStep
 
-        return functools.wraps(function)(NativeStep(function, plain, self._runner))
+        return functools.wraps(function)(NativeStep(function, plain, self._runner, self.waits_for_compiling))
 
     def cache_slots(self, n_tokens: int, n_ctx: int) -> int:
         """Return one of few sizes, because each is traced. Attention leaves out the slots that are hidden."""
@@ -174,12 +181,12 @@ class NativeBackend(NumPyBackend):
 
         target = this_processor()
         found = {"cpu": target.cpu, "vector": f"{32 * target.width} bits", "threads": str(self._n_threads)}
-        if self._pack_seconds:
-            found["packing"] = "none, they are mapped" if self._packed else f"{self._pack_seconds:.2f} s"
+        if self._packing:
+            found["packing"] = self._packing
         return found | ({"not_traced": self._runner.problem} if self._runner.problem else {})
 
 
-def _namespace(runner: "Runner") -> Namespace:
+def _namespace(n_threads: int, tracing: "Tracing") -> Namespace:
     """Return NumPy's namespace, in which three functions take packed weights."""
     from gpt_xp_backends.native_backend import tape, tracer
     from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
@@ -190,10 +197,10 @@ def _namespace(runner: "Runner") -> Namespace:
         if not isinstance(w, PackedWeight):
             return plain.matmul(x, w)
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-        if runner.is_compiling and w.scales is None:
+        if tracing.is_compiling and w.scales is None:
             out = w.product(rows)
         else:
-            calls = tape.Tape(tape.Arena(), runner.n_threads)
+            calls = tape.Tape(tape.Arena(), n_threads)
             out = tracer.product(calls, rows, w)
             calls.run()
         return out.reshape(*x.shape[:-1], w.shape[1])

@@ -30,7 +30,7 @@ WHOLE = 1.5 * 2**23
 
 
 def row_bytes(target: Target, n_in: int) -> int:
-    """Return the bytes of a row of codes: its scale, the codes, and zeros to the end of a vector."""
+    """Return the bytes of a row of codes: its scale, the codes, and codes of 0 to the end of a vector."""
     return 4 + -(-n_in // target.width) * target.width
 
 
@@ -38,7 +38,7 @@ def codes(name: str, target: Target) -> str:
     """Return a kernel that rounds rows to codes. The parts of its work are rows.
 
     Its arguments: x and the bytes of its row; out and the bytes of its row; inputs. A row with a number that is not
-    finite gets a scale that is none.
+    finite gets the scale NaN.
     """
     k = KernelBuilder(name, target)
     x, x_row, out, out_row, n_in = k.arguments(5)
@@ -122,7 +122,7 @@ def group_codes(name: str, target: Target) -> str:
     """Return a kernel that rounds rows to codes, with a scale for each group. The parts of its work are rows.
 
     A group of a row is its scale, -8 times the sum of its codes as an int32, and the codes. The arguments: x and the
-    bytes of its row; out and the bytes of its row; groups. Numbers that are not finite give a scale that is none.
+    bytes of its row; out and the bytes of its row; groups. A group with a number that is not finite gets the scale NaN.
     """
     k = KernelBuilder(name, target)
     x, x_row, out, out_row, groups = k.arguments(5)

@@ -210,10 +210,18 @@ def alone() -> Any:
     return _Shared.lock
 
 
+def _begin_fork() -> None:
+    _Shared.lock.acquire()
+
+
+def _end_fork() -> None:
+    _Shared.lock.release()
+
+
 if hasattr(os, "register_at_fork"):  # LLVM has locks of its own, which a fork would have for ever.
     os.register_at_fork(
-        before=lambda: bool(_Shared.lock.acquire()),
-        after_in_parent=lambda: _Shared.lock.__exit__(None, None, None),
+        before=_begin_fork,
+        after_in_parent=_end_fork,
         after_in_child=lambda: setattr(_Shared, "lock", threading.RLock()),
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gpt_xp.errors import BackendError
-from gpt_xp.quantization import GROUP, QuantizedWeight, kind_of
-from gpt_xp.types import Namespace, NumpyArray
+from gpt_xp.quantization import GROUP, ROUNDING_KINDS, QuantizedWeight, kind_of
+from gpt_xp.types import Namespace, NumpyArray, Params
 from gpt_xp_backends.native_backend import dots
 
 PANELS = 64  # So many panels are packed before the memory of what they were packed from is given back.
@@ -99,7 +99,7 @@ class PackedTable:
         return self.weight.shape[1], self.weight.shape[0]
 
 
-ROUNDING = {"int8": "w8a8", "int4": "w4a8"}  # The kinds whose products round activations.
+ROUNDING = {stored: kind for kind, stored in ROUNDING_KINDS.items()}  # {"int8": "w8a8", "int4": "w4a8"}
 
 
 def pack(weight: Any, dtype: str, columns: int, n_threads: int, rounds: bool = False) -> PackedWeight:
@@ -162,6 +162,12 @@ def _codes_by_four(codes: NumpyArray, columns: int, n_threads: int) -> NumpyArra
     by_four[:, 1:].view(np.int8)[:, :n_in] = codes
     by_four[:, 0] = -dots.ZERO * codes.sum(axis=1, dtype=np.int32)
     return _panels(by_four.T, np.dtype(np.int32), columns, n_threads)
+
+
+def is_float(params: Params) -> bool:
+    """Return whether packed params are float, and not quantized."""
+    table = params["wte"]
+    return not isinstance(table, PackedTable) or table.weight.scales is None
 
 
 def release_pages(array: NumpyArray) -> None:

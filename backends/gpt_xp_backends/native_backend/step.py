@@ -12,6 +12,7 @@ from gpt_xp.types import Array, Namespace, Params
 from gpt_xp_backends.captured_step import TracedCache
 from gpt_xp_backends.native_backend import threads
 from gpt_xp_backends.native_backend.machine import alone, kernels
+from gpt_xp_backends.native_backend.packed import is_float
 from gpt_xp_backends.native_backend.tape import Arena, NotTracedError, Tape
 from gpt_xp_backends.native_backend.tracer import NativeTracer, host_array
 from gpt_xp_backends.tracing import TracedArray
@@ -23,11 +24,14 @@ PATIENCE = 0.05  # seconds; a step whose kernels are compiled is traced in less
 class NativeStep:
     """`function(params, tokens, cache, ..., xp)`, traced for each shape of its arguments, and run by kernels.
 
-    What cannot be traced is computed by `plain`, the same function. `problem` then says why.
+    What cannot be traced is computed by `plain`, the same function. `problem` then says why. While kernels are
+    compiled, `plain` computes with float weights. A step with quantized weights waits, and so do all if `is_patient`.
     """
 
-    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any], runner: "Runner") -> None:
-        self._function, self._plain, self._runner = function, plain, runner
+    def __init__(
+        self, function: Callable[..., Any], plain: Callable[..., Any], runner: "Runner", is_patient: bool = False
+    ) -> None:
+        self._function, self._plain, self._runner, self._is_patient = function, plain, runner, is_patient
         self._names = tuple(inspect.signature(function).parameters)
         self._traced: dict[Any, TracedStep] = {}
 
@@ -47,9 +51,10 @@ class NativeStep:
                 step = self._traced.pop(key, None)
                 if step is None or not step.is_for(params):
                     before = KVCache(list(cache.layers), cache.position, cache.start)  # NumPy may write to `layers`.
-                    step = self._runner.trace(
+                    step = self._runner.tracing.trace(
                         (self, key),
                         lambda: TracedStep(self._function, params, tokens, before, given, self._runner),
+                        waits=self._is_patient or not is_float(params),
                     )
                 if step is None or not step.is_for(params):
                     return self._plain(*args, **options)
@@ -64,23 +69,26 @@ class NativeStep:
 
 
 class Runner:
-    """The namespace, memory and threads that all steps of a backend share. `problem` is why one was not traced.
+    """The namespace, memory and threads that all steps of a backend share. `problem` is why one was not traced."""
 
-    Where no kernels are on disk yet, a thread traces each step and compiles its kernels. NumPy computes meanwhile, so
-    that the first token of a start does not wait for a second.
+    def __init__(self, xp: Namespace, n_threads: int, tracing: "Tracing") -> None:
+        self.xp, self.arena, self.n_threads, self.problem, self.tracing = xp, Arena(), n_threads, "", tracing
+
+
+class Tracing:
+    """Traces steps: in a thread, while NumPy computes, where this version of the kernels has compiled nothing yet.
+
+    The first token of a start then need not wait about a second until its kernels are compiled.
     """
 
-    xp: Namespace
-
-    def __init__(self, n_threads: int) -> None:
-        self.arena, self.n_threads, self.problem = Arena(), n_threads, ""
+    def __init__(self) -> None:
         self._coming: dict[Any, _Coming] = {}
         self._is_cold: bool | None = None
 
-    def trace(self, key: Any, make: "Callable[[], TracedStep]") -> "TracedStep | None":
-        """Return a traced step, or None while a thread compiles its kernels."""
+    def trace(self, key: Any, make: "Callable[[], TracedStep]", waits: bool) -> "TracedStep | None":
+        """Return a traced step, or None while a thread compiles its kernels. It `waits` for them, or does not."""
         if self._is_cold is None:
-            self._is_cold = not kernels().has("run_rounds")  # A traced step compiles it as the last.
+            self._is_cold = not kernels().has("run_rounds")  # Every traced step needs it.
         if not self._is_cold:
             return make()
         coming = self._coming.get(key)
@@ -91,17 +99,21 @@ class Runner:
             except RuntimeError:  # The system refuses to start a thread.
                 coming.run()
                 return coming.result()
-            self._coming[key] = coming
-        coming.join(PATIENCE)
+            self._coming = {each: other for each, other in self._coming.items() if other.is_alive()} | {key: coming}
+            coming.join(PATIENCE)
+        if waits:
+            coming.join()
         if coming.is_alive():
             return None
-        del self._coming[key]
+        self._coming.pop(key)
+        if not coming.has_compiled and not self.is_compiling:  # Two threads must not take memory from one arena.
+            self._is_cold, self._coming = False, {}
         return coming.result()
 
     @property
     def is_compiling(self) -> bool:
         """Whether a thread compiles kernels."""
-        return any(each.is_alive() for each in self._coming.values())
+        return any(each.is_alive() for each in list(self._coming.values()))
 
 
 class _Coming(threading.Thread):
@@ -109,17 +121,22 @@ class _Coming(threading.Thread):
 
     def __init__(self, make: "Callable[[], TracedStep]") -> None:
         super().__init__(name="gpt-xp native, compiling", daemon=False)
-        self._make = make
+        self._make: Callable[[], TracedStep] | None = make
         self._found: TracedStep | None = None
         self._error: Exception | None = None
+        self.has_compiled = True
 
     def run(self) -> None:
         """Trace the step, while no other thread does: all take memory from one arena."""
+        assert self._make is not None
         try:
             with alone():
+                before = kernels().compile_seconds
                 self._found = self._make()
+                self.has_compiled = kernels().compile_seconds > before
         except Exception as error:
             self._error = error
+        self._make = None  # It holds the params and a cache.
 
     def result(self) -> "TracedStep | None":
         """Return the step, or None in a fork, which has no such thread. Raises what tracing raised."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt_xp.quantization import GROUP
+from gpt_xp.quantization import GROUP, ROUNDING_KINDS
 from gpt_xp.types import Array, Namespace
-from gpt_xp_backends.native_backend import attention, dots, expressions, packed, products
+from gpt_xp_backends.native_backend import attention, dots, expressions, products
 from gpt_xp_backends.native_backend.machine import Target, kernels
 from gpt_xp_backends.native_backend.packed import PackedWeight
 from gpt_xp_backends.native_backend.tape import Tape
@@ -221,7 +221,7 @@ def product(tape: Tape, x: Array, w: PackedWeight, out: Array | None = None) -> 
     rows, (n_panels, _, columns) = len(x), w.panels.shape
     out = tape.arena.empty(rows, n_panels * columns) if out is None else out
     scales = 0 if w.scales is None else w.scales.ctypes.data
-    if w.kind in packed.ROUNDING.values():
+    if w.kind in ROUNDING_KINDS:
         if w.kind == "w8a8":
             each, parts, groups = dots.row_bytes(kernels().target, n_in), n_in, w.panels.shape[1] - 1
             round_kernel, kernel = _kernel("codes", dots.codes), _kernel("product_w8a8", dots.product)
