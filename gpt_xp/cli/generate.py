@@ -112,7 +112,7 @@ def generate(
         all_stats = [results[0].stats]
         note_full_context(session, results)
     if stats and all_stats:
-        note(stats_line(session.name, add_stats(all_stats)))
+        note(stats_line(session.name, add_stats(all_stats), session.model.backend.settings().get("packing")))
     if n_failed:
         note(f"{n_failed} of {len(lines)} prompts could not be continued: each has an `error` in its place")
         ctx.exit(1)

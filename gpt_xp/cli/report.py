@@ -50,8 +50,8 @@ def stats_fields(stats: Stats) -> dict[str, Any]:
     }
 
 
-def stats_line(name: str, stats: Stats) -> str:
-    """Return the line that --stats prints."""
+def stats_line(name: str, stats: Stats, packing: str | None = None) -> str:
+    """Return the line that --stats prints. `packing` is how long a backend has packed the weights."""
     parts = [
         ", ".join(filter(None, (f"{name} on {stats.backend}", stats.device, stats.dtype, stats.quantize))),
         f"prompt {_tokens(stats.prompt_tokens, stats.prefill_tokens_per_second)}",
@@ -62,6 +62,8 @@ def stats_line(name: str, stats: Stats) -> str:
         parts.append(f"speculation accepted {stats.accepted_tokens} of {stats.proposed_tokens} proposed tokens")
     if stats.compile_seconds:
         parts.append(f"compiling {stats.compile_seconds:.2f} s")
+    if packing:
+        parts.append(f"packing {packing}")
     if stats.peak_memory_bytes is not None:
         parts.append(f"peak memory {stats.peak_memory_bytes / 1e6:.0f} MB")
     if stats.backend == "numpy" and stats.dtype == "float32" and importlib.util.find_spec("llvmlite"):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -464,6 +465,8 @@ def test_stats_name_native_where_it_is_installed(call: Callable[..., Result]) ->
     found = {name: call("-m", "shakespeare", "-b", name, "--stats", "-n", "2", "A").err for name in ("numpy", "native")}
     assert "; faster here: --backend native\n" in found["numpy"]
     assert "faster here" not in found["native"]
+    assert re.search(r"; packing \d\.\d\d s;", found["native"])
+    assert "packing" not in found["numpy"]
 
 
 # --- functions that the model does not have ---------------------------------------------------------------------------
