@@ -161,8 +161,8 @@ loading_options = together(
     ),
     option(
         "--quantize", metavar="KIND", type=click.Choice(KINDS),
-        help="Keep the weights in 8 or 4 bits, int8 or int4: faster and smaller, a little less exact. w8a8 and w4a8, "
-        "on native: round activations to 8 bits too.",
+        help="Keep the weights in 8 or 4 bits, int8 or int4: faster and smaller, a little less exact. w8a8 and w4a8 "
+        "(native only) are int8 and int4 that also round the input of each layer to 8 bits: long prompts are faster.",
     ),
     option("--threads", metavar="N", type=COUNT, help="Threads of the CPU to use.  [default: the library's choice]"),
     mesh_option,

@@ -28,7 +28,7 @@ FIX = install_command("native")
 
 
 class NativeBackend(NumPyBackend):
-    """Compiled kernels on the CPU. With float16, weights are stored so, and all sums are float32."""
+    """Compiled kernels on the CPU. With float16, weights are stored as float16, and all sums are float32."""
 
     name = "native"
     needs: ClassVar = {"llvmlite": FIX}

@@ -2,9 +2,10 @@
 
 The activations are rounded to codes each time anew: with one scale for a row, or for int4 with one for each group, as
 the weight has. The instruction (VNNI's vpdpbusd) multiplies unsigned by signed bytes, four neighbours at a time, so one
-of the two factors is stored with a number added. By int8, that is the row: plus 128, from 1 to 255; before its codes, a
-panel has the sum of each column times -128, with which a sum begins. By int4, it is the weight: plus 8, from 0 to 15; a
-group of a row has the sum of its codes times -8.
+of the two factors must not be negative. With int8 weights, 128 is added to the codes of the row (now 1 to 255). The
+product is then too large by 128 times the sum of the column's codes, so each panel begins with -128 times that sum, and
+the total starts from it. With int4 weights, 8 is added to the codes of the weight (0 to 15), and each group of a row
+keeps -8 times the sum of its codes for the same purpose.
 """
 
 import math

@@ -24,8 +24,9 @@ PATIENCE = 0.05  # seconds; a step whose kernels are compiled is traced in less
 class NativeStep:
     """`function(params, tokens, cache, ..., xp)`, traced for each shape of its arguments, and run by kernels.
 
-    What cannot be traced is computed by `plain`, the same function. `problem` then says why. While kernels are
-    compiled, `plain` computes with float weights. A step with quantized weights waits, and so do all if `is_patient`.
+    What cannot be traced is computed by `plain`, the same function. `problem` then says why. While a thread
+    compiles the kernels, a step with float weights is computed by `plain`, and a step with quantized weights waits for
+    them. With `is_patient`, every step waits.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class TracedStep:
 
 
 def _edges(tree: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield each dict or list in a tree with each key and what it has there. To walk a tree takes 5 times as long."""
+    """Yield each dict or list in a tree with each key and what it has there. `tree_map` takes 5 times as long."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, child in items:
         yield tree, key, child
