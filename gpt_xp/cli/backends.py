@@ -45,7 +45,7 @@ def backends(ctx: click.Context, verbose: bool, mesh: str | None, as_json: bool)
     header = ("", "backend", "installed", "devices")
     write(table([header, *(row for info in found for row in _rows(info, default))]))
     write("* the default; choose another with --backend or GPT_XP_BACKEND\n")
-    write("On a CPU, native is the fastest; numpy is plain NumPy, which others are compared with.\n")
+    write("On a CPU, native is the fastest. Others are compared with numpy.\n")
     write("".join(map(_report, reports)))
     if reports:
         write(f"\n{EXPLANATION}")

@@ -31,7 +31,7 @@ def test_backends_lists_what_is_here_and_what_is_missing(call, monkeypatch):
         "                       cuda:0 (GPU X, 80.0 GB)\n"
         "   numpy    2.3        cpu (2 cores)\n"
         "* the default; choose another with --backend or GPT_XP_BACKEND\n"
-        "On a CPU, native is the fastest; numpy is plain NumPy, which others are compared with.\n"
+        "On a CPU, native is the fastest. Others are compared with numpy.\n"
     )
     record = json.loads(call("backends", "--json").out)
     assert (record["schema"], record["default"]) == (2, "numpy")
