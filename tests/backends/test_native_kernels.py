@@ -1,5 +1,6 @@
 """The kernels of `native`, each against float64, over odd shapes, compiled for three kinds of processors."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from commands import posix
 from gpt_xp_backends.native_backend import attention, dots, expressions, functions, machine, packed, products
 from gpt_xp_backends.native_backend.builder import KernelBuilder
 from gpt_xp_backends.programs import Operation, Program
-from native_targets import ARM64, TARGETS, VNNI, needs_vnni
+from native_targets import ARM64, CODE_TARGETS, TARGETS, VNNI
 
 from gpt_xp.quantization import QuantizedWeight, _quantized
 
@@ -86,7 +87,7 @@ def test_product(target: Any, kind: str, rows: int, n_in: int, n_out: int) -> No
     assert (whole[-100:] == 7).all()
 
 
-@pytest.mark.parametrize("target", [*TARGETS, pytest.param(VNNI, id="AVX2 with VNNI", marks=needs_vnni)])
+@pytest.mark.parametrize("target", CODE_TARGETS)
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 7, 5), (3, 97, 131), (4, 64, 96), (23, 131, 53)])
 def test_product_of_codes_by_codes(target: Any, rows: int, n_in: int, n_out: int) -> None:
     columns, stored = products.panel_columns(target), random(n_out, n_in)
@@ -115,7 +116,7 @@ def test_product_of_codes_by_codes(target: Any, rows: int, n_in: int, n_out: int
     assert (whole[-100:] == 7).all()
 
 
-@pytest.mark.parametrize("target", [*TARGETS, pytest.param(VNNI, id="AVX2 with VNNI", marks=needs_vnni)])
+@pytest.mark.parametrize("target", CODE_TARGETS)
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 32, 5), (3, 96, 131), (4, 64, 96), (23, 160, 53)])
 def test_product_of_codes_by_int4(target: Any, rows: int, n_in: int, n_out: int) -> None:
     columns = products.panel_columns(target)
@@ -349,12 +350,16 @@ def test_keys_and_values_go_to_their_slots(target: Any, n_seq: int) -> None:
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
-def test_kernels_are_compiled_for_arm64_too() -> None:
-    """None has run there."""
+def initialize_all_targets() -> None:
     from llvmlite import binding
 
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
+
+
+def test_kernels_are_compiled_for_arm64_too() -> None:
+    """None has run there."""
+    initialize_all_targets()
     for name, text in (
         ("product", products.product("product", ARM64, "float16", True)),
         ("w8a8", dots.product("w8a8", ARM64)),
@@ -365,6 +370,15 @@ def test_kernels_are_compiled_for_arm64_too() -> None:
         code = machine.object_code(text, ARM64)
         assert code[:4] == b"\x7fELF", name
         assert code[18] == 183, name  # EM_AARCH64
+
+
+def test_products_of_codes_are_compiled_for_avx2_with_vnni() -> None:
+    """They run where the processor has it: see `CODE_TARGETS`."""
+    initialize_all_targets()
+    target = dataclasses.replace(VNNI, triple="x86_64-unknown-linux-gnu")
+    for name, text in (("w8a8", dots.product("w8a8", target)), ("w4a8", dots.product_int4("w4a8", target))):
+        assert "vpdpbusd.256" in text, name
+        assert machine.object_code(text, target)[:4] == b"\x7fELF", name
 
 
 def test_compiled_kernels_are_found_on_disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
