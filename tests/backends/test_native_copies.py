@@ -30,7 +30,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def folder(tmp_path: Path, kind: str) -> Path:
     quantize = kind if kind.startswith("int") else None
-    gpt_xp.load("shakespeare", backend="numpy", quantize=quantize).save(tmp_path)
+    gpt_xp.load("shakespeare", backend="native", quantize=quantize).save(tmp_path)
     return tmp_path
 
 
@@ -51,8 +51,9 @@ def test_a_start_maps_the_copy_and_packs_nothing(
         model = load(folder, kind)
     assert np.array_equal(model.logits(IDS), right)
     assert all(not weight.panels.flags.owndata for weight in _packed(model))
-    # Other backends, and saving, do without it.
-    gpt_xp.load(folder, backend="numpy").logits(IDS)
+    # Saving, and other backends, do without it.
+    if not kind.startswith("int"):  # NumPy would need Numba.
+        gpt_xp.load(folder, backend="numpy").logits(IDS)
     model.save(folder / "saved")
     assert not any(file.name.startswith(".packed") for file in (folder / "saved").iterdir())
 
