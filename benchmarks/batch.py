@@ -16,7 +16,7 @@ from gpt_xp.benchmark.figures import Spread, Workload, spread
 from gpt_xp.benchmark.results import Benchmark, ContenderResult
 
 TARGETS = {"gpt-xp native": {8: 4.5, 16: 8.0}}
-TARGET_BATCH, TARGET = 8, 4.0  # of all others
+TARGET_BATCH, TARGET = 8, 4.0  # The target of all other contenders.
 
 
 def script() -> None:

@@ -36,7 +36,7 @@ class NativeBackend(NumPyBackend):
     takes_quantized = True
     copies_params = True
     _rounds_activations = False
-    _packing = ""  # how long it took
+    _packing = ""  # It says how long the weights were packed.
     _packed: ClassVar[dict[int, tuple[Any, Any]]] = {}  # Weights whose packed form is mapped, by id.
 
     def __init__(self, device: str | None = None, dtype: str = "float32", threads: int | None = None) -> None:

@@ -6,13 +6,12 @@ block sees are left out.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 
 from gpt_xp_backends.native_backend.builder import F32, I32, I64, KernelBuilder
 from gpt_xp_backends.native_backend.functions import exp
 from gpt_xp_backends.native_backend.machine import Target
-from gpt_xp_backends.native_backend.products import VECTORS, panel_columns, tile, tile_rows
+from gpt_xp_backends.native_backend.products import VECTORS, panel_columns, row_blocks, tile, tile_rows
 from gpt_xp_backends.native_backend.value import Value
 
 MAX_FEW = 5  # Up to so many queries read the keys as they lie. The value is from counted instructions, not measured.
@@ -160,7 +159,7 @@ def _many_queries(k: KernelBuilder, h: _Head, first: Value, n: Value, memory: Va
     _pack_keys(k, h, n_panels, packed, d_head)
     with k.loop(0, n_panels) as panel:
         part, place = packed + panel * (4 * columns * d_head), scores + panel * (4 * columns)
-        for size, block in _row_blocks(k, n, (tile_rows(k.target), 4, 2, 1)):
+        for size, block in row_blocks(k, n, (tile_rows(k.target), 4, 2, 1)):
             with block as r:
                 tile(k, "float32", size, (q + r * h.q_row, h.q_row), part, (place + r * row_bytes, row_bytes),
                      k.integer(d_head), [h.scale] * VECTORS)  # fmt: skip
@@ -170,21 +169,10 @@ def _many_queries(k: KernelBuilder, h: _Head, first: Value, n: Value, memory: Va
     for begin in range(0, n_vectors, 4):
         count = min(4, n_vectors - begin)
         sizes = (24 // count if k.target.n_registers == 32 else 12 // count, 2, 1)
-        for size, block in _row_blocks(k, n, sizes):
+        for size, block in row_blocks(k, n, sizes):
             with block as r:
                 x, to = (scores + r * row_bytes, row_bytes), (out + r * h.out_row, h.out_row)
                 _mix_tile(k, size, x, h.values, to, n_keys, (begin, begin + count), d_head)
-
-
-def _row_blocks(
-    k: KernelBuilder, n: Value, sizes: tuple[int, ...]
-) -> Iterator[tuple[int, AbstractContextManager[Value]]]:
-    """Yield loops over `n` rows, by blocks of the first size, then of the next for those that are left."""
-    begin = k.integer(0)
-    for size in sizes:
-        end = begin + (n - begin) // size * size
-        yield size, k.loop(begin, end, size)
-        begin = end
 
 
 def _visible(k: KernelBuilder, mask: Value, mask_row: Value, n: Value, n_slots: Value) -> Value:

@@ -16,13 +16,13 @@ from llvmlite import ir
 from gpt_xp.quantization import GROUP
 from gpt_xp_backends.native_backend.builder import F32, I8, I16, I32, KernelBuilder
 from gpt_xp_backends.native_backend.machine import Target
-from gpt_xp_backends.native_backend.products import VECTORS, Rows, panel_columns, tile_rows
+from gpt_xp_backends.native_backend.products import VECTORS, Rows, panel_columns, row_blocks, tile_rows
 from gpt_xp_backends.native_backend.value import Value
 
 TOGETHER = 4  # codes that are multiplied and added by one instruction
 ZERO = 128  # the code that stands for 0 in a row
 INT4_ZERO = 8  # the code that stands for 0 in a weight of int4
-GROUP_BYTES = 8 + GROUP  # of a group of a row: its scale, -8 times the sum of its codes, its codes
+GROUP_BYTES = 8 + GROUP  # A group of a row has its scale, -8 times the sum of its codes, and its codes.
 # The float32 numbers from here to twice as much are whole: adding it rounds to the nearest, ties to even.
 WHOLE = 1.5 * 2**23
 
@@ -82,13 +82,10 @@ def product(name: str, target: Target) -> str:
     columns = panel_columns(target)
     with k.shared_loop() as panel:
         part, scale = weight + panel * ((groups + 1) * (4 * columns)), scales + panel * (4 * columns)
-        begin = k.integer(0)
-        for size in (tile_rows(target), 4, 2, 1):
-            end = begin + (rows - begin) // size * size
-            with k.loop(begin, end, size) as row:
+        for size, block in row_blocks(k, rows, (tile_rows(target), 4, 2, 1)):
+            with block as row:
                 _tile(k, size, (x + row * x_row, x_row), part, scale,
                       (out + row * out_row + panel * (4 * columns), out_row), groups)  # fmt: skip
-            begin = end
     return k.text()
 
 
@@ -156,13 +153,10 @@ def product_int4(name: str, target: Target) -> str:
     columns = panel_columns(target)
     with k.shared_loop() as panel:
         part, scale = weight + panel * (groups * (columns * GROUP // 2)), scales + panel * (groups * (4 * columns))
-        begin = k.integer(0)
-        for size in (4, 2, 1):
-            end = begin + (rows - begin) // size * size
-            with k.loop(begin, end, size) as row:
+        for size, block in row_blocks(k, rows, (4, 2, 1)):
+            with block as row:
                 _tile_int4(k, size, (x + row * x_row, x_row), part, scale,
                            (out + row * out_row + panel * (4 * columns), out_row), groups)  # fmt: skip
-            begin = end
     return k.text()
 
 

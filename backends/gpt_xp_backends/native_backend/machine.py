@@ -218,7 +218,7 @@ def _end_fork() -> None:
     _Shared.lock.release()
 
 
-if hasattr(os, "register_at_fork"):  # LLVM has locks of its own, which a fork would have for ever.
+if hasattr(os, "register_at_fork"):  # A fork while a thread uses LLVM would leave LLVM locked.
     os.register_at_fork(
         before=_begin_fork,
         after_in_parent=_end_fork,

@@ -14,7 +14,7 @@ from gpt_xp.quantization import GROUP, Quantized, kind_of
 from gpt_xp.types import Params
 from gpt_xp_backends.native_backend.packed import PackedTable, PackedWeight
 
-VERSION = "1"  # of the order in which panels lie
+VERSION = "1"  # Change it when panels lie in memory in another order.
 _DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8"}
 
 

@@ -5,7 +5,8 @@ its columns for the first input, then for the second. A tile of the product, som
 while the panel is read once. OpenBLAS copies a weight into such an order at every call; here it is packed at load.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from llvmlite import ir
@@ -37,12 +38,9 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
     wide = memory + k.thread * (n_in * (4 * columns))
 
     def tiles(panel: Value, sizes: Sequence[int], multiply: Callable[[int, Rows, Rows], None]) -> None:
-        begin = k.integer(0)
-        for size in sizes:
-            end = begin + (rows - begin) // size * size
-            with k.loop(begin, end, size) as row:
+        for size, block in row_blocks(k, rows, sizes):
+            with block as row:
                 multiply(size, (x + row * x_row, x_row), (out + row * out_row + panel * (4 * columns), out_row))
-            begin = end
 
     with k.shared_loop() as panel:
         if kind == "int4":
@@ -65,6 +63,15 @@ def product(name: str, target: Target, kind: str, few: bool) -> str:
             sizes = tile_rows(target), 4, 2, 1
             tiles(panel, sizes, lambda n, x, out: tile(k, "float32", n, x, wide, out, n_in, []))
     return k.text()
+
+
+def row_blocks(k: KernelBuilder, n: Value, sizes: Sequence[int]) -> Iterator[tuple[int, AbstractContextManager[Value]]]:
+    """Yield loops over `n` rows, by blocks of the first size, then of the next for those that are left."""
+    begin = k.integer(0)
+    for size in sizes:
+        end = begin + (n - begin) // size * size
+        yield size, k.loop(begin, end, size)
+        begin = end
 
 
 def tile_rows(target: Target) -> int:
